@@ -1,0 +1,70 @@
+"""The repository keeps its promises: a line per file in the README, short files, pins within the ranges."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 350
+
+
+def python_files(*folders: str) -> list[str]:
+    return sorted(
+        file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*.py")
+    )
+
+
+def readme_paths() -> set[str]:
+    """Every ``qlora_kit/...`` or ``loftq/...`` path that the README names in backticks."""
+    return set(re.findall(r"`((?:qlora_kit|loftq)/[\w/.]*)`", (ROOT / "README.md").read_text()))
+
+
+def test_readme_has_a_line_for_every_file() -> None:
+    named = readme_paths()
+    # A package's __init__ may go by its folder's name.
+    missing = [
+        path
+        for path in python_files("qlora_kit", "loftq")
+        if path not in named and path.removesuffix("__init__.py") not in named
+    ]
+    assert not missing, f"README.md: name each in backticks, with what it is for: {missing}"
+
+
+def test_readme_names_only_files_that_exist() -> None:
+    gone = sorted(path for path in readme_paths() if not (ROOT / path).exists())
+    assert not gone, f"README.md names files that don't exist: {gone}"
+
+
+@pytest.mark.parametrize("folder", ["qlora_kit", "loftq", "tests", "benchmarks"])
+def test_files_stay_short(folder: str) -> None:
+    lengths = {path: (ROOT / path).read_text().count("\n") for path in python_files(folder)}
+    long = {path: lines for path, lines in lengths.items() if lines > LONGEST}
+    assert not long, f"over {LONGEST} lines; split by concept: {long}"
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in parsed}
+
+
+def test_every_pin_is_exact_and_public() -> None:
+    for pin in pins().values():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", f"{pin} is not exact"
+        assert "+" not in specifier.version, f"{pin} names a local build that other machines can't find"
+
+
+def test_the_tested_set_lies_in_the_ranges_that_users_may_have() -> None:
+    pinned = pins()
+    for requirement in map(Requirement, requires("qlora-kit") or []):
+        pin = pinned.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"constraints.txt has no line for {requirement.name}"
+        (specifier,) = pin.specifier
+        assert requirement.specifier.contains(specifier.version), f"{pin} is outside of {requirement}"
