@@ -1,0 +1,160 @@
+"""How an adapter starts: an open registry from ``init_lora_weights`` to a function of the module.
+
+A start is a pair A (rank, in), B (out, rank) in the codec's orientation and, for starts that quantize, the
+module to adapt in place of the one that was there. Each start accounts for the scaling itself: what the model
+computes is base + scaling * B @ A. A start of one's own is a function and a name:
+
+    @register_initializer("mine")
+    def mine(request: Request) -> Start: ...
+
+    LoraConfig(init_lora_weights="mine")
+
+``True`` and ``"gaussian"`` leave the model's function as it is, since one factor is zero. The distributions
+are PEFT's (and so Microsoft's loralib's): linear and convolution draw A and zero B; an embedding zeros A, the
+factor that is looked up, and draws B from a standard normal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .codecs.base import Codec
+from .config import INIT_NAMES, LoraConfig
+from .errors import AdapterError, ConfigError, closest
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a start may look at: one base module and the adapter that goes on it.
+
+    Attributes:
+        path: the module's path in the model, for messages and for finding its weight in files.
+        base: the module to adapt; not to be changed, a start that needs another returns one.
+        codec: reads ``base``'s weight as float32 (out, in).
+        rank, scaling: of the adapter; scaling is alpha / rank, or alpha / sqrt(rank) with rslora.
+        config: the whole configuration; ``config.loftq_config`` is where "loftq" looks.
+        dtype, device: of the adapter's parameters.
+        family: "linear", "embedding" or "conv": how the branch is applied.
+    """
+
+    path: str
+    base: nn.Module
+    codec: Codec
+    rank: int
+    scaling: float
+    config: LoraConfig
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    family: str = "linear"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The base weight's logical (out, in)."""
+        return self.codec.shape(self.base)
+
+
+@dataclass
+class Start:
+    """A (rank, in), B (out, rank), and the module that replaces the base, if the start made one."""
+
+    A: Tensor
+    B: Tensor
+    base: nn.Module | None = None
+
+
+Initializer = Callable[[Request], Start]
+_registry: dict[bool | str, Initializer] = {}
+# Starts that live in packages above this one, imported when first asked for.
+_on_demand = {"loftq": "loftq.initializer"}
+INIT_NAMES.update(_on_demand)
+
+
+def register_initializer(name: bool | str) -> Callable[[Initializer], Initializer]:
+    """Decorator: ``LoraConfig(init_lora_weights=name)`` starts adapters with this function.
+
+    A later registration of a name replaces the earlier one.
+    """
+
+    def register(function: Initializer) -> Initializer:
+        _registry[name] = function
+        if isinstance(name, str):
+            INIT_NAMES.add(name)
+        return function
+
+    return register
+
+
+def start_for(request: Request) -> Start:
+    """The start that ``request.config.init_lora_weights`` names, in the request's dtype and on its device.
+
+    Raises:
+        ConfigError: no start of that name; lists the known ones.
+        AdapterError: a registered start returned factors of another shape.
+    """
+    name = request.config.init_lora_weights
+    if name not in _registry and name in _on_demand:
+        importlib.import_module(_on_demand[str(name)])
+    if name not in _registry:
+        known = [str(key) for key in {**_registry, **_on_demand}]
+        raise ConfigError(
+            f"init_lora_weights: expected one of {', '.join(known)}, found {name!r}; nearest: "
+            f"{closest(str(name), known)}, or add it with qlora_kit.initializers.register_initializer"
+        )
+    start = _registry[name](request)
+    out_features, in_features = request.shape
+    expected = (request.rank, in_features), (out_features, request.rank)
+    found = tuple(start.A.shape), tuple(start.B.shape)
+    if found != expected:
+        raise AdapterError(
+            f"{request.path}: expected factors A {expected[0]} and B {expected[1]} from the start {name!r}, "
+            f"found {found[0]} and {found[1]}; return them in the codec's (out, in) orientation"
+        )
+    start.A = start.A.detach().to(request.device, request.dtype)
+    start.B = start.B.detach().to(request.device, request.dtype)
+    return start
+
+
+@register_initializer(True)
+def zero_start(request: Request) -> Start:
+    """One factor zero, the other as torch would draw that layer's own weight."""
+    A, B = _empty(request)
+    if request.family == "embedding":
+        return Start(nn.init.zeros_(A), nn.init.normal_(B))
+    return Start(_kaiming_(A), nn.init.zeros_(B))
+
+
+@register_initializer("gaussian")
+def gaussian_start(request: Request) -> Start:
+    """A normal with standard deviation 1 / rank and B zero; an embedding starts as with True."""
+    if request.family == "embedding":
+        return zero_start(request)
+    A, B = _empty(request)
+    return Start(nn.init.normal_(A, std=1 / request.rank), nn.init.zeros_(B))
+
+
+@register_initializer(False)
+def random_start(request: Request) -> Start:
+    """Both factors random: the model's function changes at once. For tests and debugging."""
+    A, B = _empty(request)
+    if request.family == "embedding":
+        return Start(nn.init.normal_(A), nn.init.normal_(B))
+    return Start(_kaiming_(A), _kaiming_(B))
+
+
+def _empty(request: Request) -> tuple[Tensor, Tensor]:
+    # Drawn in float32 whatever the adapter's dtype, so that the distribution doesn't depend on it.
+    out_features, in_features = request.shape
+    A = torch.empty(request.rank, in_features, dtype=torch.float32, device=request.device)
+    B = torch.empty(out_features, request.rank, dtype=torch.float32, device=request.device)
+    return A, B
+
+
+def _kaiming_(factor: Tensor) -> Tensor:
+    # The fan-in of a convolution's factor is in * prod(kernel), which is its flattened width.
+    return nn.init.kaiming_uniform_(factor, a=math.sqrt(5))

@@ -1,0 +1,165 @@
+"""Low-rank arithmetic on plain tensors: the product of a factor pair, and the best rank-r pair of a matrix.
+
+By Eckart and Young (1936) the closest matrix of rank r, in the Frobenius norm, keeps the r largest singular
+triplets. Two exact ways to them are offered:
+
+- ``full``: a complete SVD, O(m n min(m, n)) with a large constant;
+- ``gram``: the r largest eigenpairs of the smaller Gram matrix (M M^T or M^T M), which is several times
+  cheaper where r is well below min(m, n). Squaring the matrix squares its condition number, so the Gram
+  matrix is formed and decomposed in float64: a singular value comes out with a relative error of about
+  eps64 * (S[0] / S[i])^2, which is below float32's own rounding as long as S[i] > 3e-5 * S[0]. Where the
+  smallest wanted value is under that (a matrix of rank below r, say), the full SVD takes over.
+
+All arithmetic is float32 or better whatever comes in, and autocast is kept out of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+SOLVERS = ("auto", "full", "gram")
+
+# Below this share of the largest singular value the Gram route's error would exceed float32's rounding:
+# sqrt(eps64 / eps32) = 4.3e-5 up to the constant in the eigensolver's error bound.
+_GRAM_FLOOR = 1e-4
+# Where the Gram route starts to pay: small matrices are quick in full, and large shares of the spectrum
+# cost the partial eigensolver as much as all of it.
+_GRAM_MIN_SIZE = 128
+_GRAM_MAX_SHARE = 0.25
+
+
+def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``scaling * B @ A`` in float32, whatever the factors' dtype and also under autocast.
+
+    Args:
+        A: (rank, in). B: (out, rank).
+
+    Returns:
+        float32 (out, in), connected to the factors' autograd graph.
+
+    Raises:
+        ConfigError: the factors aren't two matrices with a common rank.
+    """
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+        raise ConfigError(
+            "A and B: expected shapes (rank, in) and (out, rank) with one rank, found "
+            f"{tuple(A.shape)} and {tuple(B.shape)}; pass the canonical factors of one adapter"
+        )
+    with torch.autocast(B.device.type if B.device.type != "meta" else "cpu", enabled=False):
+        return (B.float() @ A.float()) * scaling
+
+
+@torch.no_grad()
+def truncated_svd(matrix: Tensor, rank: int, *, solver: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """The ``rank`` largest singular triplets of ``matrix``: U diag(S) Vh is its best rank-r approximation.
+
+    Args:
+        matrix: (out, in), any floating dtype and device; float64 stays float64, the rest computes in float32.
+        rank: between 1 and min(out, in).
+        solver: "full", "gram" (falls back to "full" where it would be inaccurate), or "auto", which picks
+            by size and rank. Both are exact; they differ in speed.
+
+    Returns:
+        U (out, rank) and Vh (rank, in) with orthonormal columns and rows, S (rank,) descending.
+
+    Raises:
+        ConfigError: the matrix isn't 2-D or holds a NaN or infinity, or rank or solver is out of range.
+    """
+    check_matrix(matrix, rank)
+    if solver not in SOLVERS:
+        raise ConfigError(f"solver: expected one of {', '.join(SOLVERS)}, found {solver!r}; pick one of these")
+    work = matrix.detach()
+    if work.dtype != torch.float64:
+        work = work.float()
+    size = min(work.shape)
+    if solver == "auto":
+        solver = "gram" if size >= _GRAM_MIN_SIZE and rank <= _GRAM_MAX_SHARE * size else "full"
+    if solver == "gram" and work.dtype != torch.float64:
+        # A float64 matrix is asked for more digits than squaring it in float64 leaves.
+        triplets = _gram_svd(work, rank)
+        if triplets is not None:
+            return triplets
+    U, S, Vh = torch.linalg.svd(work, full_matrices=False)
+    return U[:, :rank].contiguous(), S[:rank].clone(), Vh[:rank].contiguous()
+
+
+def factor_pair(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The adapter pair with ``scaling * B @ A = U diag(S) Vh``, the singular values shared evenly.
+
+    Row i of A and column i of B both have norm sqrt(S[i] / scaling), so that a step of a gradient descent
+    moves both at the same rate.
+
+    Args:
+        U: (out, rank). S: (rank,). Vh: (rank, in). scaling: the adapter's positive multiplier.
+
+    Returns:
+        A (rank, in) and B (out, rank) in the dtype of the triplets.
+
+    Raises:
+        ConfigError: scaling isn't a positive finite number.
+    """
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise ConfigError(
+            f"scaling: expected a positive finite number, found {scaling!r}; "
+            "no branch can hold a correction when its output is multiplied by that, so raise lora_alpha"
+        )
+    root = (S / scaling).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def check_matrix(matrix: Tensor, rank: int) -> None:
+    """Refuse what has no rank-``rank`` approximation.
+
+    Raises:
+        ConfigError: not 2-D, not floating, a NaN or infinity, or rank outside [1, min(out, in)].
+    """
+    if matrix.dim() != 2 or not matrix.is_floating_point():
+        raise ConfigError(
+            f"matrix: expected a 2-D floating-point tensor (out, in), found {matrix.dtype} with shape "
+            f"{tuple(matrix.shape)}; pass the weight as its codec reads it"
+        )
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(matrix.shape):
+        raise ConfigError(
+            f"rank: expected an integer between 1 and {min(matrix.shape)} for shape {tuple(matrix.shape)}, "
+            f"found {rank!r}; lower r, for this module alone with rank_pattern if need be"
+        )
+    if not torch.isfinite(matrix).all():
+        bad = int((~torch.isfinite(matrix)).sum())
+        raise ConfigError(
+            f"matrix: expected finite values, found {bad} NaN or infinite of {matrix.numel()}; "
+            "repair the checkpoint or leave the module out of the targets"
+        )
+
+
+def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The triplets through the smaller Gram matrix in float64, or None where that would be inaccurate."""
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = (matrix.T if wide else matrix).double()
+    values, vectors = _top_eigenpairs(tall.T @ tall, rank)
+    S = values.clamp_min(0).sqrt()
+    if S[-1] <= _GRAM_FLOOR * S[0]:
+        return None
+    other = (tall @ vectors) / S
+    U, V = (vectors, other) if wide else (other, vectors)
+    dtype = matrix.dtype
+    return U.to(dtype).contiguous(), S.to(dtype), V.T.to(dtype).contiguous()
+
+
+def _top_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The ``rank`` largest eigenvalues, descending, and their eigenvectors in columns."""
+    if gram.device.type == "cpu":
+        # LAPACK's evr finds a part of the spectrum; torch only offers all of it.
+        from scipy.linalg import eigh
+
+        size = gram.shape[0]
+        found = eigh(gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr", check_finite=False)
+        values, vectors = (torch.from_numpy(part) for part in found)
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values[-rank:], vectors[:, -rank:]
+    return values.flip(0), vectors.flip(1)
