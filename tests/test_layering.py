@@ -20,7 +20,7 @@ PACKAGES = ("qlora_kit", "loftq")
 # Left to right; a name stands for the module or the whole package. Within a group imports are free of cycles.
 ORDER = [
     ["qlora_kit.errors"],
-    ["qlora_kit.files", "qlora_kit.peft_json"],
+    ["qlora_kit.files", "qlora_kit.peft_json", "qlora_kit.architectures"],
     ["qlora_kit.config"],
     ["qlora_kit.lowrank", "qlora_kit.codecs"],
     ["qlora_kit.layers"],
