@@ -1,0 +1,92 @@
+"""Modules that keep one floating-point ``weight``: linear, embedding (transposed), convolution (flattened).
+
+The three differ only in how the stored tensor maps to the (out, in) matrix, so each is one pair of views,
+``_to_matrix`` and ``_from_matrix``; reading and writing are said once. Transposed convolutions are not
+registered: their weight is (in, out / groups, ...), and with groups no single matrix stands for it.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CodecError
+from .base import Codec, checked_weight, described, register_codec
+
+
+@register_codec(nn.Linear)
+class DenseCodec(Codec):
+    """``nn.Linear``: the stored weight is the (out, in) matrix, in any floating dtype."""
+
+    name = "dense"
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        return module.out_features, module.in_features  # type: ignore[return-value]
+
+    def read(self, module: nn.Module) -> Tensor:
+        matrix = self._to_matrix(self._weight(module).detach())
+        return matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def write_(self, module: nn.Module, weight: Tensor) -> None:
+        stored = self._weight(module)
+        weight = checked_weight(module, weight, self.shape(module), stored.dtype)
+        stored.copy_(self._from_matrix(weight, stored.shape))
+
+    def compute_dtype(self, module: nn.Module) -> torch.dtype:
+        return self._weight(module).dtype
+
+    def _weight(self, module: nn.Module) -> Tensor:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if not weight.is_floating_point():
+            raise CodecError(
+                f"{described(module)}.weight: expected a floating-point weight, found {weight.dtype}; "
+                "leave the module out of the targets or register a codec for its type"
+            )
+        return weight
+
+    def _to_matrix(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def _from_matrix(self, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
+        return matrix
+
+
+class TransposedCodec(DenseCodec):
+    """A weight stored as (in, out)."""
+
+    def _to_matrix(self, stored: Tensor) -> Tensor:
+        return stored.t()
+
+    def _from_matrix(self, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
+        return matrix.t()
+
+
+@register_codec(nn.Embedding)
+class EmbeddingCodec(TransposedCodec):
+    """``nn.Embedding``: the table is (vocabulary, dim), and a token's vector is a column of the matrix."""
+
+    name = "embedding"
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        return module.embedding_dim, module.num_embeddings  # type: ignore[return-value]
+
+
+@register_codec(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvCodec(DenseCodec):
+    """Convolutions: (out, in / groups, *kernel) flattened to (out, in / groups * prod(kernel))."""
+
+    name = "conv"
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+        fan_in = module.in_channels // module.groups * prod(kernel)  # type: ignore[operator]
+        return module.out_channels, fan_in  # type: ignore[return-value]
+
+    def _to_matrix(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def _from_matrix(self, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
+        return matrix.reshape(stored_shape)

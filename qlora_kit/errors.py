@@ -1,0 +1,43 @@
+"""Error types. Every message names the module path or field, what was expected, what was found, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QLoRAKitError(Exception):
+    """The base of every error raised by this toolkit."""
+
+
+class ConfigError(QLoRAKitError, ValueError):
+    """A configuration field has a value that can't work."""
+
+
+class TargetError(QLoRAKitError, ValueError):
+    """A target selects nothing, or something that can't be adapted."""
+
+
+class UnsupportedModuleError(TargetError, TypeError):
+    """A module's type has no codec or no layer family."""
+
+
+class CodecError(QLoRAKitError, ValueError):
+    """A base module's weight can't be read or written as asked."""
+
+
+class AdapterError(QLoRAKitError, ValueError):
+    """An adapter's name or state doesn't allow what was asked."""
+
+
+class StorageError(QLoRAKitError, ValueError):
+    """A file is missing, damaged, foreign, or doesn't fit the model."""
+
+
+class MergeError(QLoRAKitError, ValueError):
+    """A merge can't be carried out; the model is as it was."""
+
+
+def closest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` candidates that look most like ``name``, best first."""
+    return difflib.get_close_matches(name, sorted(set(candidates)), n=count, cutoff=0.3)
