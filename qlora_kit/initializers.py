@@ -19,54 +19,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .codecs.base import Codec
-from .config import INIT_NAMES, LoraConfig
+from .config import INIT_NAMES
 from .errors import AdapterError, ConfigError, closest
-
-
-@dataclass(frozen=True)
-class Request:
-    """All that a start may look at: one base module and the adapter that goes on it.
-
-    Attributes:
-        path: the module's path in the model, for messages and for finding its weight in files.
-        base: the module to adapt; not to be changed, a start that needs another returns one.
-        codec: reads ``base``'s weight as float32 (out, in).
-        rank, scaling: of the adapter; scaling is alpha / rank, or alpha / sqrt(rank) with rslora.
-        config: the whole configuration; ``config.loftq_config`` is where "loftq" looks.
-        dtype, device: of the adapter's parameters.
-        family: "linear", "embedding" or "conv": how the branch is applied.
-    """
-
-    path: str
-    base: nn.Module
-    codec: Codec
-    rank: int
-    scaling: float
-    config: LoraConfig
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    family: str = "linear"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The base weight's logical (out, in)."""
-        return self.codec.shape(self.base)
-
-
-@dataclass
-class Start:
-    """A (rank, in), B (out, rank), and the module that replaces the base, if the start made one."""
-
-    A: Tensor
-    B: Tensor
-    base: nn.Module | None = None
-
+from .inject import Request, Start
 
 Initializer = Callable[[Request], Start]
 _registry: dict[bool | str, Initializer] = {}

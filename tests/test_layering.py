@@ -20,15 +20,16 @@ PACKAGES = ("qlora_kit", "loftq")
 # Left to right; a name stands for the module or the whole package. Within a group imports are free of cycles.
 ORDER = [
     ["qlora_kit.errors"],
-    ["qlora_kit.files", "qlora_kit.peft_json", "qlora_kit.architectures"],
+    ["qlora_kit.files", "qlora_kit.checks", "qlora_kit.peft_json", "qlora_kit.architectures"],
     ["qlora_kit.config"],
     ["qlora_kit.lowrank", "qlora_kit.codecs"],
     ["qlora_kit.layers"],
-    ["qlora_kit.targets", "qlora_kit.inject"],
+    ["qlora_kit.targets", "qlora_kit.inject", "qlora_kit.proxy", "qlora_kit.biases"],
     ["qlora_kit.initializers", "qlora_kit.algebra"],
     [
         "qlora_kit.model",
         "qlora_kit.merging",
+        "qlora_kit.persistence",
         "qlora_kit.storage",
         "qlora_kit.kbit",
         "qlora_kit.training",

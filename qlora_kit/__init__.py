@@ -1,0 +1,54 @@
+"""qlora-kit: low-rank adapters on quantized models, started where the quantization error is smallest and
+merged back with a measured account of what was lost.
+
+Importing this package imports torch, and neither bitsandbytes nor transformers.
+"""
+
+from .codecs import Codec, codec_for, register_codec
+from .config import LoftQConfig, LoraConfig
+from .errors import (
+    AdapterError,
+    CodecError,
+    ConfigError,
+    MergeError,
+    QLoRAKitError,
+    StorageError,
+    TargetError,
+    UnsupportedModuleError,
+)
+from .initializers import register_initializer
+from .inject import Plan, make_plan
+from .kbit import check_gradients, prepare_model_for_int8_training, prepare_model_for_kbit_training
+from .layers import AdapterLayer, register_layer
+from .merging import MergeReport, merge
+from .model import LoraModel, apply_lora
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "AdapterLayer",
+    "Codec",
+    "CodecError",
+    "ConfigError",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraModel",
+    "MergeError",
+    "MergeReport",
+    "Plan",
+    "QLoRAKitError",
+    "StorageError",
+    "TargetError",
+    "UnsupportedModuleError",
+    "apply_lora",
+    "check_gradients",
+    "codec_for",
+    "make_plan",
+    "merge",
+    "prepare_model_for_int8_training",
+    "prepare_model_for_kbit_training",
+    "register_codec",
+    "register_initializer",
+    "register_layer",
+]

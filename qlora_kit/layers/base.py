@@ -1,0 +1,276 @@
+"""How a low-rank branch is applied: what every adapter layer shares, and the registry from type to family.
+
+An adapter layer takes a base module's place in the tree and holds it as ``base_layer``. It computes
+
+    y = base_layer(x) + sum over active adapters of  s * B (A dropout(x)),     s = alpha / r
+
+and never touches the base weight outside ``merge_`` and ``unmerge_``. All that differs between linear,
+embedding and convolution layers is the shape of the two factors and how they meet an input; a family gives
+these in ``new_factors_`` and ``branch``. How the base weight is *stored* is the codec's question, so merging,
+reading and quantizing are written once, here, for every storage.
+
+Whatever their parameters look like, ``factors`` shows A as (r, in) and B as (out, r), so that s * B @ A is
+the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so are the adapter files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..codecs import Codec, codec_for
+from ..codecs.base import load_on_demand
+from ..errors import AdapterError, MergeError, UnsupportedModuleError
+from ..lowrank import delta
+
+
+class AdapterLayer(nn.Module):
+    """A base module with any number of named low-rank branches beside it. See the module's text."""
+
+    family: ClassVar[str]
+    #: Names of the parameter containers that hold the two factors, A's first.
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.codec = codec or codec_for(base_layer)
+        self.codec.protect_(base_layer)
+        self.train(base_layer.training)
+        self.lora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self._unmerged: Any = None  # the codec's snapshot of the weight from before merge_
+
+    # -- what a family gives ---------------------------------------------------------------------------
+
+    def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Store canonical A (r, in) and B (out, r) as the parameters of adapter ``name``."""
+        raise NotImplementedError
+
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        """s * B (A dropout(x)) for adapter ``name``, in the adapter's dtype."""
+        raise NotImplementedError
+
+    # -- the life of an adapter --------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+    ) -> None:
+        """Register adapter ``name`` with canonical factors A (r, in) and B (out, r); it isn't active yet."""
+        out_features, in_features = self.codec.shape(self.base_layer)
+        rank = A.shape[0]
+        if A.shape != (rank, in_features) or B.shape != (out_features, rank):
+            raise AdapterError(
+                f"adapter {name!r}: expected A ({rank}, {in_features}) and B ({out_features}, {rank}), "
+                f"found A {tuple(A.shape)} and B {tuple(B.shape)}"
+            )
+        self.new_factors_(name, A, B)
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.lora_dropout.train(self.training)
+        self.r[name], self.lora_alpha[name], self.use_rslora[name] = rank, alpha, use_rslora
+        self.scaling[name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget adapter ``name``; does nothing where this layer doesn't have it."""
+        if name in self.merged_adapters:
+            raise AdapterError(f"adapter {name!r} is merged into the base weight; unmerge it before deleting it")
+        for container in (*self.factor_names, "lora_dropout"):
+            entries = getattr(self, container)
+            if name in entries:
+                del entries[name]
+        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
+            table.pop(name, None)
+        self.active_adapters = [n for n in self.active_adapters if n != name]
+
+    def adapter_names(self) -> list[str]:
+        return list(self.r)
+
+    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of ``name`` by the suffix they have in an adapter file (no adapter name in it)."""
+        tensors = {}
+        for container in self.factor_names:
+            entry = getattr(self, container)[name]
+            if isinstance(entry, nn.Module):
+                tensors[f"{container}.weight"] = entry.weight
+            else:
+                tensors[container] = entry
+        return tensors  # type: ignore[return-value]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Canonical views A (r, in) and B (out, r) of ``name``'s parameters; gradients flow through them."""
+        A, B = self.adapter_tensors(name).values()
+        return A.flatten(1), B.flatten(1)
+
+    @torch.no_grad()
+    def set_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Overwrite ``name``'s factors with canonical A (r, in) and B (out, r) of the same rank."""
+        for parameter, value in zip(self.adapter_tensors(name).values(), (A, B), strict=True):
+            parameter.copy_(value.view(parameter.shape))
+
+    def delta(self, name: str) -> Tensor:
+        """s * B @ A as a float32 (out, in) tensor."""
+        A, B = self.factors(name)
+        return delta(A.detach(), B.detach(), self.scaling[name])
+
+    # -- forward ---------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.codec.forward(self.base_layer, x, *args, **kwargs)
+        if self.disable_adapters or self.merged_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.r:
+                result = result + self.branch(x, name).to(result.dtype)
+        return result
+
+    def cast_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in the adapter's dtype; left alone under autocast, which casts for the product itself."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """The base weight without anything merged, plus the deltas of ``names``: float32 (out, in)."""
+        with self.unmerged():
+            weight = self.codec.read(self.base_layer)
+        for name in names:
+            if name in self.r:
+                weight += self.delta(name)
+        return weight
+
+    @torch.no_grad()
+    def merge_(self, names: Sequence[str], *, safe: bool = False) -> None:
+        """Add the deltas of ``names`` to the base weight: one read, one write, whatever their number.
+
+        With ``safe`` a result that isn't finite is refused. The weight from before is kept, so ``unmerge_``
+        gives it back bit for bit, quantized or not.
+        """
+        names = [n for n in dict.fromkeys([*self.merged_adapters, *names]) if n in self.r]
+        if not names:
+            return
+        weight = self.merged_weight(names)
+        if safe and not torch.isfinite(weight).all():
+            raise MergeError(f"merging {names} gives a weight with NaN or infinite values; the weight is unchanged")
+        if self._unmerged is None:
+            self._unmerged = self.codec.snapshot(self.base_layer)
+        else:
+            self.codec.restore_(self.base_layer, self._unmerged)
+        try:
+            self.codec.write_(self.base_layer, weight)
+        except BaseException:
+            self.unmerge_()
+            raise
+        self.merged_adapters = names
+
+    @torch.no_grad()
+    def unmerge_(self) -> None:
+        """Put the base weight back as it was before ``merge_``, bit for bit."""
+        if self._unmerged is not None:
+            self.codec.restore_(self.base_layer, self._unmerged)
+        self._unmerged, self.merged_adapters = None, []
+
+    def unmerged(self) -> _Unmerged:
+        """Context in which the base weight is the one from before ``merge_``."""
+        return _Unmerged(self)
+
+    # -- standing in for the base module -----------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    def __getattr__(self, attribute: str) -> Any:
+        """Attributes that model code reads off its own modules (weight, bias, in_features, ...)."""
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            # Private names (accelerate's hooks, say) belong to the base module alone.
+            if attribute == "base_layer" or attribute.startswith("_"):
+                raise
+            return getattr(self.base_layer, attribute)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
+        return f"codec={self.codec.name}, {adapters}"
+
+
+class _Unmerged:
+    """Swap a layer's unmerged weight in for the duration of a ``with`` block."""
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        layer = self.layer
+        if layer._unmerged is not None:
+            self.merged = layer.codec.snapshot(layer.base_layer)
+            layer.codec.restore_(layer.base_layer, layer._unmerged)
+
+    def __exit__(self, *_: object) -> None:
+        layer = self.layer
+        if layer._unmerged is not None:
+            layer.codec.restore_(layer.base_layer, self.merged)
+
+
+_registry: dict[type[nn.Module], type[AdapterLayer]] = {}
+_on_demand = {"transformers": "qlora_kit.layers.conv1d"}
+
+
+def register_layer(*types: type[nn.Module]) -> Callable[[type[AdapterLayer]], type[AdapterLayer]]:
+    """Class decorator: adapt modules of ``types`` with this family. A later registration replaces an earlier."""
+
+    def register(family: type[AdapterLayer]) -> type[AdapterLayer]:
+        for kind in types:
+            _registry[kind] = family
+        return family
+
+    return register
+
+
+def find_layer_family(module: nn.Module) -> type[AdapterLayer] | None:
+    """The layer family of ``module``'s type, most specific registration first, or None."""
+    kind = type(module)
+    load_on_demand(kind, _on_demand)
+    return next((_registry[base] for base in kind.__mro__ if base in _registry), None)
+
+
+def layer_family_for(module: nn.Module, path: str = "") -> type[AdapterLayer]:
+    """The layer family of ``module``'s type.
+
+    Raises:
+        UnsupportedModuleError: none is registered for it; names ``path`` and the type.
+    """
+    family = find_layer_family(module)
+    if family is None:
+        raise UnsupportedModuleError(
+            f"{path or 'module'}: expected a module type that can be adapted "
+            f"({', '.join(sorted(kind.__name__ for kind in _registry))}), found "
+            f"{type(module).__module__}.{type(module).__qualname__}; leave it out of the targets or register "
+            "a family with qlora_kit.layers.register_layer"
+        )
+    return family

@@ -1,0 +1,58 @@
+"""Low-rank branches on 1-, 2- and 3-d convolutions, grouped ones included.
+
+A is a convolution to r channels with the base's kernel, stride, padding and dilation; B is a pointwise one
+to the output channels. For ``groups`` = g the weight is (out, in / g, *kernel), each output channel seeing
+its own group of inputs only. Here every group of inputs goes through the *same* A, giving g * r channels,
+and B reads the r of its own group, so that the branch is exactly a grouped convolution with the flattened
+weight s * B @ A: it merges into the base, and any start computed on the flattened weight fits it. The rank
+need not be a multiple of g. With g = 1 the parameters are PEFT's; with g > 1 PEFT lets every output see all
+inputs, which has no grouped weight to merge into, so its grouped adapters are not interchangeable.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..codecs import Codec
+from .base import AdapterLayer, register_layer
+
+_conv = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+@register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvAdapter(AdapterLayer):
+    """``lora_A[name].weight`` is (r, in / groups, *kernel), ``lora_B[name].weight`` is (out, r, 1, ...)."""
+
+    family = "conv"
+
+    def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
+        super().__init__(base_layer, codec)
+        self.kind = next(kind for kind in _conv if isinstance(base_layer, kind))
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
+        base, rank = self.base_layer, A.shape[0]
+        inputs, kernel = base.in_channels // base.groups, base.kernel_size  # type: ignore[operator]
+        pointwise = (1,) * len(kernel)  # type: ignore[arg-type]
+        # nn.Conv modules hold the parameters under the names of the file format; branch() applies them.
+        self.lora_A[name] = self.kind(inputs, rank, kernel, bias=False, device="meta")
+        self.lora_B[name] = self.kind(rank, base.out_channels, pointwise, bias=False, device="meta")
+        self.lora_A[name].weight = nn.Parameter(A.view(rank, inputs, *kernel))  # type: ignore[misc]
+        self.lora_B[name].weight = nn.Parameter(B.view(*B.shape, *pointwise))
+
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        base, conv = self.base_layer, _conv[self.kind]
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        x = self.cast_input(self.lora_dropout[name](x), A.dtype)  # type: ignore[arg-type]
+        groups = base.groups
+        if groups > 1:  # type: ignore[operator]
+            A = A.repeat(groups, *(1,) * (A.ndim - 1))  # type: ignore[operator]
+        if base.padding_mode == "zeros":
+            padding = base.padding
+        else:
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)  # type: ignore[arg-type]
+            padding = 0
+        hidden = conv(x, A, None, base.stride, padding, base.dilation, groups)  # type: ignore[operator]
+        return conv(hidden * self.scaling[name], B, groups=groups)  # type: ignore[operator]

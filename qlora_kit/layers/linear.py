@@ -1,0 +1,36 @@
+"""Low-rank branches on y = W x + b, however W is stored: dense, transposed, 4-bit, 8-bit."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..codecs import Codec
+from .base import AdapterLayer, register_layer
+
+
+def factor_module(weight: Tensor) -> nn.Linear:
+    """A bias-free linear holding ``weight`` (out, in) without spending time on a start of its own."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = nn.Parameter(weight)
+    return module
+
+
+@register_layer(nn.Linear)
+class LinearAdapter(AdapterLayer):
+    """``lora_A[name].weight`` is (r, in), ``lora_B[name].weight`` is (out, r)."""
+
+    family = "linear"
+
+    def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
+        super().__init__(base_layer, codec)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
+        self.lora_A[name] = factor_module(A)
+        self.lora_B[name] = factor_module(B)
+
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        A, B = self.lora_A[name], self.lora_B[name]
+        x = self.cast_input(self.lora_dropout[name](x), A.weight.dtype)  # type: ignore[arg-type]
+        return B(A(x) * self.scaling[name])

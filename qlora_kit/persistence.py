@@ -1,0 +1,113 @@
+"""An adapter's way to files and back, as methods of ``LoraModel``; the files themselves are ``storage``'s."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import storage
+from .config import LoraConfig
+from .errors import AdapterError
+from .proxy import ModelProxy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Persistence(ModelProxy):
+    """Saving and loading adapters. Mixed into ``LoraModel``."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the adapters, PEFT's layout: "default" in the folder, others in subfolders of their names.
+
+        A call that says ``is_main_process`` comes from a Trainer, which resumes from ``model.safetensors``;
+        the active adapter is then written under that name as well, so that a stock resume finds it.
+        """
+        if not safe_serialization:
+            raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        if is_main_process is not False:
+            for_trainer = is_main_process is not None
+            storage.save_adapter(
+                self, Path(save_directory), selected_adapters, state_dict=state_dict, resume_copy=for_trainer
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Any,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        allow_pickle: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
+
+        Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode.
+        """
+        config, state = storage.read_adapter(model_id, allow_pickle=allow_pickle)
+        lora = cls(model, _for_loading(config, is_trainable), adapter_name, adapter_dtype=adapter_dtype)
+        try:
+            storage.load_adapter_state_(lora, adapter_name, state)
+        except BaseException:
+            lora.unload()
+            raise
+        lora._loaded_(adapter_name, config, is_trainable)
+        return lora
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        allow_pickle: bool = False,
+    ) -> None:
+        """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it."""
+        config, state = storage.read_adapter(model_id, allow_pickle=allow_pickle)
+        if adapter_name in self.peft_config:
+            storage.load_adapter_state_(self, adapter_name, state)
+            return
+        self.add_adapter(adapter_name, _for_loading(config, is_trainable))
+        try:
+            storage.load_adapter_state_(self, adapter_name, state)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+        self._loaded_(adapter_name, config, is_trainable)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; a state with the keys of an adapter file goes into the active adapter, strictly."""
+        if any(key.startswith("base_model.model.") for key in state_dict):
+            storage.load_adapter_state_(self, self.active_adapters[0], dict(state_dict))
+            return torch.nn.modules.module._IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _loaded_(self, name: str, config: LoraConfig, is_trainable: bool) -> None:
+        """Record how a loaded adapter once started, which its placeholder configuration doesn't say."""
+        recorded = self.peft_config[name]
+        self.peft_config[name] = dataclasses.replace(
+            recorded, init_lora_weights=config.init_lora_weights, loftq_config=config.loftq_config
+        )
+        if not is_trainable:
+            self.eval()
+
+
+def _for_loading(config: LoraConfig, is_trainable: bool) -> LoraConfig:
+    """The stored configuration with a start that costs nothing: every value is about to be overwritten."""
+    return dataclasses.replace(config, init_lora_weights=True, loftq_config=None, inference_mode=not is_trainable)
