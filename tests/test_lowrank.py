@@ -81,7 +81,8 @@ def test_half_precision_is_decomposed_in_float32(dtype: torch.dtype) -> None:
 def test_factor_pair_counts_the_scaling_and_is_balanced(scaling: float) -> None:
     U, S, Vh = truncated_svd(flat((13, 19)), 6)
     A, B = factor_pair(U, S, Vh, scaling)
-    assert A.shape == (6, 19) and B.shape == (13, 6)
+    assert A.shape == (6, 19)
+    assert B.shape == (13, 6)
     torch.testing.assert_close(scaling * B @ A, (U * S) @ Vh, rtol=0, atol=FLOAT32)
     torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
     torch.testing.assert_close(A.norm(dim=1), (S / scaling).sqrt())
