@@ -18,10 +18,11 @@ from .errors import (
 )
 from .initializers import register_initializer
 from .inject import Plan, make_plan
-from .kbit import check_gradients, prepare_model_for_int8_training, prepare_model_for_kbit_training
+from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .layers import AdapterLayer, register_layer
 from .merging import MergeReport, merge
 from .model import LoraModel, apply_lora
+from .training import check_gradients
 
 __version__ = "0.1.0"
 

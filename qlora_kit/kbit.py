@@ -1,0 +1,263 @@
+"""Make a quantized (or dense) model ready for adapters, with a bill of what its memory holds.
+
+What a frozen base needs before training is little: no parameter that requires a gradient, normalization in
+float32, packed weights that the platform can't rewrite behind our back, and activation checkpointing that
+works although nothing before the first adapter requires a gradient.
+
+Why hooks. A float32 norm in a bfloat16 model hands on float32 (its weight promotes the product), and the next
+dense linear refuses that input. So a module that was cast computes in float32 inside and speaks the model's
+dtype outside: one hook casts what comes in, one casts what goes out. A hook changes no parameter name and
+survives deepcopy, pickle and torch.compile; a wrapping module would change every name below it.
+
+Why no input gradients. Non-reentrant checkpointing finds the adapters' parameters by itself. Making the
+embedding's output require a gradient, as reentrant checkpointing needs, only adds a backward pass through the
+layers before the first adapter.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .codecs import Codec, find_codec
+from .codecs.dense import DenseCodec
+from .errors import AdapterError
+from .layers import AdapterLayer, ModulesToSave
+
+HALF = (torch.float16, torch.bfloat16)
+NOT_OFFERED = "not offered by the model"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MemoryBill:
+    """Bytes of a model's parameters and buffers by kind; what several modules share is counted once.
+
+    Attributes:
+        bytes: kind -> bytes now.
+        before: kind -> bytes before ``prepare_model_for_kbit_training``; equal to ``bytes`` otherwise.
+        activation_checkpointing: "non-reentrant", "reentrant", "off" or "not offered by the model".
+    """
+
+    bytes: dict[str, int]
+    before: dict[str, int]
+    activation_checkpointing: str = "off"
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "total": self.total}
+
+    def __str__(self) -> str:
+        kinds = sorted({*self.before, *self.bytes}, key=lambda kind: -max(self._pair(kind)))
+        rows = [(kind, *self._pair(kind)) for kind in kinds]
+        rows.append(("total", sum(self.before.values()), self.total))
+        width = max(len(kind) for kind, *_ in rows)
+        lines = [f"{'kind':{width}}  {'before':>15}  {'after':>15}"]
+        lines += [f"{kind:{width}}  {before:>15,}  {after:>15,}" for kind, before, after in rows]
+        lines.append(f"activation checkpointing: {self.activation_checkpointing}")
+        return "\n".join(lines)
+
+    def _pair(self, kind: str) -> tuple[int, int]:
+        return self.before.get(kind, 0), self.bytes.get(kind, 0)
+
+
+def prepare_model_for_kbit_training(
+    model: Model,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    *,
+    cast_embeddings: bool = False,
+    cast_head: bool = False,
+) -> Model:
+    """Freeze ``model`` and make it fit for adapters; in place, and the same object is returned.
+
+    Works on 4-bit, 8-bit and dense models, on storage formats it doesn't know (left as they are), with and
+    without transformers. Call it before ``apply_lora``; a second call changes nothing.
+
+    Args:
+        model: any torch model.
+        use_gradient_checkpointing: recompute activations in the backward pass, where the model offers it.
+        gradient_checkpointing_kwargs: for ``torch.utils.checkpoint``; ``use_reentrant=False`` unless given.
+        cast_embeddings: hold the embeddings in float32 too. Worth its memory only if they will be trained.
+        cast_head: compute the output head in float32 and return float32 logits.
+
+    Returns:
+        ``model``, norms in float32, with a printable ``model.memory_bill`` (see ``MemoryBill``).
+
+    Raises:
+        AdapterError: ``model`` holds adapters already; freezing would take them out of training.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, (AdapterLayer, ModulesToSave)):
+            raise AdapterError(
+                f"{path}: expected a model without adapters, found {type(module).__name__}; call "
+                "prepare_model_for_kbit_training first and apply_lora on what it returns"
+            )
+    before = memory_bill(model).bytes
+    model.requires_grad_(False)
+    chosen = [module for module in model.modules() if is_norm(module)]
+    if cast_embeddings:
+        chosen += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = _output_head(model) if cast_head else None
+    if head is not None:
+        chosen.append(head)
+    _hold_in_float32_(model, chosen, keep_output=head)
+    for module in model.modules():
+        codec = find_codec(module)
+        if codec is not None:
+            codec.protect_(module)
+    checkpointing = "off"
+    if use_gradient_checkpointing:
+        checkpointing = _checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}))
+    model.memory_bill = MemoryBill(memory_bill(model).bytes, before, checkpointing)  # type: ignore[assignment]
+    return model
+
+
+#: The old name of ``prepare_model_for_kbit_training``.
+prepare_model_for_int8_training = prepare_model_for_kbit_training
+
+
+def memory_bill(model: nn.Module) -> MemoryBill:
+    """What ``model``'s parameters and buffers weigh now, by kind. Changes nothing."""
+    bill: dict[str, int] = defaultdict(int)
+    seen: set[int] = set()
+
+    def count(tensor: Tensor | None, kind: str, nbytes: int | None = None) -> None:
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            bill[kind] += tensor.nbytes if nbytes is None else nbytes
+
+    for module in model.modules():
+        if isinstance(module, (AdapterLayer, ModulesToSave)):
+            for name in module.adapter_names():
+                for tensor in module.adapter_tensors(name).values():
+                    count(tensor, f"adapters, {_dtype(tensor)}")
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            continue
+        packed = _packed_codec(module)
+        if packed is not None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            if id(weight) not in seen:
+                bill["k-bit scales"] += packed.nbytes(module) - weight.nbytes
+            count(weight, "k-bit weights")
+        foreign = _foreign_packed(module)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                count(parameter, _kind(module, parameter, foreign))
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                count(buffer, _kind(module, buffer, foreign) if foreign else "buffers")
+    kinds = {kind: nbytes for kind, nbytes in bill.items() if nbytes}
+    return MemoryBill(kinds, dict(kinds))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalization layer: its type is called one, and its weights are vectors."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return "norm" in type(module).__name__.lower() and bool(parameters) and all(p.dim() <= 1 for p in parameters)
+
+
+# -- kinds of storage ----------------------------------------------------------------------------------------
+
+
+def _packed_codec(module: nn.Module) -> Codec | None:
+    """The codec of a module whose weight isn't an ordinary float tensor, or None."""
+    codec = find_codec(module)
+    return None if codec is None or isinstance(codec, DenseCodec) else codec
+
+
+def _foreign_packed(module: nn.Module) -> bool:
+    """Whether a module without a codec keeps packed codes: integer matrices beside floating scales (GPTQ, AWQ)."""
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    codes = any(not t.is_floating_point() and t.dim() >= 2 for t in own)
+    return codes and any(t.is_floating_point() for t in own) and find_codec(module) is None
+
+
+def _kind(module: nn.Module, tensor: Tensor, foreign: bool) -> str:
+    if foreign:
+        return "k-bit scales" if tensor.is_floating_point() else "k-bit weights"
+    sort = "norms" if is_norm(module) else "embeddings" if isinstance(module, nn.Embedding) else "dense weights"
+    return f"{sort}, {_dtype(tensor)}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# -- float32 inside, the model's dtype outside ---------------------------------------------------------------
+
+
+def _output_head(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if head is None:
+        raise AdapterError(
+            f"cast_head=True: expected a model whose get_output_embeddings() gives its head, found "
+            f"{type(model).__name__} without one; leave cast_head at False and cast the module yourself"
+        )
+    return head
+
+
+def _hold_in_float32_(model: nn.Module, chosen: list[nn.Module], keep_output: nn.Module | None) -> None:
+    """Store half-precision modules in float32; all but ``keep_output`` go on giving the dtype they gave.
+
+    A module that shares a weight with a chosen one is treated like it, and shares it still.
+    """
+    weights = {id(p) for m in chosen for p in m._parameters.values() if p is not None and p.dtype in HALF}
+    sharing = []
+    for module in model.modules():
+        own = [p for p in module._parameters.values() if p is not None and id(p) in weights]
+        if own:
+            sharing.append((module, own, own[0].dtype))
+    for module, own, dtype in sharing:
+        for parameter in own:
+            parameter.data = parameter.data.float()
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                module._buffers[name] = buffer.float()
+        module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        if module is not keep_output:
+            module.register_forward_hook(partial(_cast_output, dtype=dtype))
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return tuple(_widened(a) for a in args), {name: _widened(a) for name, a in kwargs.items()}
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+def _cast_output(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return output.to(dtype)
+
+
+# -- activation checkpointing --------------------------------------------------------------------------------
+
+
+def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any]) -> str:
+    """Turn checkpointing on through the model's own interface, the current or the older one."""
+    kwargs.setdefault("use_reentrant", False)
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        return NOT_OFFERED
+    had_input_grads = hasattr(model, "_require_grads_hook") or bool(getattr(model, "_require_grads_hooks", None))
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+    else:
+        return NOT_OFFERED
+    if kwargs["use_reentrant"]:
+        return "reentrant"
+    if not had_input_grads and hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # type: ignore[operator]
+    return "non-reentrant"
