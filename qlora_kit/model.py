@@ -101,6 +101,15 @@ class LoraModel(Persistence):
         self._trainable = [] if inference_mode else list(names)
         self._apply_state_()
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters without changing which ones are active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._check_known(name)
+        others = [name for name in self._trainable if name not in names]
+        self._trainable = others + names if requires_grad else others
+        self._apply_state_()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
         self._check_known(adapter_name)
