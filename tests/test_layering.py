@@ -30,6 +30,7 @@ ORDER = [
         "qlora_kit.model",
         "qlora_kit.merging",
         "qlora_kit.persistence",
+        "qlora_kit.adapter_folder",
         "qlora_kit.storage",
         "qlora_kit.kbit",
         "qlora_kit.training",

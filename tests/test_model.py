@@ -251,7 +251,7 @@ def test_it_is_the_base_model_to_whoever_asks(capsys: pytest.CaptureFixture[str]
     assert lora.device == torch.device("cpu")
     assert lora.base_model.model is lora.model
     assert "labels" in inspect.signature(lora.forward).parameters
-    assert not (lora.is_quantized or lora.is_loaded_in_4bit or lora.is_loaded_in_8bit)
+    assert [lora.is_quantized, lora.is_loaded_in_4bit, lora.is_loaded_in_8bit] == [False] * 3
     assert repr(lora).startswith("LoraModel(")
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = lora.no_such_thing
