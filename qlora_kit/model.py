@@ -310,7 +310,7 @@ class LoraModel(Persistence):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.requires_grad_(False)
         for module in [*self.adapter_layers().values(), *self.saved_modules().values()]:
-            module.active_adapters = [n for n in self.active_adapters if n in module.adapter_names()]
+            module.active_adapters = list(self.active_adapters)  # as in PEFT, held by this layer or not
             module.disable_adapters = self._disabled
             for name in self._trainable if not self._disabled else ():
                 if name in module.adapter_names():

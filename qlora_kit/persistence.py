@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import storage
 from .config import LoraConfig
 from .errors import AdapterError
 from .proxy import ModelProxy
+from .targets import ends_with, modules_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,15 +54,18 @@ class Persistence(ModelProxy):
         adapter_name: str = "default",
         is_trainable: bool = False,
         *,
+        config: LoraConfig | None = None,
         allow_pickle: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
-        Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode.
+        Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
+        replaces the stored one.
         """
-        config, state = storage.read_adapter(model_id, allow_pickle=allow_pickle)
-        lora = cls(model, _for_loading(config, is_trainable), adapter_name, adapter_dtype=adapter_dtype)
+        stored, state = storage.read_adapter(model_id, allow_pickle=allow_pickle)
+        config = stored if config is None else config
+        lora = cls(model, _for_loading(config, model, is_trainable), adapter_name, adapter_dtype=adapter_dtype)
         try:
             storage.load_adapter_state_(lora, adapter_name, state)
         except BaseException:
@@ -83,13 +87,15 @@ class Persistence(ModelProxy):
         if adapter_name in self.peft_config:
             storage.load_adapter_state_(self, adapter_name, state)
             return
-        self.add_adapter(adapter_name, _for_loading(config, is_trainable))
+        self.add_adapter(adapter_name, _for_loading(config, self.model, is_trainable))
         try:
             storage.load_adapter_state_(self, adapter_name, state)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
         self._loaded_(adapter_name, config, is_trainable)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a state with the keys of an adapter file goes into the active adapter, strictly."""
@@ -108,6 +114,18 @@ class Persistence(ModelProxy):
             self.eval()
 
 
-def _for_loading(config: LoraConfig, is_trainable: bool) -> LoraConfig:
-    """The stored configuration with a start that costs nothing: every value is about to be overwritten."""
-    return dataclasses.replace(config, init_lora_weights=True, loftq_config=None, inference_mode=not is_trainable)
+def _for_loading(config: LoraConfig, model: nn.Module, is_trainable: bool) -> LoraConfig:
+    """The stored configuration with a start that costs nothing: every value is about to be overwritten.
+
+    PEFT lists every usual name of a classification head in ``modules_to_save``. A name that matches nothing is
+    dropped: were there tensors of such a module in the file, the strict load would refuse them.
+    """
+    paths = [path for path, _ in modules_of(model)]
+    saved = [name for name in config.modules_to_save or () if any(ends_with(path, name) for path in paths)]
+    return dataclasses.replace(
+        config,
+        modules_to_save=saved or None,
+        init_lora_weights=True,
+        loftq_config=None,
+        inference_mode=not is_trainable,
+    )
