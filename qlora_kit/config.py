@@ -17,7 +17,7 @@ from typing import Any
 
 from .checks import check_bool, check_choice, check_int, check_names, check_positive, check_regex, failure
 from .errors import ConfigError, closest
-from .files import write_text_atomically
+from .files import write_atomically
 from .peft_json import fields_from_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -177,16 +177,23 @@ class LoraConfig:
         """
         return cls(**fields_from_json(data, [f.name for f in fields(cls)], INIT_NAMES))
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``adapter_config.json`` into ``directory``, atomically; the folder is made if missing."""
+    def to_json(self) -> bytes:
+        """``to_dict`` as the bytes of an ``adapter_config.json``.
+
+        Raises:
+            ConfigError: ``megatron_config`` or ``auto_mapping`` holds what JSON can't.
+        """
         try:
-            text = json.dumps(self.to_dict(), indent=2)
+            return (json.dumps(self.to_dict(), indent=2) + "\n").encode()
         except TypeError as error:
             raise ConfigError(
                 f"megatron_config, auto_mapping: expected values that JSON can hold, found others ({error}); "
                 "pass numbers, strings, lists and dicts"
             ) from error
-        write_text_atomically(Path(directory) / CONFIG_NAME, text + "\n")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``adapter_config.json`` into ``directory``, atomically; the folder is made if missing."""
+        write_atomically(Path(directory) / CONFIG_NAME, self.to_json())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> LoraConfig:

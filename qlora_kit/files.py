@@ -9,35 +9,62 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Give ``path`` the bytes that ``write`` puts into the open file it is called with, all or nothing.
+def stage(path: Path, data: bytes) -> Path:
+    """A finished temporary file beside ``path`` that holds ``data``, on the disk and ready to be renamed.
 
-    The bytes are flushed to the disk before the rename: a machine that stops never shows an empty new file.
-    The parent folder is made if it isn't there. On any error ``path`` is as it was.
+    The parent folder is made if it isn't there. On any error no file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.chmod(name, 0o666 & ~_umask())
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        os.unlink(name)
         raise
+    return Path(name)
+
+
+def publish(staged: Path, path: Path) -> None:
+    """Rename ``staged`` over ``path``, and make the rename last before anything after it."""
+    os.replace(staged, path)
+    sync_folder(path.parent)
+
+
+def withdraw(staged: Path) -> None:
+    """Remove a staged file, if it wasn't published."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(staged)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Give ``path`` the bytes ``data``, all or nothing."""
+    staged = stage(path, data)
+    try:
+        publish(staged, path)
+    finally:
+        withdraw(staged)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Give ``path`` the UTF-8 bytes of ``text``, all or nothing."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's entries to the disk, so that changes of names keep their order when a machine stops."""
+    if os.name == "posix":  # elsewhere a folder can't be opened, and renames are written through
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _umask() -> int:
