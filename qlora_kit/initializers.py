@@ -31,7 +31,7 @@ Initializer = Callable[[Request], Start]
 _registry: dict[bool | str, Initializer] = {}
 # Starts that live in packages above this one, imported when first asked for.
 _on_demand = {"loftq": "loftq.initializer"}
-INIT_NAMES.update(_on_demand)
+INIT_NAMES.update(_on_demand.keys())
 
 
 def register_initializer(name: bool | str) -> Callable[[Initializer], Initializer]:
@@ -60,7 +60,7 @@ def start_for(request: Request) -> Start:
     if name not in _registry and name in _on_demand:
         importlib.import_module(_on_demand[str(name)])
     if name not in _registry:
-        known = [str(key) for key in {**_registry, **_on_demand}]
+        known = [str(key) for key in [*_registry, *_on_demand]]
         raise ConfigError(
             f"init_lora_weights: expected one of {', '.join(known)}, found {name!r}; nearest: "
             f"{closest(str(name), known)}, or add it with qlora_kit.initializers.register_initializer"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,6 +169,7 @@ def inject_(
     ``start`` gives each adapter its first factors (``qlora_kit.initializers.start_for`` for those that
     ``config`` names). ``dtype`` is the dtype of the factors and saved copies (default: see ``adapter_dtype``).
     """
+    _check_free(model, plan, adapter_name)
     injection = Injection()
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
@@ -181,7 +183,7 @@ def inject_(
             module = model.get_submodule(path)
             wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
             wrapper.add_adapter(adapter_name, dtype or torch.float32, path)
-            injection._steps.append(lambda w=wrapper: w.delete_adapter(adapter_name))
+            injection._steps.append(partial(wrapper.delete_adapter, adapter_name))
             swap_(model, path, wrapper, injection)
     except BaseException:
         injection.undo()
@@ -198,6 +200,17 @@ def swap_(model: nn.Module, path: str, module: nn.Module, injection: Injection |
         setattr(parent, name, module)
         if injection is not None:
             injection._steps.append(lambda: setattr(parent, name, before))
+
+
+def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
+    """Refuse to write over an adapter that another wrapper of the same model put there."""
+    for path in (*(entry.path for entry in plan.entries), *plan.modules_to_save):
+        module = model.get_submodule(path)
+        if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():
+            raise AdapterError(
+                f"{path}: expected no adapter {name!r} yet, found one that an earlier wrapper of this model put "
+                "there; go on with that wrapper, unload() it first, or choose another name"
+            )
 
 
 def _build(

@@ -119,7 +119,7 @@ class LoraModel(Persistence):
         if self.peft_config[adapter_name].bias != "none":
             self._kept_biases.swap_(self.model)
             self._kept_biases.values.clear()
-        for module in [*self.adapter_layers().values(), *self.saved_modules().values()]:
+        for module in self._parts():
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         remaining = [name for name in self.active_adapters if name != adapter_name]
@@ -309,7 +309,7 @@ class LoraModel(Persistence):
         for parameter in self.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.requires_grad_(False)
-        for module in [*self.adapter_layers().values(), *self.saved_modules().values()]:
+        for module in self._parts():
             module.active_adapters = list(self.active_adapters)  # as in PEFT, held by this layer or not
             module.disable_adapters = self._disabled
             for name in self._trainable if not self._disabled else ():
@@ -320,6 +320,9 @@ class LoraModel(Persistence):
         for name in self._trainable if not self._disabled else ():
             for parameter in bias_parameters(self.model, self.peft_config[name].bias).values():
                 parameter.requires_grad_(True)
+
+    def _parts(self) -> list[AdapterLayer | ModulesToSave]:
+        return [*self.adapter_layers().values(), *self.saved_modules().values()]
 
     def _drop_empty_(self) -> None:
         """Give modules back that no adapter uses any more."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import storage
 from .config import LoraConfig
 from .errors import AdapterError
 from .proxy import ModelProxy
+from .storage import load_adapter_state_, read_adapter, save_adapter
 from .targets import ends_with, modules_of
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ class Persistence(ModelProxy):
             raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
         if is_main_process is not False:
             for_trainer = is_main_process is not None
-            storage.save_adapter(
-                self, Path(save_directory), selected_adapters, state_dict=state_dict, resume_copy=for_trainer
-            )
+            save_adapter(self, Path(save_directory), selected_adapters, state_dict=state_dict, resume_copy=for_trainer)
 
     @classmethod
     def from_pretrained(
@@ -63,11 +61,13 @@ class Persistence(ModelProxy):
         Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
         replaces the stored one.
         """
-        stored, state = storage.read_adapter(model_id, allow_pickle=allow_pickle)
+        stored, state = read_adapter(model_id, allow_pickle=allow_pickle)
         config = stored if config is None else config
-        lora = cls(model, _for_loading(config, model, is_trainable), adapter_name, adapter_dtype=adapter_dtype)
+        lora = cast(Any, cls)(
+            model, _for_loading(config, model, is_trainable), adapter_name, adapter_dtype=adapter_dtype
+        )
         try:
-            storage.load_adapter_state_(lora, adapter_name, state)
+            load_adapter_state_(lora, adapter_name, state)
         except BaseException:
             lora.unload()
             raise
@@ -83,13 +83,13 @@ class Persistence(ModelProxy):
         allow_pickle: bool = False,
     ) -> None:
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it."""
-        config, state = storage.read_adapter(model_id, allow_pickle=allow_pickle)
+        config, state = read_adapter(model_id, allow_pickle=allow_pickle)
         if adapter_name in self.peft_config:
-            storage.load_adapter_state_(self, adapter_name, state)
+            load_adapter_state_(self, adapter_name, state)
             return
         self.add_adapter(adapter_name, _for_loading(config, self.model, is_trainable))
         try:
-            storage.load_adapter_state_(self, adapter_name, state)
+            load_adapter_state_(self, adapter_name, state)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
@@ -100,7 +100,7 @@ class Persistence(ModelProxy):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a state with the keys of an adapter file goes into the active adapter, strictly."""
         if any(key.startswith("base_model.model.") for key in state_dict):
-            storage.load_adapter_state_(self, self.active_adapters[0], dict(state_dict))
+            load_adapter_state_(self, self.active_adapters[0], dict(state_dict))
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 

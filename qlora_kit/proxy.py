@@ -51,8 +51,8 @@ class ModelProxy(nn.Module):
 
         return call
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         transformers = sys.modules.get("transformers")
         model = self.__dict__.get("_modules", {}).get("model")
         if transformers is not None and isinstance(model, transformers.PreTrainedModel):

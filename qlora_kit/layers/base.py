@@ -34,6 +34,8 @@ class AdapterLayer(nn.Module):
     family: ClassVar[str]
     #: Names of the parameter containers that hold the two factors, A's first.
     factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    #: Of any module type; what it offers beyond nn.Module is between its codec and its family.
+    base_layer: Any
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__()

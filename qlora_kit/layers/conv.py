@@ -11,13 +11,20 @@ inputs, which has no grouped weight to merge into, so its grouped adapters are n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec
 from .base import AdapterLayer, register_layer
 
-_conv = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_conv: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
 
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,31 +35,30 @@ class ConvAdapter(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
-        self.kind = next(kind for kind in _conv if isinstance(base_layer, kind))
+        self.kind: Any = next(kind for kind in _conv if isinstance(base_layer, kind))
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         base, rank = self.base_layer, A.shape[0]
-        inputs, kernel = base.in_channels // base.groups, base.kernel_size  # type: ignore[operator]
-        pointwise = (1,) * len(kernel)  # type: ignore[arg-type]
+        inputs, kernel = base.in_channels // base.groups, base.kernel_size
+        pointwise = (1,) * len(kernel)
         # nn.Conv modules hold the parameters under the names of the file format; branch() applies them.
         self.lora_A[name] = self.kind(inputs, rank, kernel, bias=False, device="meta")
         self.lora_B[name] = self.kind(rank, base.out_channels, pointwise, bias=False, device="meta")
-        self.lora_A[name].weight = nn.Parameter(A.view(rank, inputs, *kernel))  # type: ignore[misc]
+        self.lora_A[name].weight = nn.Parameter(A.view(rank, inputs, *kernel))
         self.lora_B[name].weight = nn.Parameter(B.view(*B.shape, *pointwise))
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         base, conv = self.base_layer, _conv[self.kind]
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        x = self.cast_input(self.lora_dropout[name](x), A.dtype)  # type: ignore[arg-type]
+        A, B = self.adapter_tensors(name).values()
+        x = self.cast_input(self.lora_dropout[name](x), A.dtype)
         groups = base.groups
-        if groups > 1:  # type: ignore[operator]
-            A = A.repeat(groups, *(1,) * (A.ndim - 1))  # type: ignore[operator]
+        shared = A if groups == 1 else A.repeat(groups, *(1,) * (A.ndim - 1))
         if base.padding_mode == "zeros":
             padding = base.padding
         else:
-            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)  # type: ignore[arg-type]
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
-        hidden = conv(x, A, None, base.stride, padding, base.dilation, groups)  # type: ignore[operator]
-        return conv(hidden * self.scaling[name], B, groups=groups)  # type: ignore[operator]
+        hidden = conv(x, shared, None, base.stride, padding, base.dilation, groups)
+        return conv(hidden * self.scaling[name], B, groups=groups)

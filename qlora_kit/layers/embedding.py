@@ -31,7 +31,7 @@ class EmbeddingAdapter(AdapterLayer):
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        rows = F.embedding(x, A.T, padding_idx=self.base_layer.padding_idx)  # type: ignore[arg-type]
+        rows = F.embedding(x, A.T, padding_idx=self.base_layer.padding_idx)
         result = F.linear(rows * self.scaling[name], B)
         # Some models (Gemma) multiply the table's rows in the module's own forward; the branch stands
         # beside the table, so it is multiplied too.
