@@ -1,0 +1,280 @@
+"""PEFT's model classes: ``LoraModel`` with PEFT's arguments, and a trained head where the task calls for one.
+
+In PEFT a ``PeftModel`` holds a ``LoraModel`` that holds the model. Here they are one object:
+``model.base_model`` is ``model`` itself, so ``model.base_model.model`` is the wrapped model in both. It also
+passes for the wrapped model, hence ``isinstance(model, PeftModel)`` and
+``isinstance(model, LlamaForCausalLM)`` hold at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import config as core
+from ..errors import AdapterError
+from ..inject import Plan
+from ..model import LoraModel
+from ..targets import ends_with, modules_of
+from .configs import LoraConfig, PeftType
+from .hub import adapter_folder
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+
+
+class PeftModel(LoraModel):
+    """A model with named adapters, under PEFT's names.
+
+    Args:
+        model: any torch model.
+        peft_config: what to adapt and how; it is copied, never changed.
+        adapter_name: any name without a dot.
+        autocast_adapter_dtype: train in float32 on half-precision bases; False keeps the model's dtype.
+        low_cpu_mem_usage: accepted for PEFT's sake; adapters are never held twice here.
+    """
+
+    #: Modules that this task trains whole, in so far as the model has them.
+    head_names: ClassVar[tuple[str, ...]] = ()
+    peft_type = PeftType.LORA
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: core.LoraConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not autocast_adapter_dtype and adapter_dtype is None:
+            adapter_dtype = _dtype_of(model)
+        super().__init__(model, peft_config, adapter_name, adapter_dtype=adapter_dtype)
+
+    # -- adapters --------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: core.LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> Plan:
+        """Inject another adapter, with the task's head; not active yet. See ``LoraModel.add_adapter``."""
+        return super().add_adapter(adapter_name, self._with_head(peft_config))
+
+    @property
+    def active_peft_config(self) -> core.LoraConfig:
+        """The configuration of the active adapter, of the first where several are."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that any adapter trains whole, or None."""
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return names or None
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each adapter layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of all adapters together."""
+        return get_model_status(self)
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: core.LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        subfolder: str | None = None,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """``model`` with a stored adapter, in the class of its task; ``config`` replaces the stored one.
+
+        ``model_id`` is a local folder or a Hub repository. What PEFT's other keywords say (device_map,
+        offload_folder, ...) follows from the base model's placement here.
+        """
+        folder = adapter_folder(model_id, subfolder, **kwargs)
+        if config is None:
+            config = LoraConfig.from_pretrained(folder)
+        kind = peft_class_for(config.task_type) if cls is PeftModel else cls
+        return super(PeftModel, kind).from_pretrained(
+            model,
+            folder,
+            adapter_name,
+            is_trainable,
+            config=config,
+            allow_pickle=allow_pickle,
+            adapter_dtype=None if autocast_adapter_dtype else _dtype_of(model),
+        )
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        subfolder: str | None = None,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Add a stored adapter, from a local folder or a Hub repository; not active yet.
+
+        Returns what PEFT returns, torch's pair of missing and unexpected keys; here it is always empty, since
+        an adapter that doesn't fit is an error.
+        """
+        folder = adapter_folder(model_id, subfolder, **kwargs)
+        super().load_adapter(folder, adapter_name, is_trainable, allow_pickle=allow_pickle)
+        return no_leftover_keys()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool | None = None,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters; see ``LoraModel.save_pretrained``. Embeddings are stored if an adapter trains them.
+
+        Raises:
+            AdapterError: the caller wants base embeddings stored, or a start subtracted from the weights.
+        """
+        check_embeddings(save_embedding_layers)
+        if path_initial_model_for_weight_conversion is not None:
+            raise AdapterError(
+                "path_initial_model_for_weight_conversion: expected None, found "
+                f"{path_initial_model_for_weight_conversion!r}; no start here changes base weights that the "
+                "adapter depends on, so leave it out"
+            )
+        super().save_pretrained(
+            os.fspath(save_directory),
+            safe_serialization,
+            selected_adapters,
+            state_dict=state_dict,
+            is_main_process=is_main_process,
+            **kwargs,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapters (never the base model) and upload them to a Hub repository, made if it isn't there."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload adapter",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _with_head(self, config: core.LoraConfig) -> core.LoraConfig:
+        wanted = [*(config.modules_to_save or ()), *self.head_names]
+        present = [
+            name
+            for name in dict.fromkeys(wanted)
+            if name not in self.head_names or any(ends_with(path, name) for path, _ in modules_of(self.model))
+        ]
+        return dataclasses.replace(config, modules_to_save=present or None)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For task_type="CAUSAL_LM"."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For task_type="SEQ_2_SEQ_LM"."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For task_type="FEATURE_EXTRACTION"."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For task_type="SEQ_CLS": the classification head is trained whole and stored with the adapter."""
+
+    head_names = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For task_type="TOKEN_CLS": the classification head is trained whole and stored with the adapter."""
+
+    head_names = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For task_type="QUESTION_ANS": the span head is trained whole and stored with the adapter."""
+
+    head_names = ("qa_outputs",)
+
+
+class PeftMixedModel(PeftModel):
+    """PEFT's class for several adapters active at once, which every class here allows: ``set_adapter([...])``."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def peft_class_for(task_type: str | None) -> type[PeftModel]:
+    """The class of a task; ``PeftModel`` where none is given."""
+    return PeftModel if task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type]
+
+
+def check_embeddings(save_embedding_layers: bool | str) -> None:
+    """Refuse to store the base model's embeddings in an adapter's file."""
+    if save_embedding_layers not in ("auto", False):
+        raise AdapterError(
+            f"save_embedding_layers: expected 'auto' or False, found {save_embedding_layers!r}; list the embedding in "
+            "modules_to_save, and it is trained and stored with the adapter"
+        )
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def no_leftover_keys() -> Any:
+    """torch's report of a load that left no key over."""
+    return torch.nn.modules.module._IncompatibleKeys([], [])
