@@ -40,9 +40,11 @@ class DenseCodec(Codec):
 
     def _weight(self, module: nn.Module) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if not weight.is_floating_point():
+        # Packed codes may be stored under a floating dtype; then only their own codec can read them.
+        if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
             raise CodecError(
-                f"{described(module)}.weight: expected a floating-point weight, found {weight.dtype}; "
+                f"{described(module)}.weight: expected a floating-point weight, found "
+                f"{type(weight).__name__} of {weight.dtype}; "
                 "leave the module out of the targets or register a codec for its type"
             )
         return weight

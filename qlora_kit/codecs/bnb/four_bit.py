@@ -1,0 +1,269 @@
+"""bitsandbytes' 4-bit linear.
+
+4-bit storage is two codes a byte (the first value in the high nibble), one scale per ``blocksize`` values in
+row-major order, and optionally those scales quantized themselves (double quantization). Weights are read
+here by table look-up in float32 and never through ``dequantize_4bit``, for three reasons seen on the stock
+build, each held by a test:
+
+- on CPU it takes the wrong scales when in_features isn't a multiple of the blocksize; the forward and the
+  backward of ``Linear4bit`` share the fault, so ``Codec4bit.forward`` replaces them for such shapes;
+- it rounds to the dtype recorded at quantization, often bfloat16;
+- on CPUs with AVX512_BF16 an evaluation forward permutes the codes and rounds the scales to bfloat16 in
+  place, after which it returns garbage. ``protect_`` turns that off and undoes it.
+
+The stock forward also casts ``bias.data`` to the compute dtype for good; ours casts a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...errors import CodecError
+from .. import blockwise
+from ..base import checked_weight, codec_for, described, register_codec
+from ..dense import DenseCodec
+from .common import dense_linear, stock_forward, take_bias_
+from .layout import is_repacked, scales_of, standard_bytes
+
+
+def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
+    """Whether bitsandbytes' own forward and backward of ``module`` on ``x`` use the right scales.
+
+    Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks.
+    """
+    state = _state(module)
+    return x.device.type != "cpu" or state is None or module.in_features % state.blocksize == 0
+
+
+@register_codec(Linear4bit)
+class Codec4bit(DenseCodec):
+    """``Linear4bit``: NF4 or FP4, any blocksize, double quantization or not, every ``quant_storage``.
+
+    A module that isn't quantized yet (created on the CPU and not moved) is read and written as dense.
+    """
+
+    name = "bnb-4bit"
+
+    def read(self, module: Any) -> Tensor:
+        state = _state(module)
+        if state is None:
+            return super().read(module)
+        table = state.code.float()
+        byte = torch.arange(256, device=table.device)
+        pairs = torch.stack([table[byte >> 4], table[byte & 0xF]], dim=1)  # both values of each byte at once
+        stored = standard_bytes(module.weight.data, state)
+        values = pairs.index_select(0, stored.int()).reshape(-1)[: state.shape.numel()]
+        return blockwise.scale_blocks_(values, scales_of(state), state.blocksize).reshape(state.shape)
+
+    @torch.no_grad()
+    def write_(self, module: Any, weight: Tensor) -> None:
+        state = _state(module)
+        if state is None:
+            super().write_(module, weight)
+            return
+        weight = checked_weight(module, weight, self.shape(module), torch.float32)
+        self.protect_(module)
+        stored: Params4bit = module.weight
+        data, fresh = quantize_4bit(
+            weight.contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=stored.dtype,
+        )
+        stored.data = data.reshape(stored.shape)
+        state.absmax, state.offset, state.state2 = fresh.absmax, fresh.offset, fresh.state2
+        _adopt_(module, state)
+
+    def nbytes(self, module: Any) -> int:
+        """Bytes of the codes and of all scales; the small look-up tables aren't counted."""
+        state = _state(module)
+        count = super().nbytes(module)
+        if state is not None:
+            count += state.absmax.nbytes
+            if state.nested:
+                count += state.state2.absmax.nbytes + state.offset.nbytes
+        return count
+
+    def compute_dtype(self, module: Any) -> torch.dtype:
+        if module.compute_dtype is not None:
+            return module.compute_dtype
+        state = _state(module)
+        if state is not None:
+            return state.original_dtype if is_repacked(state) else state.dtype
+        weight: Tensor = module.weight
+        return weight.dtype if weight.is_floating_point() else torch.float32
+
+    def snapshot(self, module: Any) -> Any:
+        return module.weight.data.clone(), copy.deepcopy(_state(module))
+
+    @torch.no_grad()
+    def restore_(self, module: Any, snapshot: Any) -> None:
+        data, saved = snapshot
+        device = module.weight.device
+        module.weight.data = data.to(device, copy=True)
+        state = _state(module)
+        if state is not None and saved is not None:
+            # The same state object lives on, since the weight, the module and others may hold it.
+            state.__dict__.clear()
+            state.__dict__.update(copy.deepcopy(saved).__dict__)
+            state.to(device)
+            _adopt_(module, state)
+
+    @torch.no_grad()
+    def protect_(self, module: Any) -> None:
+        """Never let an evaluation forward rewrite the weight, and undo it where one already has.
+
+        The codes come back exactly. The scales were rounded to bfloat16 and stay so, in float32 and no longer
+        doubly quantized, which loses nothing more; a UserWarning says it once.
+        """
+        module.support_avx512bf16_for_cpu = False
+        state = _state(module)
+        if state is None or not is_repacked(state):
+            return
+        weight: Params4bit = module.weight
+        shape, storage = state.original_qshape, getattr(state, "original_storage_type", torch.uint8)
+        weight.data = standard_bytes(weight.data, state).reshape(shape).view(storage)
+        state.absmax, state.dtype = scales_of(state), state.original_dtype
+        state.nested, state.offset, state.state2 = False, None, None
+        state.packing_format_for_cpu = False  # type: ignore[attr-defined]  # set by the stock repacking
+        weight.compress_statistics = False
+        _adopt_(module, state)
+        warnings.warn(
+            f"{described(module)}: an earlier evaluation forward had repacked this 4-bit weight for CPU inference "
+            "and rounded its scales to bfloat16 (up to 0.4 % each); the codes are restored, that rounding can't be "
+            "undone. Load the model again and call prepare_model_for_kbit_training or apply_lora before the first "
+            "forward to avoid it.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def shield_(self, module: Any) -> Any:
+        weight: Tensor = module.weight
+        if _state(module) is None or not weight.is_floating_point():
+            return None
+        storage = weight.dtype
+        weight.data = weight.data.view(torch.uint8)
+        return storage
+
+    def unshield_(self, module: Any, token: Any) -> None:
+        module.weight.data = module.weight.data.view(token)
+
+    def forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = _state(module)
+        if state is None:
+            raise CodecError(
+                f"{described(module)}.weight: expected a quantized weight, found {module.weight.dtype} not yet "
+                "quantized; move the model to its device first, e.g. model.to('cpu') or model.to('cuda')"
+            )
+        if module.support_avx512bf16_for_cpu or is_repacked(state):
+            self.protect_(module)
+        if not module.compute_type_is_set:  # bitsandbytes settles it at the first forward, from the input
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        dtype: torch.dtype = module.compute_dtype or x.dtype
+        if kernel_is_right(module, x):
+            return stock_forward(module, x, dtype, *args, **kwargs)
+        bias: Tensor | None = module.bias
+        bias = None if bias is None else bias.to(dtype)
+        return _LookupLinear.apply(x.to(dtype), bias, self, module).to(x.dtype)
+
+    def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
+        return dense_linear(module, self.read(module), dtype)
+
+
+class _LookupLinear(torch.autograd.Function):
+    """y = x W^T + b with W read in the forward and again in the backward, so no dense W is kept between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codec: Codec4bit, module: Any) -> Tensor:
+        ctx.codec, ctx.module, ctx.dtype = codec, module, x.dtype
+        return F.linear(x, codec.read(module).to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad.matmul(ctx.codec.read(ctx.module).to(grad.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.dtype)
+        return grad_x, grad_bias, None, None
+
+
+def quantize_linear(
+    linear: nn.Linear,
+    weight: Tensor,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    quant_storage: torch.dtype = torch.uint8,
+) -> Linear4bit:
+    """A protected ``Linear4bit`` in ``linear``'s place that holds ``weight``, on ``linear``'s device.
+
+    Args:
+        linear: gives the sizes, a copy of the bias, the training flag and the device.
+        weight: (out, in), finite; quantized from float32.
+        compute_dtype: the products' dtype; None takes ``linear``'s.
+
+    Raises:
+        CodecError: the weight doesn't fit.
+        ValueError: bitsandbytes doesn't know the quantization type or blocksize.
+    """
+    dtype = compute_dtype or linear.weight.dtype
+    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float32)
+    data, state = quantize_4bit(
+        weight.contiguous(),
+        blocksize=blocksize,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
+    )
+    state.dtype = dtype
+    module = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
+        device="meta",
+    )
+    module.weight = Params4bit(
+        data,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=blocksize,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
+        module=module,
+        bnb_quantized=True,
+    )
+    _adopt_(module, state)
+    take_bias_(module, linear)
+    codec_for(module).protect_(module)
+    return module
+
+
+def _state(module: Any) -> QuantState | None:
+    """The 4-bit state; sharding and conversion can lose the weight's while the module keeps its own."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
+
+
+def _adopt_(module: Any, state: QuantState) -> None:
+    module.quant_state = state
+    module.weight.quant_state = state

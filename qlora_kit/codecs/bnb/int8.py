@@ -1,0 +1,143 @@
+"""bitsandbytes' int8 linear: row-wise scales over int8 codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import int8_vectorwise_quant
+from bitsandbytes.nn import Int8Params, Linear8bitLt
+from torch import Tensor, nn
+
+from ...errors import CodecError
+from ..base import checked_weight, described, register_codec
+from ..dense import DenseCodec
+from .common import dense_linear, stock_forward, take_bias_
+
+
+@register_codec(Linear8bitLt)
+class CodecInt8(DenseCodec):
+    """``Linear8bitLt``: int8 codes with one scale a row, W = codes * scale / 127.
+
+    The scales are on the weight until the first forward and on ``module.state`` after it; both are looked at.
+    A module that keeps half-precision weights (``has_fp16_weights``) or isn't quantized yet is read and
+    written as dense.
+    """
+
+    name = "bnb-int8"
+
+    def read(self, module: Any) -> Tensor:
+        if not _is_int8(module):
+            return super().read(module)
+        codes, scales = _int8_parts(module)
+        return codes.float().mul_(scales[:, None] / 127.0)
+
+    @torch.no_grad()
+    def write_(self, module: Any, weight: Tensor) -> None:
+        if _is_int8(module):
+            _int8_parts(module)
+            # float16 is what bitsandbytes quantizes from, so a value must be finite in it.
+            weight = checked_weight(module, weight, self.shape(module), torch.float16)
+            _store_int8_(module, *_quantize_int8(weight))
+        else:
+            super().write_(module, weight)
+            module.state.reset_grads()  # an evaluation forward caches codes
+
+    def nbytes(self, module: Any) -> int:
+        scales = _int8_scales(module)
+        return super().nbytes(module) + (scales.nbytes if _is_int8(module) and scales is not None else 0)
+
+    def compute_dtype(self, module: Any) -> torch.dtype:
+        """The recorded compute dtype, else the bias's or dense weight's; float32 where nothing tells."""
+        recorded = getattr(module, "compute_dtype", None)
+        if recorded is not None:
+            return recorded
+        if not _is_int8(module):
+            return super().compute_dtype(module)
+        bias: Tensor | None = module.bias
+        return torch.float32 if bias is None else bias.dtype
+
+    def snapshot(self, module: Any) -> Any:
+        if not _is_int8(module):
+            return module.weight.data.clone(), None
+        codes, scales = _int8_parts(module)
+        return codes.clone(), scales.clone()
+
+    @torch.no_grad()
+    def restore_(self, module: Any, snapshot: Any) -> None:
+        data, scales = snapshot
+        device = module.weight.device
+        if scales is not None:
+            _store_int8_(module, data.to(device, copy=True), scales.to(device, copy=True))
+        else:
+            module.weight.data = data.to(device, copy=True)
+            module.state.reset_grads()
+
+    def forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return stock_forward(module, x, x.dtype, *args, **kwargs)
+
+    def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
+        return dense_linear(module, self.read(module), dtype)
+
+
+def quantize_linear_int8(
+    linear: nn.Linear, weight: Tensor, *, threshold: float = 0.0, compute_dtype: torch.dtype | None = None
+) -> Linear8bitLt:
+    """A ``Linear8bitLt`` in ``linear``'s place that holds ``weight`` (out, in) as int8, on ``linear``'s device.
+
+    ``threshold`` is bitsandbytes' bound above which an activation column stays in half precision (0: none).
+
+    Raises:
+        CodecError: the weight doesn't fit, or has a value that overflows float16.
+    """
+    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float16)
+    codes, scales = _quantize_int8(weight)
+    module = Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=threshold,
+        device="meta",
+    )
+    module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    module.compute_dtype = compute_dtype or linear.weight.dtype  # type: ignore[assignment]
+    take_bias_(module, linear)
+    return module
+
+
+def _is_int8(module: Any) -> bool:
+    return module.weight.dtype == torch.int8
+
+
+def _int8_scales(module: Any) -> Tensor | None:
+    scales = getattr(module.weight, "SCB", None)
+    return module.state.SCB if scales is None else scales
+
+
+def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
+    """Codes and float32 row scales, on the weight's device."""
+    scales = _int8_scales(module)
+    if scales is None:
+        raise CodecError(
+            f"{described(module)}: expected row scales in weight.SCB or state.SCB, found neither beside int8 codes; "
+            "load the checkpoint with its SCB entries, or quantize by moving a half-precision module to its device"
+        )
+    codes: Tensor = module.weight.data
+    return codes, scales.to(device=codes.device, dtype=torch.float32)
+
+
+def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' row-wise codes and scales of a float16 weight; zeros for an all-zero row."""
+    codes, scales, _ = int8_vectorwise_quant(weight.contiguous())
+    return codes.masked_fill_((scales == 0)[:, None], 0), scales
+
+
+def _store_int8_(module: Any, codes: Tensor, scales: Tensor) -> None:
+    """Put codes and scales wherever the module keeps them, before or after its first forward."""
+    module.weight.data = codes
+    for holder in (module.weight, module.state):
+        if holder.CB is not None:
+            holder.CB = module.weight.data
+        if holder.SCB is not None:
+            holder.SCB = scales
