@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ from .storage import load_adapter_state_, read_adapter, save_adapter
 from .targets import ends_with, modules_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from .model import LoraModel
+
+L = TypeVar("L", bound="LoraModel")
 
 
 class Persistence(ModelProxy):
     """Saving and loading adapters. Mixed into ``LoraModel``."""
 
     def save_pretrained(
-        self,
+        self: LoraModel,
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
@@ -46,7 +48,7 @@ class Persistence(ModelProxy):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[L],
         model: Any,
         model_id: str | Path,
         adapter_name: str = "default",
@@ -55,7 +57,7 @@ class Persistence(ModelProxy):
         config: LoraConfig | None = None,
         allow_pickle: bool = False,
         adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
+    ) -> L:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
         Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
@@ -75,7 +77,7 @@ class Persistence(ModelProxy):
         return lora
 
     def load_adapter(
-        self,
+        self: LoraModel,
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
@@ -100,7 +102,7 @@ class Persistence(ModelProxy):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; a state with the keys of an adapter file goes into the active adapter, strictly."""
         if any(key.startswith("base_model.model.") for key in state_dict):
-            load_adapter_state_(self, self.active_adapters[0], dict(state_dict))
+            load_adapter_state_(cast("LoraModel", self), self.active_adapters[0], dict(state_dict))
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 
