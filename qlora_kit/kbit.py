@@ -20,13 +20,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .codecs import Codec, find_codec
-from .codecs.dense import DenseCodec
 from .errors import AdapterError
 from .layers import AdapterLayer, ModulesToSave
 
@@ -131,10 +131,10 @@ def memory_bill(model: nn.Module) -> MemoryBill:
     bill: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
 
-    def count(tensor: Tensor | None, kind: str, nbytes: int | None = None) -> None:
-        if tensor is not None and id(tensor) not in seen:
+    def count(tensor: Tensor, kind: str) -> None:
+        if id(tensor) not in seen:
             seen.add(id(tensor))
-            bill[kind] += tensor.nbytes if nbytes is None else nbytes
+            bill[kind] += tensor.nbytes
 
     for module in model.modules():
         if isinstance(module, (AdapterLayer, ModulesToSave)):
@@ -144,19 +144,17 @@ def memory_bill(model: nn.Module) -> MemoryBill:
     for module in model.modules():
         if isinstance(module, AdapterLayer):
             continue
-        packed = _packed_codec(module)
-        if packed is not None:
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            if id(weight) not in seen:
-                bill["k-bit scales"] += packed.nbytes(module) - weight.nbytes
+        weight = module._parameters.get("weight")
+        codec = find_codec(module)
+        if codec is not None and weight is not None and _is_packed(codec, module, weight) and id(weight) not in seen:
+            bill["k-bit scales"] += codec.nbytes(module) - weight.nbytes  # kept outside parameters and buffers
             count(weight, "k-bit weights")
-        foreign = _foreign_packed(module)
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                count(parameter, _kind(module, parameter, foreign))
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                count(buffer, _kind(module, buffer, foreign) if foreign else "buffers")
+        foreign = weight is None and _holds_codes(module)
+        for name, tensor in _own_tensors(module):
+            if foreign and name != "bias":
+                count(tensor, "k-bit scales" if tensor.is_floating_point() else "k-bit weights")
+            else:
+                count(tensor, _kind(module, tensor))
     kinds = {kind: nbytes for kind, nbytes in bill.items() if nbytes}
     return MemoryBill(kinds, dict(kinds))
 
@@ -170,22 +168,26 @@ def is_norm(module: nn.Module) -> bool:
 # -- kinds of storage ----------------------------------------------------------------------------------------
 
 
-def _packed_codec(module: nn.Module) -> Codec | None:
-    """The codec of a module whose weight isn't an ordinary float tensor, or None."""
-    codec = find_codec(module)
-    return None if codec is None or isinstance(codec, DenseCodec) else codec
+def _is_packed(codec: Codec, module: nn.Module, weight: Tensor) -> bool:
+    """Whether ``weight`` holds codes; several of them may share an element of a type that calls itself float."""
+    return not weight.is_floating_point() or weight.numel() != prod(codec.shape(module))
 
 
-def _foreign_packed(module: nn.Module) -> bool:
-    """Whether a module without a codec keeps packed codes: integer matrices beside floating scales (GPTQ, AWQ)."""
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+def _holds_codes(module: nn.Module) -> bool:
+    """Whether a module without a ``weight`` keeps integer matrices beside floating scales (GPTQ, AWQ, ours)."""
+    own = [tensor for _, tensor in _own_tensors(module)]
     codes = any(not t.is_floating_point() and t.dim() >= 2 for t in own)
-    return codes and any(t.is_floating_point() for t in own) and find_codec(module) is None
+    return codes and any(t.is_floating_point() for t in own)
 
 
-def _kind(module: nn.Module, tensor: Tensor, foreign: bool) -> str:
-    if foreign:
-        return "k-bit scales" if tensor.is_floating_point() else "k-bit weights"
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    named = (*module._parameters.items(), *module._buffers.items())
+    return [(name, tensor) for name, tensor in named if tensor is not None]
+
+
+def _kind(module: nn.Module, tensor: Tensor) -> str:
+    if not isinstance(tensor, nn.Parameter):
+        return "buffers"
     sort = "norms" if is_norm(module) else "embeddings" if isinstance(module, nn.Embedding) else "dense weights"
     return f"{sort}, {_dtype(tensor)}"
 

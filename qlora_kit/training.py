@@ -62,7 +62,8 @@ def check_gradients(model: nn.Module, **inputs: Any) -> GradientReport:
 
 def _trainable_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """The adapter layer and the tensors of each adapter that requires gradients, by "path (adapter)"."""
-    found, trainable = 0, {}
+    found = 0
+    trainable: dict[str, tuple[nn.Module, list[Tensor]]] = {}
     root = getattr(model, "model", model) if hasattr(model, "peft_config") else model
     for path, module in root.named_modules():
         if isinstance(module, (AdapterLayer, ModulesToSave)):
