@@ -112,15 +112,15 @@ def factor_pair(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> tuple[Tenso
     return root[:, None] * Vh, U * root
 
 
-def check_matrix(matrix: Tensor, rank: int) -> None:
-    """Refuse what has no rank-``rank`` approximation.
+def check_matrix(matrix: Tensor, rank: int, name: str = "matrix") -> None:
+    """Refuse what has no rank-``rank`` approximation; messages call it ``name``.
 
     Raises:
         ConfigError: not 2-D, not floating, a NaN or infinity, or rank outside [1, min(out, in)].
     """
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ConfigError(
-            f"matrix: expected a 2-D floating-point tensor (out, in), found {matrix.dtype} with shape "
+            f"{name}: expected a 2-D floating-point tensor (out, in), found {matrix.dtype} with shape "
             f"{tuple(matrix.shape)}; pass the weight as its codec reads it"
         )
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(matrix.shape):
@@ -131,7 +131,7 @@ def check_matrix(matrix: Tensor, rank: int) -> None:
     if not torch.isfinite(matrix).all():
         bad = int((~torch.isfinite(matrix)).sum())
         raise ConfigError(
-            f"matrix: expected finite values, found {bad} NaN or infinite of {matrix.numel()}; "
+            f"{name}: expected finite values, found {bad} NaN or infinite of {matrix.numel()}; "
             "repair the checkpoint or leave the module out of the targets"
         )
 
