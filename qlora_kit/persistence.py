@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from .targets import ends_with, modules_of
 if TYPE_CHECKING:
     from .model import LoraModel
 
-L = TypeVar("L", bound="LoraModel")
-
 
 class Persistence(ModelProxy):
     """Saving and loading adapters. Mixed into ``LoraModel``."""
 
     def save_pretrained(
-        self: LoraModel,
+        self,
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
@@ -44,11 +42,17 @@ class Persistence(ModelProxy):
             raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
         if is_main_process is not False:
             for_trainer = is_main_process is not None
-            save_adapter(self, Path(save_directory), selected_adapters, state_dict=state_dict, resume_copy=for_trainer)
+            save_adapter(
+                cast("LoraModel", self),
+                Path(save_directory),
+                selected_adapters,
+                state_dict=state_dict,
+                resume_copy=for_trainer,
+            )
 
     @classmethod
     def from_pretrained(
-        cls: type[L],
+        cls,
         model: Any,
         model_id: str | Path,
         adapter_name: str = "default",
@@ -57,7 +61,7 @@ class Persistence(ModelProxy):
         config: LoraConfig | None = None,
         allow_pickle: bool = False,
         adapter_dtype: torch.dtype | None = None,
-    ) -> L:
+    ) -> Any:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
         Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
@@ -77,7 +81,7 @@ class Persistence(ModelProxy):
         return lora
 
     def load_adapter(
-        self: LoraModel,
+        self,
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
@@ -87,11 +91,11 @@ class Persistence(ModelProxy):
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it."""
         config, state = read_adapter(model_id, allow_pickle=allow_pickle)
         if adapter_name in self.peft_config:
-            load_adapter_state_(self, adapter_name, state)
+            load_adapter_state_(cast("LoraModel", self), adapter_name, state)
             return
         self.add_adapter(adapter_name, _for_loading(config, self.model, is_trainable))
         try:
-            load_adapter_state_(self, adapter_name, state)
+            load_adapter_state_(cast("LoraModel", self), adapter_name, state)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise

@@ -159,9 +159,9 @@ def _slots(model: LoraModel, adapter_name: str) -> list[Slot]:
                 slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, tensor))
     for path, module in model.saved_modules().items():
         if adapter_name in module.adapter_names():
-            for suffix, tensor in module.adapter_tensors(adapter_name).items():
+            for suffix, value in module.adapter_tensors(adapter_name).items():
                 name = f"model.{path}.modules_to_save.{adapter_name}.{suffix}"
-                slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, tensor))
+                slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, value))
     # While adapters are switched off the trained biases are the kept ones.
     kept = model._kept_biases.values if model._disabled else {}
     seen: set[int] = set()

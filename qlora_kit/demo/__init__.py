@@ -1,0 +1,28 @@
+"""The whole job on one model, with every number measured in the run that shows it.
+
+At 4 bits (bitsandbytes NF4) and at 2 bits (simulated: dense weights that hold NF2 values) the same short
+fine-tune starts once from zero, as QLoRA does, and once from LoftQ. The 4-bit LoftQ adapter is then saved,
+reloaded on a base read back from disk, and merged three ways.
+"""
+
+from .models import reference_model_path
+from .report import show, write_reports
+from .results import FineTune, Generation, Merged, Reload, Result
+from .run import Settings, run_demo
+from .text import make_windows
+from .training import perplexity
+
+__all__ = [
+    "FineTune",
+    "Generation",
+    "Merged",
+    "Reload",
+    "Result",
+    "Settings",
+    "make_windows",
+    "perplexity",
+    "reference_model_path",
+    "run_demo",
+    "show",
+    "write_reports",
+]

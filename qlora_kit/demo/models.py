@@ -1,0 +1,126 @@
+"""Getting the model: the reference one or the user's, dense, 4-bit, or holding simulated 2-bit values."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..errors import StorageError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel the reference model lies inside the package; in a checkout it stays where it was trained.
+REFERENCE_FOLDERS = (_PACKAGE / "_reference_lm", _PACKAGE.parent / "benchmarks" / "reference_lm")
+
+
+def reference_model_path() -> Path:
+    """The folder of the reference model.
+
+    Raises:
+        StorageError: this installation has none.
+    """
+    for folder in REFERENCE_FOLDERS:
+        if (folder / "model.safetensors").exists():
+            return folder
+    raise StorageError(
+        f"the reference model: expected model.safetensors in one of {[str(f) for f in REFERENCE_FOLDERS]}, found "
+        "none; reinstall qlora-kit, train it with benchmarks/reference_lm/train.py, or name another with --model"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A causal LM by folder or hub name, and where and in what precision it computes.
+
+    A local folder is read without a network; any other name is the user's asking for the hub.
+    """
+
+    name: str
+    device: str
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        looks_like_a_folder = os.path.isabs(self.name) or self.name.startswith(".")
+        if looks_like_a_folder and not Path(self.name).is_dir():
+            raise StorageError(
+                f"--model {self.name}: expected a folder or a name on the hub, found no such folder; correct the path"
+            )
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.name, local_files_only=Path(self.name).is_dir())
+
+    def dense(self) -> PreTrainedModel:
+        """The stored weights, unquantized, in evaluation mode."""
+        return self._load(self.name)
+
+    def four_bit(self) -> PreTrainedModel:
+        """Quantized to NF4 by bitsandbytes as it is loaded."""
+        return self._load(self.name, quantization_config=self.quantization())
+
+    def quantized(self, folder: Path) -> PreTrainedModel:
+        """A 4-bit model that was saved as such, from ``folder``."""
+        return self._load(str(folder))
+
+    def quantization(self) -> BitsAndBytesConfig:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
+
+    def _load(self, name: str, **options: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=self.dtype,
+            device_map={"": self.device},
+            local_files_only=Path(name).is_dir(),
+            **options,
+        )
+
+
+def pick_device(device: str | None) -> tuple[str, torch.dtype]:
+    """The device to compute on and the dtype to compute in: bfloat16 on a GPU, float32 on a CPU.
+
+    bfloat16 weights are exact in float32, so on a CPU only the arithmetic differs.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters as they are stored, shared ones once, 4-bit scales included."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return total
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries' loading bars and advice off the terminal; errors come through, and all is put back after."""
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

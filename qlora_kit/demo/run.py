@@ -1,0 +1,249 @@
+"""The stages of the demo, each a small function; ``run_demo`` is their order."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..codecs import codec_for
+from ..codecs.blockwise import codebook, dequantize, quantize
+from ..config import LoftQConfig, LoraConfig
+from ..inject import make_plan
+from ..kbit import memory_bill, prepare_model_for_kbit_training
+from ..merging import merge
+from ..model import LoraModel, apply_lora
+from .models import Source, pick_device, quiet, reference_model_path
+from .results import FineTune, Generation, Merged, Reload, Result
+from .text import Windows, make_windows
+from .training import fine_tune_, perplexity
+
+LOFTQ_STEPS = 5
+BLOCKSIZE = 64
+PROMPTS = (
+    "class Dropout(Module):\n    def __init__(self, p: float = 0.5) -> None:\n",
+    "    def forward(self, input: Tensor) -> Tensor:\n",
+)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; alpha equals the rank, so the scaling is 1."""
+
+    model: str
+    out: Path
+    device: str
+    steps: int = 60
+    rank: int = 16
+    learning_rate: float = 1e-3
+    seed: int = 0
+    batch: int = 4
+    window: int = 256
+    held_out_rows: int = 32
+
+    @classmethod
+    def make(cls, *, model: str | None, device: str | None, **others: Any) -> Settings:
+        """Settings with the reference model and the best device filled in where None is given."""
+        return cls(model=model or str(reference_model_path()), device=pick_device(device)[0], **others)
+
+    def lora(self, **start: Any) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM", **start
+        )
+
+    def loftq(self, bits: int, **others: Any) -> LoraConfig:
+        loftq = LoftQConfig(loftq_bits=bits, loftq_iter=LOFTQ_STEPS, blocksize=BLOCKSIZE)
+        return self.lora(init_lora_weights="loftq", loftq_config=loftq, **others)
+
+
+def run_demo(settings: Settings, say: Say | None = None) -> Result:
+    """Run every stage; adapters and the quantized base go under ``settings.out``, the rest is returned."""
+    began = time.monotonic()
+    say = say or Console(stderr=True).print
+    source = Source(settings.model, settings.device, pick_device(settings.device)[1])
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        tokenizer = source.tokenizer()
+        windows = make_windows(
+            tokenizer,
+            window=settings.window,
+            train_rows=settings.steps * settings.batch,
+            held_out_rows=settings.held_out_rows,
+            seed=settings.seed,
+        )
+        model = source.dense()
+        plan = make_plan(model, settings.lora())
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        say(f"{settings.model}: {parameters:,} parameters, {len(plan.entries)} linear layers to adapt")
+        unquantized = perplexity(model, windows.held_out)
+        say(f"16 bits, as it is: perplexity {unquantized:.2f} on held-out {windows.source}")
+        texts = {"16-bit, as it is": continuations(model, tokenizer)}
+
+        runs = [zero_start(source, settings, windows, 16, say)[0]]
+        del model
+        for bits in (2, 4):  # the model of the last run, 4 bits from LoftQ, is the one that goes on
+            runs.append(zero_start(source, settings, windows, bits, say)[0])
+            run, lora, before = loftq_start(source, settings, windows, bits, tokenizer, say)
+            runs.append(run)
+        texts |= {"4-bit, LoftQ start": before, "4-bit, fine-tuned": continuations(lora, tokenizer)}
+        reload = save_and_reload(lora, source, settings, windows, tokenizer)
+        say(f"saved and reloaded: largest difference of a logit {reload.largest_difference:.1e}")
+        merges = [merge_into(into, source, settings, windows) for into in ("float32", "bfloat16", "same")]
+    return Result(
+        settings={**asdict(settings), "out": str(settings.out)},
+        environment=environment(settings.device),
+        parameters=parameters,
+        adapted_modules=len(plan.entries),
+        trainable_parameters=plan.trainable_parameters,
+        text={
+            "source": windows.source,
+            "training_tokens": windows.train.numel(),
+            "held_out_tokens": windows.held_out.numel(),
+        },
+        perplexity=unquantized,
+        fine_tunes=sorted(runs, key=lambda run: -run.bits),
+        reload=reload,
+        merges=merges,
+        generations=[Generation(p, {name: t[i] for name, t in texts.items()}) for i, p in enumerate(PROMPTS)],
+        seconds=time.monotonic() - began,
+    )
+
+
+def zero_start(source: Source, settings: Settings, windows: Windows, bits: int, say: Say) -> tuple[FineTune, LoraModel]:
+    """Adapters with B = 0 on a base that is quantized first, as QLoRA does it (or, at 16 bits, not at all)."""
+    model = source.four_bit() if bits == 4 else source.dense()
+    if bits == 2:
+        hold_nf2_values_(model, settings.lora())
+    lora = apply_lora(prepared(model, settings), settings.lora())
+    return measured(lora, "zero start", settings, windows, bits, say), lora
+
+
+def loftq_start(
+    source: Source, settings: Settings, windows: Windows, bits: int, tokenizer: Any, say: Say
+) -> tuple[FineTune, LoraModel, list[str]]:
+    """Base and adapters from LoftQ's alternation on the 16-bit weights; also what it writes before training."""
+    config = settings.loftq(bits, base_model_name_or_path=str(folders(settings)[0].resolve()))
+    lora = apply_lora(prepared(source.dense(), settings), config)
+    before = continuations(lora, tokenizer)
+    return measured(lora, "LoftQ start", settings, windows, bits, say), lora, before
+
+
+def prepared(model: nn.Module, settings: Settings) -> nn.Module:
+    """Frozen and safe to train on; activations are recomputed only where memory is dear."""
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.device != "cpu")
+
+
+@torch.no_grad()
+def hold_nf2_values_(model: nn.Module, config: LoraConfig) -> None:
+    """Simulated 2-bit storage: each targeted weight stays dense and is rounded to NF2, block by block."""
+    for entry in make_plan(model, config).entries:
+        module = model.get_submodule(entry.path)
+        codec = codec_for(module, entry.path)
+        weight = codec.read(module)
+        table = codebook("nf2", weight.device)
+        codes, absmax = quantize(weight, table, BLOCKSIZE)
+        codec.write_(module, dequantize(codes, table, absmax, BLOCKSIZE))
+
+
+def measured(lora: LoraModel, start: str, settings: Settings, windows: Windows, bits: int, say: Say) -> FineTune:
+    """Perplexity, the fine-tune, perplexity."""
+    storage = {16: "unquantized", 4: "NF4, bitsandbytes", 2: "NF2, simulated in dense weights"}[bits]
+    before = perplexity(lora, windows.held_out)
+    began = time.monotonic()
+    losses = fine_tune_(lora, windows.train, settings, title=f"{bits}-bit, {start}")
+    seconds = time.monotonic() - began
+    after = perplexity(lora, windows.held_out)
+    say(f"{bits} bits ({storage}), {start}: perplexity {before:.2f} -> {after:.2f} in {seconds:.0f} s")
+    return FineTune(bits, storage, start, before, after, seconds, losses)
+
+
+def folders(settings: Settings) -> tuple[Path, Path]:
+    """Where the quantized base and the adapter are kept."""
+    return settings.out / "quantized_base", settings.out / "adapter"
+
+
+def save_and_reload(lora: LoraModel, source: Source, settings: Settings, windows: Windows, tokenizer: Any) -> Reload:
+    """Write the adapter in PEFT's format and its 4-bit base in transformers', read both, compare logits.
+
+    LoftQ changes the base it quantizes, so the adapter belongs to that base and not to the original model
+    quantized afresh; the two are kept together. ``lora`` is taken apart.
+    """
+    base_folder, adapter_folder = folders(settings)
+    rows = windows.held_out[:4].to(lora.device)
+    with torch.no_grad():
+        expected = lora(input_ids=rows).logits
+    lora.save_pretrained(adapter_folder)
+    base = lora.unload()
+    base.config.quantization_config = source.quantization()  # type: ignore[union-attr]
+    base.save_pretrained(base_folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(base_folder)
+    with torch.no_grad():
+        found = reloaded(source, settings)(input_ids=rows).logits
+    return Reload(
+        adapter_bytes=file_bytes(adapter_folder),
+        base_bytes=file_bytes(base_folder),
+        largest_difference=(found - expected).abs().max().item(),
+    )
+
+
+def reloaded(source: Source, settings: Settings) -> LoraModel:
+    """The fine-tuned model, from disk."""
+    base_folder, adapter_folder = folders(settings)
+    return LoraModel.from_pretrained(source.quantized(base_folder), adapter_folder)
+
+
+def merge_into(into: str, source: Source, settings: Settings, windows: Windows) -> Merged:
+    """Merge a freshly read copy and measure what came out."""
+    report = merge(reloaded(source, settings), into=into)
+    return Merged(
+        into="NF4, requantized" if into == "same" else into,
+        perplexity=perplexity(report.model, windows.held_out),
+        retained=report.mean("retained"),
+        error=report.mean("error"),
+        weight_bytes=memory_bill(report.model).total,
+    )
+
+
+@torch.no_grad()
+def continuations(model: nn.Module, tokenizer: Any, new_tokens: int = 40) -> list[str]:
+    """The greedy continuation of each prompt."""
+    model.eval()
+    texts = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        length = inputs.input_ids.shape[1]
+        ids = model.generate(  # type: ignore[operator]
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        texts.append(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+    return texts
+
+
+def file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def environment(device: str) -> dict[str, str]:
+    """The versions and the machine that the numbers belong to."""
+    from importlib.metadata import version
+
+    processor = torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    libraries = ("torch", "transformers", "bitsandbytes")
+    return {
+        "python": platform.python_version(),
+        **{library: version(library) for library in libraries},
+        "processor": processor,
+    }

@@ -1,0 +1,193 @@
+"""The demo: its text, its measures, and the whole of it on a tiny random model and on the reference model."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_lm import write_tiny_lm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import qlora_kit
+from qlora_kit import ConfigError, StorageError
+from qlora_kit.cli import app
+from qlora_kit.demo import Result, Settings, make_windows, perplexity, run_demo, show, write_reports
+from qlora_kit.demo.models import REFERENCE_FOLDERS, Source, reference_model_path
+from qlora_kit.demo.run import BLOCKSIZE, hold_nf2_values_
+from qlora_kit.demo.text import is_held_out, read_sources
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_lm(tmp_path_factory.mktemp("tiny"))
+
+
+def small_settings(model: Path, out: Path, **changes: object) -> Settings:
+    sizes = {"steps": STEPS, "rank": 4, "batch": 2, "window": 64, "held_out_rows": 4, **changes}
+    return Settings.make(model=str(model), out=out, device="cpu", **sizes)
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    out = tmp_path_factory.mktemp("demo_out")
+    return run_demo(small_settings(tiny, out), say=lambda _: None), out
+
+
+# -- text ----------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_on_both_sides() -> None:
+    assert is_held_out("nn/modules/linear.py") == is_held_out("nn/modules/linear.py")
+    train, held_out = set(read_sources(held_out=False)), set(read_sources(held_out=True))
+    nonempty = {text for text in train & held_out if text.strip()}
+    assert not nonempty
+    assert len(train) > len(held_out) > 10
+
+
+def test_windows_depend_on_the_seed_alone(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    first, again, other = (
+        make_windows(tokenizer, window=64, train_rows=8, held_out_rows=4, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first.train.shape == (8, 64)
+    assert first.held_out.shape == (4, 64)
+    assert torch.equal(first.train, again.train)
+    assert torch.equal(first.held_out, again.held_out)
+    assert not torch.equal(first.train, other.train)
+
+
+def test_more_steps_than_text(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with pytest.raises(ConfigError, match=r"expected at most \d+ rows of 64 tokens.*ask for fewer steps"):
+        make_windows(tokenizer, window=64, train_rows=10**7, held_out_rows=4, seed=0)
+
+
+# -- measures ------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_is_that_of_float64_log_probabilities(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    rows = torch.randint(0, 257, (5, 32))
+    with torch.no_grad():
+        logits = model(input_ids=rows).logits.double()
+    log_probabilities = logits - logits.exp().sum(-1, keepdim=True).log()
+    taken = [log_probabilities[i, t, rows[i, t + 1]] for i in range(5) for t in range(31)]
+    expected = math.exp(-sum(p.item() for p in taken) / len(taken))
+    # float32 losses: a few parts in 1e7 each
+    assert perplexity(model, rows, batch=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_simulated_two_bits_leave_four_values_a_block(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    head = model.lm_head.weight.clone()
+    hold_nf2_values_(model, Settings.make(model=str(tiny), out=tiny, device="cpu").lora())
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and path != "lm_head":
+            blocks = module.weight.reshape(-1, BLOCKSIZE)
+            scaled = blocks / blocks.abs().amax(1, keepdim=True)
+            levels = torch.tensor([-1.0, 0.0, 0.33791524, 1.0])
+            assert (scaled[..., None] - levels).abs().amin(-1).max() < 1e-6, path
+    assert torch.equal(model.lm_head.weight, head)
+
+
+# -- the whole -----------------------------------------------------------------------------------------------
+
+
+def test_every_start_is_measured_at_every_width(outcome: tuple[Result, Path]) -> None:
+    result, _ = outcome
+    assert [(run.bits, run.start) for run in result.fine_tunes] == [
+        (16, "zero start"),
+        (4, "zero start"),
+        (4, "LoftQ start"),
+        (2, "zero start"),
+        (2, "LoftQ start"),
+    ]
+    assert all(len(run.losses) == STEPS for run in result.fine_tunes)
+    unquantized = result.fine_tunes[0]
+    assert unquantized.perplexity_before == pytest.approx(result.perplexity, rel=1e-6)
+    assert "simulated" in result.fine_tunes[-1].storage
+
+
+def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path]) -> None:
+    result, out = outcome
+    assert result.reload.largest_difference == 0.0
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((out / "quantized_base").resolve())
+    assert result.reload.adapter_bytes == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_three_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
+    result, _ = outcome
+    by_name = {way.into: way for way in result.merges}
+    assert list(by_name) == ["float32", "bfloat16", "NF4, requantized"]
+    kept = next(run for run in result.fine_tunes if run.bits == 4 and run.start == "LoftQ start")
+    # merged in float32 it is the same function, up to the order of float32 sums
+    assert by_name["float32"].perplexity == pytest.approx(kept.perplexity_after, rel=1e-5)
+    assert by_name["float32"].retained == pytest.approx(1, abs=1e-5)
+    errors = [way.error for way in result.merges]
+    assert errors == sorted(errors)
+    assert by_name["NF4, requantized"].weight_bytes < by_name["bfloat16"].weight_bytes
+
+
+def test_reports_hold_the_numbers_that_were_measured(outcome: tuple[Result, Path]) -> None:
+    result, out = outcome
+    numbers, picture = write_reports(result, out)
+    assert json.loads(numbers.read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = io.StringIO()
+    show(result, Console(file=text, width=200))
+    for run in result.fine_tunes:
+        assert f"{run.perplexity_after:,.2f}" in text.getvalue()
+    for way in result.merges:
+        assert f"{way.retained:.1%}" in text.getvalue()
+    assert "simulated" in text.getvalue()
+
+
+@pytest.mark.slow
+def test_loftq_starts_closer_to_the_reference_model_than_zero_does(tmp_path: Path) -> None:
+    model = reference_model_path()
+    result = run_demo(small_settings(model, tmp_path, steps=4, rank=16, held_out_rows=16), say=lambda _: None)
+    before = {(run.bits, run.start): run.perplexity_before for run in result.fine_tunes}
+    assert before[4, "zero start"] > result.perplexity
+    assert result.perplexity < before[2, "LoftQ start"] < before[2, "zero start"]
+    assert result.reload.largest_difference == 0.0
+
+
+# -- finding the model, the command line -----------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="expected a folder or a name on the hub, found no such folder"):
+        Source(str(tmp_path / "nothing"), "cpu", torch.float32)
+
+
+def test_an_installation_without_the_reference_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert REFERENCE_FOLDERS[1].name == "reference_lm"
+    monkeypatch.setattr("qlora_kit.demo.models.REFERENCE_FOLDERS", (tmp_path,))
+    with pytest.raises(StorageError, match=r"expected model.safetensors in one of.*or name another with --model"):
+        reference_model_path()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    runner = CliRunner()
+    assert runner.invoke(app, ["--version"]).output.strip() == qlora_kit.__version__
+    assert "--model" in runner.invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+    outcome = runner.invoke(app, ["demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
+    assert outcome.exit_code == 1
+    assert "found no such folder" in outcome.output
+
+
+def test_command_line_writes_the_reports(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["demo", "--model", str(tiny), "--out", str(out), "--steps", "1", "--rank", "2"]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0, outcome.output
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "demo.json", "demo.png", "quantized_base"]
