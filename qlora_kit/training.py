@@ -50,7 +50,9 @@ def check_gradients(model: nn.Module, **inputs: Any) -> GradientReport:
     adapters = _trainable_tensors(model)
     if inputs:
         with _undisturbed(model):
-            _loss(model(**inputs)).backward()
+            loss = _loss(model(**inputs))
+            if loss.requires_grad:  # if not, no gradient arrives anywhere, and the report below says so
+                loss.backward()
             norms = {key: _gradient_norm(tensors) for key, (_, tensors) in adapters.items()}
     else:
         norms = {key: _gradient_norm(tensors) for key, (_, tensors) in adapters.items()}

@@ -31,8 +31,6 @@ print(*sorted(set(sys.argv[2:]) & (set(sys.modules) - before)))
 
 @pytest.mark.parametrize("package", ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers"])
 def test_import_is_lean(package: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE, package, *HEAVY], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", PROBE, package, *HEAVY], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert not result.stdout.split(), f"import {package} also imports {result.stdout.split()}"

@@ -15,9 +15,7 @@ LONGEST = 350
 
 
 def python_files(*folders: str) -> list[str]:
-    return sorted(
-        file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*.py")
-    )
+    return sorted(file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*.py"))
 
 
 def readme_paths() -> set[str]:
