@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 350
+LONGEST = 520
 
 
 def python_files(*folders: str) -> list[str]:

@@ -314,7 +314,7 @@ def test_a_failed_load_leaves_no_adapter_and_the_same_model(tmp_path: Path) -> N
     save_file(state, tmp_path / WEIGHTS)
     model = base_net()
     modules, before = dict(model.named_modules()), snapshot(model)
-    with pytest.raises(StorageError, match="missing: base_model.model.fc.lora_B.weight"):
+    with pytest.raises(StorageError, match=r"missing: base_model.model.fc.lora_B.weight"):
         LoraModel.from_pretrained(model, tmp_path)
     assert dict(model.named_modules()) == modules
     assert_same(snapshot(model), before)
