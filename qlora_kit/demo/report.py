@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -11,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import write_atomically
-from .results import Result
+from .results import FineTune, Result
 
 COLOURS = {"zero start": "#8c8c8c", "LoftQ start": "#1f6fb2"}
+MERGED = "#b2651f"
 
 
 def show(result: Result, console: Console | None = None) -> None:
@@ -25,7 +27,7 @@ def show(result: Result, console: Console | None = None) -> None:
     reload, text = result.reload, result.text
     console.print(
         f"Reloaded from {reload.adapter_bytes / 1e6:.2f} MB of adapter and {reload.base_bytes / 1e6:.2f} MB of 4-bit "
-        f"base: no logit differs by more than {reload.largest_difference:.1e}.\n"
+        f"base: the largest difference of a logit is {reload.largest_difference:.1e}.\n"
         f"Measured on {text['held_out_tokens']:,} held-out tokens of the {text['source']}, on "
         f"{result.environment['processor']}, in {result.seconds:.0f} s."
     )
@@ -52,8 +54,13 @@ def fine_tune_table(result: Result) -> Table:
     return table
 
 
+def loftq_at_4_bits(result: Result) -> FineTune:
+    """The run whose adapter was saved and merged."""
+    return next(run for run in result.fine_tunes if run.bits == 4 and run.start == "LoftQ start")
+
+
 def merge_table(result: Result) -> Table:
-    kept = next(run for run in result.fine_tunes if run.bits == 4 and run.start == "LoftQ start")
+    kept = loftq_at_4_bits(result)
     table = Table(
         title="The 4-bit LoftQ adapter, merged", caption=f"not merged: perplexity {kept.perplexity_after:.2f}"
     )
@@ -87,41 +94,61 @@ def write_reports(result: Result, out: Path) -> list[Path]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Perplexity before and after at each width, and what each merge cost; one PNG."""
+    """Perplexity before and after at each width, and after each merge; one PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    labels = []
-    for place, run in enumerate(result.fine_tunes):
-        colour = COLOURS[run.start]
-        labels.append(f"{run.bits} bits\n{run.start}")
-        left.bar(place - 0.2, run.perplexity_before, 0.38, color=colour, alpha=0.4)
-        left.bar(place + 0.2, run.perplexity_after, 0.38, color=colour)
-        for x, value in ((place - 0.2, run.perplexity_before), (place + 0.2, run.perplexity_after)):
-            left.annotate(f"{value:,.4g}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=9)
-    left.set_yscale("log")
-    left.axhline(result.perplexity, color="black", linewidth=0.8, linestyle=":")
-    left.set_xticks(range(len(labels)), labels)
-    left.set_ylabel("perplexity on held-out text, log scale (lower is better)")
-    left.set_title(
-        f"Before (pale) and after (full) the same {result.settings['steps']} steps\n"
-        "dotted: 16 bits without adapters; 2 bits are simulated",
-        fontsize=10,
-    )
-    kept = next(run for run in result.fine_tunes if run.bits == 4 and run.start == "LoftQ start")
-    ways = [("not merged", kept.perplexity_after), *((way.into, way.perplexity) for way in result.merges)]
-    bars = right.barh([name for name, _ in ways], [value for _, value in ways], color=["#1f6fb2"] + ["#b2651f"] * 3)
-    notes = [f"{ways[0][1]:.2f}"] + [f"{w.perplexity:.2f}, {w.retained:.0%} of the delta" for w in result.merges]
-    right.bar_label(bars, notes, padding=4, fontsize=9)
-    right.set_xlim(0, max(value for _, value in ways) * 1.5)
-    right.invert_yaxis()
-    right.set_xlabel("perplexity on held-out text (lower is better)")
-    right.set_title("The 4-bit LoftQ adapter merged three ways", fontsize=10)
+    _draw_fine_tunes(left, result)
+    _draw_merges(right, result)
     for axes in (left, right):
+        axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     name = Path(result.settings["model"]).name
     figure.suptitle(f"qlora-kit demo: {name}, {result.parameters:,} parameters", fontsize=12)
     figure.savefig(path, dpi=120)
+
+
+def _draw_fine_tunes(axes: Any, result: Result) -> None:
+    """One row a start, an arrow from before to after. Points, not bars: a log axis has no zero to stand on."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+
+    for row, run in enumerate(result.fine_tunes):
+        colour, before, after = COLOURS[run.start], run.perplexity_before, run.perplexity_after
+        axes.annotate("", (after, row), (before, row), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.5})
+        axes.plot(before, row, "o", markersize=8, markerfacecolor="white", markeredgecolor=colour)
+        axes.plot(after, row, "o", markersize=8, color=colour)
+        ends = sorted([(before, f"{before:,.2f}"), (after, f"{after:,.2f}")])
+        for (x, note), offset, side in zip(ends, (-9, 9), ("right", "left"), strict=True):
+            axes.annotate(note, (x, row), (offset, 0), textcoords="offset points", ha=side, va="center", fontsize=9)
+    axes.axvline(result.perplexity, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(
+        range(len(result.fine_tunes)),
+        [f"{run.bits} bits{' (simulated)' if run.bits == 2 else ''}, {run.start}" for run in result.fine_tunes],
+    )
+    axes.set_ylim(-0.6, len(result.fine_tunes) - 0.4)
+    axes.set_xscale("log")
+    axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("perplexity on held-out text, log scale (lower is better)")
+    axes.set_title(
+        f"Before (open) and after (filled) the same {result.settings['steps']} steps;\n"
+        f"dotted: 16 bits without adapters, {result.perplexity:.2f}",
+        fontsize=10,
+    )
+
+
+def _draw_merges(axes: Any, result: Result) -> None:
+    kept = loftq_at_4_bits(result)
+    names = ["not merged", *(way.into for way in result.merges)]
+    values = [kept.perplexity_after, *(way.perplexity for way in result.merges)]
+    notes = [f"{values[0]:.2f}", *(f"{w.perplexity:.2f}; {w.retained:.0%} of delta kept" for w in result.merges)]
+    bars = axes.barh(names, values, color=[COLOURS["LoftQ start"]] + [MERGED] * len(result.merges))
+    axes.bar_label(bars, notes, padding=4, fontsize=9)
+    axes.set_xlim(0, max(values) * 1.75)
+    axes.set_xlabel("perplexity on held-out text (lower is better)")
+    axes.set_title("The 4-bit LoftQ adapter after training, merged", fontsize=10)
