@@ -12,7 +12,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 350
-LONGEST_TEST = 520
 
 
 def python_files(*folders: str) -> list[str]:
@@ -43,9 +42,8 @@ def test_readme_names_only_files_that_exist() -> None:
 @pytest.mark.parametrize("folder", ["qlora_kit", "loftq", "tests", "benchmarks"])
 def test_files_stay_short(folder: str) -> None:
     lengths = {path: (ROOT / path).read_text().count("\n") for path in python_files(folder)}
-    longest = LONGEST_TEST if folder == "tests" else LONGEST
-    long = {path: lines for path, lines in lengths.items() if lines > longest}
-    assert not long, f"over {longest} lines; split by concept: {long}"
+    long = {path: lines for path, lines in lengths.items() if lines > LONGEST}
+    assert not long, f"over {LONGEST} lines; split by concept: {long}"
 
 
 def pins() -> dict[str, Requirement]:

@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Embedding4bit, Linear4bit
-from reference import quantization as ref
-from torch import Tensor, nn
+from four_bit_linears import FAULTY, SHAPES, STORAGES, make, reference_weight, relative, stock, storage_fits
+from torch import nn
 
 from qlora_kit.codecs import codec_for, shielded_storage
 from qlora_kit.codecs.bnb import kernel_is_right, quantize_linear
 from qlora_kit.errors import CodecError
-
-STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
-# (out, in, blocksize): out % 32 and in % blocksize zero and not, in % 16 zero and not, odd sizes, short tails.
-SHAPES = [(32, 64, 64), (37, 96, 64), (64, 160, 64), (33, 31, 32), (5, 7, 64), (48, 16, 512), (8, 512, 4096)]
-FAULTY = [(37, 96, 64), (64, 160, 64), (48, 16, 512)]
-
-
-def make(out: int, fan_in: int, blocksize: int = 64, *, bias: bool = True, **kwargs: Any) -> Linear4bit:
-    linear = nn.Linear(fan_in, out, bias=bias)
-    return quantize_linear(linear, torch.randn(out, fan_in), blocksize=blocksize, **kwargs)
-
-
-def stock(out: int, fan_in: int, **kwargs: Any) -> Linear4bit:
-    """As bitsandbytes and transformers make one: unprotected."""
-    return Linear4bit(fan_in, out, quant_type="nf4", **kwargs).to("cpu")
-
-
-def reference_weight(module: Linear4bit) -> np.ndarray:
-    """Of a weight in the standard layout."""
-    state = module.weight.quant_state
-    levels = ref.normal_float(4) if state.quant_type == "nf4" else ref.float4()
-    absmax = state.absmax.numpy()
-    if state.nested:
-        inner = state.state2
-        absmax = ref.scales_8bit(absmax, inner.code.numpy(), inner.absmax.numpy(), state.offset.item())
-    packed = module.weight.data.view(torch.uint8).reshape(-1).numpy()
-    return ref.read_4bit(packed, absmax, levels, state.blocksize, tuple(state.shape))
-
-
-def relative(found: Tensor, expected: np.ndarray | Tensor) -> float:
-    expected = torch.as_tensor(expected).double()
-    return ((found.detach().double() - expected).norm() / expected.norm()).item()
-
-
-def storage_fits(out: int, fan_in: int, storage: torch.dtype) -> bool:
-    return math.ceil(out * fan_in / 2) % storage.itemsize == 0
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -184,92 +144,6 @@ def test_unsettled_compute_dtype_follows_the_first_input() -> None:
     module = stock(32, 96)
     assert codec_for(module).forward(module, torch.randn(1, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert codec_for(module).compute_dtype(module) == torch.bfloat16
-
-
-# --- the evaluation forward that repacks
-
-
-repacks = pytest.mark.skipif(not has_avx512bf16(), reason="this CPU or build doesn't repack (no AVX512_BF16)")
-
-
-def repacked(**kwargs: Any) -> tuple[Linear4bit, Tensor]:
-    """A module after a stock evaluation forward, and what its weight had been."""
-    module = stock(64, 128, **kwargs).eval()
-    before = codec_for(module).read(module)
-    with torch.no_grad():
-        module(torch.randn(1, 128))
-    assert module.weight.quant_state.packing_format_for_cpu
-    return module, before
-
-
-@repacks
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_repacked_weight_is_read_and_restored(storage: torch.dtype, double_quant: bool) -> None:
-    module, before = repacked(compress_statistics=double_quant, quant_storage=storage)
-    codec = codec_for(module)
-    garbage = dequantize_4bit(module.weight.data, module.quant_state)
-    assert relative(garbage.reshape(before.shape), before) > 1  # the platform's
-    stored = module.weight.data.clone()
-    weight = codec.read(module)
-    assert relative(weight, before) < 2**-8  # scales rounded to bfloat16: half an ulp
-    assert torch.equal(module.weight.data, stored)
-
-    with pytest.warns(UserWarning, match="repacked this 4-bit weight for CPU inference.*scales to bfloat16"):
-        codec.protect_(module)
-    assert torch.equal(codec.read(module), weight)
-    assert relative(weight, reference_weight(module)) < 1e-6
-    assert module.weight.dtype == storage
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        codec.protect_(module)
-    x = torch.randn(3, 128, requires_grad=True)
-    codec.forward(module, x).sum().backward()
-    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1), atol=1e-4, rtol=1e-4)  # float32 sums of 64
-
-    fresh = stock(64, 128, quant_storage=storage)
-    saved = module.state_dict()
-    prefix = "weight."
-    stats = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
-    fresh.weight = type(fresh.weight).from_prequantized(saved["weight"], stats, device="cpu", module=fresh)
-    assert torch.equal(codec.read(fresh), weight)
-
-
-@repacks
-def test_protected_modules_are_never_repacked() -> None:
-    module = stock(64, 128).eval()
-    codec, x = codec_for(module), torch.randn(1, 128)
-    before, bits = codec.read(module), module.weight.data.clone()
-    codec.protect_(module)
-    with torch.no_grad():
-        module(x)
-        copy.deepcopy(module)(x)
-    assert torch.equal(module.weight.data, bits)
-    assert torch.equal(codec.read(module), before)
-
-
-@repacks
-def test_writing_to_a_repacked_weight() -> None:
-    module, before = repacked()
-    codec = codec_for(module)
-    with pytest.warns(UserWarning, match="repacked"):
-        codec.write_(module, before)
-    assert relative(codec.read(module), before) < 0.1
-    assert relative(codec.read(module), reference_weight(module)) < 1e-6
-
-
-@repacks
-@pytest.mark.parametrize("out", [33, 64])
-def test_a_repacking_that_failed_halfway(out: int) -> None:
-    module = stock(out, 96).eval()
-    before = codec_for(module).read(module)
-    with pytest.raises((AssertionError, RuntimeError)), torch.no_grad():
-        module(torch.randn(1, 96))  # the platform's: out % 32 != 0, or rows that aren't whole blocks
-    assert relative(codec_for(module).read(module), before) < 1e-6
-    codec_for(module).protect_(module)
-    x = torch.randn(1, 96)
-    expected = x @ before.t() + module.bias
-    torch.testing.assert_close(codec_for(module).forward(module, x), expected, atol=1e-4, rtol=1e-4)
 
 
 # --- casts, snapshots, copies, refusals
