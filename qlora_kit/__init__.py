@@ -16,11 +16,12 @@ from .errors import (
     TargetError,
     UnsupportedModuleError,
 )
+from .fidelity import MergeReport
 from .initializers import register_initializer
 from .inject import Plan, make_plan
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .layers import AdapterLayer, register_layer
-from .merging import MergeReport, merge
+from .merging import merge
 from .model import LoraModel, apply_lora
 from .training import check_gradients
 

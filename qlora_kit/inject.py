@@ -116,6 +116,10 @@ class Injection:
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
 
+    def on_undo(self, step: Callable[[], object]) -> None:
+        """Have ``undo`` call ``step``, before the steps noted earlier."""
+        self._steps.append(step)
+
     def undo(self) -> None:
         """Put the model back as it was, the original module objects included."""
         while self._steps:
@@ -183,7 +187,7 @@ def inject_(
             module = model.get_submodule(path)
             wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
             wrapper.add_adapter(adapter_name, dtype or torch.float32, path)
-            injection._steps.append(partial(wrapper.delete_adapter, adapter_name))
+            injection.on_undo(partial(wrapper.delete_adapter, adapter_name))
             swap_(model, path, wrapper, injection)
     except BaseException:
         injection.undo()
@@ -199,7 +203,7 @@ def swap_(model: nn.Module, path: str, module: nn.Module, injection: Injection |
     if before is not module:
         setattr(parent, name, module)
         if injection is not None:
-            injection._steps.append(lambda: setattr(parent, name, before))
+            injection.on_undo(lambda: setattr(parent, name, before))
 
 
 def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
@@ -247,9 +251,9 @@ def _build(
         )
     if isinstance(existing, AdapterLayer):
         layer = existing
-        injection._steps.append(lambda: layer.delete_adapter(name))
+        injection.on_undo(lambda: layer.delete_adapter(name))
     else:
-        module = base if begun.base is None else _with_hooks_of(base, begun.base)
+        module = base if begun.base is None else with_hooks_of(base, begun.base)
         layer = layer_family_for(module, entry.path)(module)
     layer.add_adapter(
         name,
@@ -270,9 +274,12 @@ def _device(storage: torch.device, base: nn.Module) -> torch.device:
     return storage
 
 
-def _with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    """``new`` with ``old``'s forward and backward hooks: a quantized copy stands in for its original."""
+def with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` with ``old``'s forward and backward hooks: it stands in for ``old`` in another storage.
+
+    Hooks on the state dict stay behind; they are about how the old storage is saved.
+    """
     for attribute, value in vars(old).items():
-        if attribute.endswith("_hooks") or "_hooks_" in attribute:
+        if "_hook" in attribute and ("forward" in attribute or "backward" in attribute):
             setattr(new, attribute, value)
     return new

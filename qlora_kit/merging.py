@@ -1,24 +1,26 @@
-"""Dequantize -> merge -> requantize, with an account of what was lost.
+"""Dequantize -> merge -> requantize, with an account of what was lost (``fidelity``).
 
-One path for every storage: the codec reads a float32 weight, the deltas of all adapters are summed onto it,
-and one write puts the result where it goes, be it back into the same storage or into a dense module. Rounding
-to few bits can swallow a small delta whole; the report says how much of each one survived.
+One path for every storage: the codec reads a float32 weight, the deltas of all adapters are summed in float32
+and added, and one write puts the result where it goes, be it back into the same storage or into a dense
+module. Each step leaves its undoing behind, and nothing that can fail comes after the last of them: a merge
+happens as a whole or the model is bit for bit as it was.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .codecs import Codec, codec_for, find_codec
-from .errors import MergeError
-from .inject import Injection, swap_
+from .errors import CodecError, MergeError
+from .fidelity import LayerFidelity, MergeReport, fidelity
+from .inject import Injection, swap_, with_hooks_of
 from .layers import AdapterLayer
 
 if TYPE_CHECKING:
@@ -27,93 +29,29 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class LayerFidelity:
-    """One layer's merge, all norms Frobenius; ideal = base + delta in float32, stored = what was written.
-
-    Attributes:
-        delta_ratio: ||delta|| / ||base||.
-        retained: <stored - base, delta> / ||delta||^2, the share of the delta that is still there; 1 is all.
-        error: ||stored - ideal|| / ||ideal||.
-    """
-
-    path: str
-    codec: str
-    delta_ratio: float
-    retained: float
-    error: float
-
-
-@dataclass
-class MergeReport:
-    """The merged model and, layer by layer, what the merge kept. ``str(report)`` is a table."""
-
-    model: nn.Module
-    into: str
-    adapters: list[str]
-    layers: list[LayerFidelity] = field(default_factory=list)
-
-    def mean(self, attribute: str) -> float:
-        """The mean of a ``LayerFidelity`` attribute over the layers."""
-        return sum(getattr(layer, attribute) for layer in self.layers) / max(len(self.layers), 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "into": self.into,
-            "adapters": self.adapters,
-            "layers": [asdict(layer) for layer in self.layers],
-        }
-
-    def __str__(self) -> str:
-        width = max([len(layer.path) for layer in self.layers] + [6])
-        lines = [f"{'layer':{width}}  {'stored as':9} {'|delta|/|W|':>11} {'retained':>9} {'error':>9}"]
-        for layer in self.layers:
-            lines.append(
-                f"{layer.path:{width}}  {layer.codec:9} {layer.delta_ratio:11.4f} {layer.retained:9.1%} "
-                f"{layer.error:9.2e}"
-            )
-        lines.append(
-            f"{len(self.layers)} layers merged into {self.into}: {self.mean('retained'):.1%} of the delta retained, "
-            f"mean error {self.mean('error'):.2e}"
-        )
-        return "\n".join(lines)
-
-
-def fidelity(path: str, codec: str, base: Tensor, ideal: Tensor, stored: Tensor) -> LayerFidelity:
-    """Compare float32 (out, in) weights before the merge, as they should be after it, and as stored."""
-    delta = ideal - base
-    energy = delta.square().sum()
-    retained = ((stored - base) * delta).sum() / energy if energy > 0 else torch.ones(())
-    return LayerFidelity(
-        path=path,
-        codec=codec,
-        delta_ratio=_ratio(delta, base),
-        retained=retained.item(),
-        error=_ratio(stored - ideal, ideal),
-    )
-
-
 def merge(
     model: LoraModel,
     *,
-    adapters: Sequence[str] | None = None,
+    adapters: str | Sequence[str] | None = None,
     into: str = "same",
-    safe: bool = False,
     progressbar: bool = False,
 ) -> MergeReport:
     """Merge adapters into the base weights of ``model`` and take its adapter layers out.
 
+    What the adapters trained beside their factors (``modules_to_save``, biases) stays in the merged model;
+    an adapter that was switched off is merged like any other.
+
     Args:
-        adapters: names to merge, summed; the active ones by default.
+        adapters: names to merge, summed; by default the active ones and those that ``merge_adapter`` merged.
         into: "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and
-            "float16" give a dense model, every k-bit module of it dequantized.
-        safe: refuse a merged weight with NaN or infinite values.
+            "float16" give a dense model, every k-bit module of it dequantized, adapted or not.
 
     Returns:
         The report; ``report.model`` is the merged base model.
 
     Raises:
-        MergeError: nothing to merge, an unknown name, ``into`` not known, factors that aren't finite.
+        MergeError: nothing to merge, an unknown name, ``into`` not known, a value that is NaN or infinite (in
+            a factor, in a sum, or after the cast to the storage's dtype; the module is named).
             On any error the model is as it was.
     """
     if into != "same" and into not in DTYPES:
@@ -121,56 +59,73 @@ def merge(
     names = _checked_names(model, adapters)
     dtype = DTYPES.get(into)
     layers = model.adapter_layers()
-    _check_finite(layers, names)
+    _check_layers(layers, names)
     report = MergeReport(model.model, into, names)
-    merged_before = {path: list(layer.merged_adapters) for path, layer in layers.items()}
     injection = Injection()
     replaced: list[tuple[str, nn.Module]] = []
     try:
+        if model._disabled:
+            injection.on_undo(model.disable_adapter_layers)
+            model.enable_adapter_layers()
         for path, layer in tqdm(layers.items(), desc="merging", disable=not progressbar):
-            ours = [name for name in names if name in layer.r]
-            if ours:
-                report.layers.append(_merge_layer(path, layer, ours, dtype, safe, replaced))
-            else:
-                layer.unmerge_()
-                replaced.append((path, _destination(layer.codec, layer.base_layer, dtype)))
+            injection.on_undo(layer.way_back())
+            destination, kept = _merge_layer(path, layer, [name for name in names if name in layer.r], dtype)
+            replaced.append((path, destination))
+            report.layers += kept
+        replaced += _trained_copies(model, names, dtype)
         if dtype is not None:
             replaced += _unadapted(model.model, set(layers), dtype)
         for path, module in replaced:
             for alias in model.paths_of(path):
                 swap_(model.model, alias, module, injection)
-        model.release_(keep=names)
+        if dtype is not None:
+            _cast_rest_(model.model, dtype, injection)
     except BaseException:
         injection.undo()
-        for path, layer in layers.items():
-            layer.unmerge_()
-            layer.merge_(merged_before[path])
         raise
+    model._forget_()
     if dtype is not None:
         _declare_dense_(model.model, dtype)
     return report
 
 
+def merge_in_place_(layers: dict[str, AdapterLayer], names: Sequence[str], *, safe: bool = False) -> None:
+    """Merge adapters ``names`` into the base weight of every layer, reversibly; all of them, or on any error none."""
+    injection = Injection()
+    try:
+        for path, layer in layers.items():
+            injection.on_undo(layer.way_back())
+            try:
+                layer.merge_(names, safe=safe)
+            except (CodecError, MergeError) as error:
+                raise MergeError(f"{path}: {error}") from error
+    except BaseException:
+        injection.undo()
+        raise
+
+
 def _merge_layer(
-    path: str,
-    layer: AdapterLayer,
-    names: list[str],
-    dtype: torch.dtype | None,
-    safe: bool,
-    replaced: list[tuple[str, nn.Module]],
-) -> LayerFidelity:
-    base, ideal = layer.merged_weight([]), layer.merged_weight(names)
-    if safe and not torch.isfinite(ideal).all():
-        raise MergeError(f"{path}: the merged weight has NaN or infinite values; no layer was changed")
-    destination = _destination(layer.codec, layer.base_layer, dtype)
-    if destination is layer.base_layer:
+    path: str, layer: AdapterLayer, names: list[str], dtype: torch.dtype | None
+) -> tuple[nn.Module, list[LayerFidelity]]:
+    """The module that holds the merged weight, and what it kept (nothing to say of a layer without ``names``)."""
+    if not names:
         layer.unmerge_()
-        layer.merge_(names)
-    else:
-        codec_for(destination, path).write_(destination, ideal)
-    replaced.append((path, destination))
+        return _destination(layer.codec, layer.base_layer, dtype), []
+    base, delta = layer.merged_weight([]), layer.summed_delta(names)
+    ideal = base + delta
+    _check_finite(path, ideal)
+    destination = _destination(layer.codec, layer.base_layer, dtype)
     codec = codec_for(destination, path)
-    return fidelity(path, codec.name, base, ideal, codec.read(destination))
+    try:
+        if destination is layer.base_layer:
+            layer.write_merged_(names, ideal)
+        else:
+            codec.write_(destination, ideal)
+    except CodecError as error:
+        raise MergeError(f"{path}: {error} (no layer was changed)") from error
+    stored = codec.read(destination)
+    _check_finite(path, stored)
+    return destination, [fidelity(path, codec.name, base, delta, stored)]
 
 
 def _destination(codec: Codec, base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -178,7 +133,33 @@ def _destination(codec: Codec, base: nn.Module, dtype: torch.dtype | None) -> nn
     if dtype is None:
         return base
     dense = codec.dense_like(base, dtype)
-    return copy.deepcopy(base).to(dtype) if dense is base and codec.compute_dtype(base) != dtype else dense
+    if dense is not base:
+        return with_hooks_of(base, dense)
+    if codec.compute_dtype(base) == dtype:
+        return base
+    return _copied(base).to(dtype)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares the hooks of ``module``: they may hold what can't or mustn't be copied."""
+    hooks = {id(value): value for name, value in vars(module).items() if "_hooks" in name}
+    return copy.deepcopy(module, hooks)
+
+
+def _trained_copies(model: LoraModel, names: Sequence[str], dtype: torch.dtype | None) -> list[tuple[str, nn.Module]]:
+    """What takes the place of each ``modules_to_save``: the copy trained by one of ``names``, in ``dtype`` or
+    else in the original's dtypes, or the original."""
+    replaced = []
+    for path, saved in model.saved_modules().items():
+        module = saved.original_module
+        chosen = next((name for name in names if name in saved.modules_to_save), None)
+        if chosen is not None:
+            original = module.state_dict()
+            module = _copied(saved.modules_to_save[chosen])
+            for key, tensor in module.state_dict(keep_vars=True).items():
+                tensor.data = _cast(f"{path}.{key}", tensor, dtype or original[key].dtype)
+        replaced.append((path, module))
+    return replaced
 
 
 def _unadapted(model: nn.Module, adapted: set[str], dtype: torch.dtype) -> list[tuple[str, nn.Module]]:
@@ -191,46 +172,76 @@ def _unadapted(model: nn.Module, adapted: set[str], dtype: torch.dtype) -> list[
             continue
         dense = codec.dense_like(module, dtype)
         if dense is not module:
-            replaced.append((path, dense))
+            _check_finite(path, dense.weight)  # type: ignore[arg-type]
+            replaced.append((path, with_hooks_of(module, dense)))
     return replaced
 
 
+def _cast_rest_(model: nn.Module, dtype: torch.dtype, injection: Injection) -> None:
+    """Bring what is still in another float type into ``dtype``; tied weights stay tied.
+
+    Buffers that aren't saved (rotary frequencies, say) are the model's own business and keep their dtype.
+    """
+    for key, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state") or not parameter.is_floating_point():
+            raise MergeError(
+                f"{key}: expected a parameter that can be made dense, found {type(parameter).__name__} of "
+                f"{parameter.dtype}; merge into='same', or register a codec whose dense_like dequantizes its module"
+            )
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
+            cast = _cast(key, tensor, dtype)
+            injection.on_undo(partial(setattr, tensor, "data", tensor.data))
+            tensor.data = cast
+
+
 def _declare_dense_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is still in another float type, and take the marks of a quantized model off."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    """Take the marks of a quantized model off."""
     config = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-    for mark, value in {
-        "is_quantized": False,
-        "is_loaded_in_4bit": False,
-        "is_loaded_in_8bit": False,
-    }.items():
-        if getattr(model, mark, value) != value:
-            setattr(model, mark, value)
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if getattr(model, mark, False):
+            setattr(model, mark, False)
     for attribute in ("hf_quantizer", "quantization_method"):
         if attribute in vars(model):
             delattr(model, attribute)
 
 
-def _checked_names(model: LoraModel, adapters: Sequence[str] | None) -> list[str]:
-    names = list(model.active_adapters if adapters is None else adapters)
+def _checked_names(model: LoraModel, adapters: str | Sequence[str] | None) -> list[str]:
+    known = f"the model has {sorted(model.peft_config)}"
+    if adapters is None:
+        merged = [name for layer in model.adapter_layers().values() for name in layer.merged_adapters]
+        names = list(dict.fromkeys([*merged, *model.active_adapters]))
+    else:
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
     unknown = [name for name in names if name not in model.peft_config]
     if unknown:
-        raise MergeError(f"unknown adapter(s) {unknown}; the model has {sorted(model.peft_config)}")
+        raise MergeError(f"unknown adapter(s) {unknown}; {known}")
     if not names:
-        raise MergeError("nothing to merge: no adapter is active; name some, or set_adapter() first")
+        raise MergeError(f"nothing to merge: no adapter is active or named; {known}")
     if len(set(names)) != len(names):
         raise MergeError(f"adapters={names}: a name stands twice, so its delta would be added twice")
+    for path, saved in model.saved_modules().items():
+        copies = [name for name in names if name in saved.modules_to_save]
+        if len(copies) > 1:
+            raise MergeError(
+                f"adapters {copies} each hold their own copy of {path} (modules_to_save), and the merged model has "
+                "room for one; merge one of them"
+            )
     return names
 
 
-def _check_finite(layers: dict[str, AdapterLayer], names: list[str]) -> None:
+def _check_layers(layers: dict[str, AdapterLayer], names: list[str]) -> None:
+    """Refuse before anything is written what can be seen before: offloaded weights, factors not finite."""
     for path, layer in layers.items():
+        if layer.codec.device(layer.base_layer).type == "meta":
+            raise MergeError(
+                f"{path}: expected a weight in memory, found one on the meta device (offloaded, or never loaded); "
+                "load the model without offloading to merge it"
+            )
         for name in names:
             if name in layer.r and not all(torch.isfinite(factor).all() for factor in layer.factors(name)):
                 raise MergeError(
@@ -239,6 +250,21 @@ def _check_finite(layers: dict[str, AdapterLayer], names: list[str]) -> None:
                 )
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norm = torch.linalg.vector_norm(whole)
-    return (torch.linalg.vector_norm(part) / norm).item() if norm > 0 else 0.0
+def _check_finite(path: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise MergeError(
+            f"{path}: expected a finite merged weight, found NaN or infinite values in {weight.dtype}; check the "
+            "adapter for overflow, or merge into a wider dtype (no layer was changed)"
+        )
+
+
+def _cast(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``'s values in ``dtype`` (what isn't a float stays), unless that turns a finite one infinite."""
+    if not tensor.is_floating_point():
+        return tensor.data
+    cast = tensor.data.to(dtype)
+    if (cast.isinf() & tensor.data.isfinite()).any():
+        raise MergeError(
+            f"{path}: a value overflows {dtype}; merge into a wider dtype, such as 'bfloat16' (no layer was changed)"
+        )
+    return cast

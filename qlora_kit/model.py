@@ -16,11 +16,11 @@ from torch import nn
 
 from .biases import KeptBiases, bias_parameters
 from .config import LoraConfig
-from .errors import AdapterError
+from .errors import AdapterError, MergeError
 from .initializers import start_for
 from .inject import Plan, inject_, make_plan, swap_
 from .layers import AdapterLayer, ModulesToSave
-from .merging import merge
+from .merging import merge, merge_in_place_
 from .persistence import Persistence
 from .targets import base_of, modules_of, shortest_names
 
@@ -58,6 +58,7 @@ class LoraModel(Persistence):
         self._disabled = False
         self._merged_when_disabled: dict[str, list[str]] = {}
         self._kept_biases = KeptBiases()
+        self._trained_before = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.add_adapter(adapter_name, config)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
         self.train(model.training)
@@ -113,7 +114,8 @@ class LoraModel(Persistence):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
         self._check_known(adapter_name)
-        merged = [path for path, layer in self.adapter_layers().items() if adapter_name in layer.merged_adapters]
+        merges = {path: layer.merged_adapters for path, layer in self.adapter_layers().items()}
+        merged = [path for path, names in {**merges, **self._merged_when_disabled}.items() if adapter_name in names]
         if merged:
             raise AdapterError(f"adapter {adapter_name!r} is merged (into {merged[0]}, ...); unmerge_adapter() first")
         if self.peft_config[adapter_name].bias != "none":
@@ -172,40 +174,42 @@ class LoraModel(Persistence):
 
     # -- merging and taking out ------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the named (default: active) adapters to the base weights, keeping what undoes it bit for bit."""
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the named (default: active) adapters to the base weights, keeping what undoes it bit for bit.
+
+        Adapters merged before stay merged. While any is, forward applies no others.
+        """
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [chosen] if isinstance(chosen, str) else list(chosen)
         for name in names:
             self._check_known(name)
-        layers = self.adapter_layers()
-        before = {path: list(layer.merged_adapters) for path, layer in layers.items()}
-        done: list[str] = []
-        try:
-            for path, layer in layers.items():
-                done.append(path)
-                layer.merge_(names, safe=safe_merge)
-        except BaseException:
-            for path in done:
-                layers[path].unmerge_()
-                layers[path].merge_(before[path])
-            raise
+        if not names:
+            raise MergeError(f"nothing to merge: no adapter is active or named; the model has {list(self.peft_config)}")
+        if self._disabled:
+            raise MergeError("adapters are switched off, and so would the merge be; enable_adapter_layers() first")
+        merge_in_place_(self.adapter_layers(), names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put every base weight back as it was before ``merge_adapter``, bit for bit."""
+        self._merged_when_disabled.clear()
         for layer in self.adapter_layers().values():
             layer.unmerge_()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """Merge into each module's own storage and return the base model without adapter layers.
 
-        ``qlora_kit.merge`` does the same with a choice of storage and returns what was lost on the way.
+        ``qlora_kit.merge`` does the same with a choice of storage and returns what was lost on the way. It
+        refuses values that aren't finite; so does this, and ``safe_merge`` is here for PEFT's callers.
         """
-        return merge(self, adapters=adapter_names, safe=safe_merge, progressbar=progressbar).model
+        return merge(self, adapters=adapter_names, progressbar=progressbar).model
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was before the first adapter: its own module objects and biases."""
+        """Return the base model as it was before the first adapter: its own module objects, biases and flags."""
         self.unmerge_adapter()
         if not self._disabled:
             self._kept_biases.swap_(self.model)
@@ -214,16 +218,6 @@ class LoraModel(Persistence):
                 swap_(self.model, path, base_of(module))
         self._forget_()
         return self.model
-
-    def release_(self, keep: Sequence[str]) -> None:
-        """Take saved copies of the adapters ``keep`` into the model for good; no adapter is left after."""
-        for path, module in list(modules_of(self.model)):
-            if isinstance(module, ModulesToSave):
-                original = module.original_module
-                chosen = next((n for n in keep if n in module.modules_to_save), None)
-                dtype = next(original.parameters()).dtype
-                swap_(self.model, path, original if chosen is None else module.modules_to_save[chosen].to(dtype))
-        self._forget_()
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapter layers inside; ``unload()`` gives it without them."""
@@ -331,10 +325,15 @@ class LoraModel(Persistence):
                 swap_(self.model, path, base_of(module))
 
     def _forget_(self) -> None:
+        """No adapter is left; what may be trained is what might be before the first one."""
         self.peft_config.clear()
         self.active_adapters, self._trainable = [], []
         self._kept_biases.values.clear()
+        self._merged_when_disabled.clear()
         self._disabled = False
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self._trained_before)
 
 
 def apply_lora(

@@ -29,6 +29,7 @@ ORDER = [
     [
         "qlora_kit.model",
         "qlora_kit.merging",
+        "qlora_kit.fidelity",
         "qlora_kit.persistence",
         "qlora_kit.adapter_folder",
         "qlora_kit.storage",

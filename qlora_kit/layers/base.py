@@ -149,14 +149,19 @@ class AdapterLayer(nn.Module):
     # -- merging ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def summed_delta(self, names: Sequence[str]) -> Tensor:
+        """The deltas of ``names``, at least one of which this layer has, summed: float32 (out, in)."""
+        total, *others = (self.delta(name) for name in names if name in self.r)
+        for other in others:
+            total += other
+        return total
+
+    @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """The base weight without anything merged, plus the deltas of ``names``: float32 (out, in)."""
         with self.unmerged():
             weight = self.codec.read(self.base_layer)
-        for name in names:
-            if name in self.r:
-                weight += self.delta(name)
-        return weight
+        return weight.add_(self.summed_delta(names)) if any(name in self.r for name in names) else weight
 
     @torch.no_grad()
     def merge_(self, names: Sequence[str], *, safe: bool = False) -> None:
@@ -166,21 +171,36 @@ class AdapterLayer(nn.Module):
         gives it back bit for bit, quantized or not.
         """
         names = [n for n in dict.fromkeys([*self.merged_adapters, *names]) if n in self.r]
-        if not names:
+        if names == self.merged_adapters:
             return
         weight = self.merged_weight(names)
         if safe and not torch.isfinite(weight).all():
             raise MergeError(f"merging {names} gives a weight with NaN or infinite values; the weight is unchanged")
+        self.write_merged_(names, weight)
+
+    def write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
+        """Store ``weight``, which is ``merged_weight(names)``, as the base's; on any error it is as it was."""
+        undo = self.way_back()
         if self._unmerged is None:
             self._unmerged = self.codec.snapshot(self.base_layer)
-        else:
-            self.codec.restore_(self.base_layer, self._unmerged)
         try:
             self.codec.write_(self.base_layer, weight)
         except BaseException:
-            self.unmerge_()
+            undo()
             raise
-        self.merged_adapters = names
+        self.merged_adapters = list(names)
+
+    def way_back(self) -> Callable[[], None]:
+        """A call that puts the base weight, and what is merged into it, back as they are now, bit for bit."""
+        if self._unmerged is None:
+            return self.unmerge_
+        merged, unmerged, names = self.codec.snapshot(self.base_layer), self._unmerged, self.merged_adapters
+
+        def undo() -> None:
+            self.codec.restore_(self.base_layer, merged)
+            self._unmerged, self.merged_adapters = unmerged, names
+
+        return undo
 
     @torch.no_grad()
     def unmerge_(self) -> None:
