@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .codecs import Codec, find_codec
+from .codecs import Codec, find_codec, protect_storage_
 from .errors import AdapterError
 from .layers import AdapterLayer, ModulesToSave
 
@@ -111,10 +111,7 @@ def prepare_model_for_kbit_training(
     if head is not None:
         chosen.append(head)
     _hold_in_float32_(model, chosen, keep_output=head)
-    for module in model.modules():
-        codec = find_codec(module)
-        if codec is not None:
-            codec.protect_(module)
+    protect_storage_(model)
     checkpointing = "off"
     if use_gradient_checkpointing:
         checkpointing = _checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}))
@@ -229,6 +226,16 @@ def _hold_in_float32_(model: nn.Module, chosen: list[nn.Module], keep_output: nn
         module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         if module is not keep_output:
             module.register_forward_hook(partial(_cast_output, dtype=dtype))
+
+
+def release_from_float32_(model: nn.Module) -> None:
+    """Take the casts around modules held in float32 off again, once the model computes in one dtype."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook is _cast_inputs or getattr(hook, "func", None) is _cast_output:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

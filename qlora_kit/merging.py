@@ -9,7 +9,7 @@ happens as a whole or the model is bit for bit as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from .codecs import Codec, codec_for, find_codec
 from .errors import CodecError, MergeError
 from .fidelity import LayerFidelity, MergeReport, fidelity
 from .inject import Injection, swap_, with_hooks_of
+from .kbit import release_from_float32_
 from .layers import AdapterLayer
 
 if TYPE_CHECKING:
@@ -89,11 +90,15 @@ def merge(
     return report
 
 
-def merge_in_place_(layers: dict[str, AdapterLayer], names: Sequence[str], *, safe: bool = False) -> None:
-    """Merge adapters ``names`` into the base weight of every layer, reversibly; all of them, or on any error none."""
+def merge_in_place_(
+    layers: dict[str, AdapterLayer], merges: Mapping[str, Sequence[str]], *, safe: bool = False
+) -> None:
+    """Merge into each layer's base weight the adapters that ``merges`` has for its path, reversibly; or on any
+    error none anywhere."""
     injection = Injection()
     try:
-        for path, layer in layers.items():
+        for path, names in merges.items():
+            layer = layers[path]
             injection.on_undo(layer.way_back())
             try:
                 layer.merge_(names, safe=safe)
@@ -196,7 +201,8 @@ def _cast_rest_(model: nn.Module, dtype: torch.dtype, injection: Injection) -> N
 
 
 def _declare_dense_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Take the marks of a quantized model off."""
+    """Take the marks of a quantized model off, and what prepared it for training."""
+    release_from_float32_(model)
     config = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
@@ -205,7 +211,7 @@ def _declare_dense_(model: nn.Module, dtype: torch.dtype) -> None:
     for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, mark, False):
             setattr(model, mark, False)
-    for attribute in ("hf_quantizer", "quantization_method"):
+    for attribute in ("hf_quantizer", "quantization_method", "memory_bill"):
         if attribute in vars(model):
             delattr(model, attribute)
 

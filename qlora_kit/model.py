@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .biases import KeptBiases, bias_parameters
+from .codecs import protect_storage_
 from .config import LoraConfig
 from .errors import AdapterError, MergeError
 from .initializers import start_for
@@ -60,6 +61,7 @@ class LoraModel(Persistence):
         self._kept_biases = KeptBiases()
         self._trained_before = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self.add_adapter(adapter_name, config)
+        protect_storage_(model)  # what isn't adapted too
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
         self.train(model.training)
 
@@ -153,9 +155,7 @@ class LoraModel(Persistence):
         """Undo ``disable_adapter_layers``."""
         if not self._disabled:
             return
-        layers = self.adapter_layers()
-        for path, names in self._merged_when_disabled.items():
-            layers[path].merge_(names)
+        merge_in_place_(self.adapter_layers(), self._merged_when_disabled)
         self._merged_when_disabled.clear()
         self._kept_biases.swap_(self.model)
         self._disabled = False
@@ -187,7 +187,8 @@ class LoraModel(Persistence):
             raise MergeError(f"nothing to merge: no adapter is active or named; the model has {list(self.peft_config)}")
         if self._disabled:
             raise MergeError("adapters are switched off, and so would the merge be; enable_adapter_layers() first")
-        merge_in_place_(self.adapter_layers(), names, safe=safe_merge)
+        layers = self.adapter_layers()
+        merge_in_place_(layers, dict.fromkeys(layers, names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put every base weight back as it was before ``merge_adapter``, bit for bit."""

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from . import dense
-from .base import Codec, codec_for, find_codec, register_codec, shielded_storage
+from .base import Codec, codec_for, find_codec, protect_storage_, register_codec, shielded_storage
 
-__all__ = ["Codec", "codec_for", "dense", "find_codec", "register_codec", "shielded_storage"]
+__all__ = ["Codec", "codec_for", "dense", "find_codec", "protect_storage_", "register_codec", "shielded_storage"]

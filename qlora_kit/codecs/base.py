@@ -140,6 +140,14 @@ def codec_for(module: nn.Module, path: str = "") -> Codec:
     return codec
 
 
+def protect_storage_(root: nn.Module) -> None:
+    """Keep the platform from rewriting any stored weight under ``root``; idempotent."""
+    for module in root.modules():
+        codec = find_codec(module)
+        if codec is not None:
+            codec.protect_(module)
+
+
 @contextmanager
 def shielded_storage(root: nn.Module) -> Iterator[None]:
     """Keep packed weights under ``root`` bit for bit through a ``.to(dtype)`` or ``_apply`` inside the block.
