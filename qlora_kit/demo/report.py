@@ -113,7 +113,7 @@ def plot(result: Result, path: Path) -> None:
 
 def _draw_fine_tunes(axes: Any, result: Result) -> None:
     """One row a start, an arrow from before to after. Points, not bars: a log axis has no zero to stand on."""
-    from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     for row, run in enumerate(result.fine_tunes):
         colour, before, after = COLOURS[run.start], run.perplexity_before, run.perplexity_after
@@ -131,7 +131,7 @@ def _draw_fine_tunes(axes: Any, result: Result) -> None:
     axes.set_ylim(-0.6, len(result.fine_tunes) - 0.4)
     axes.set_xscale("log")
     axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("perplexity on held-out text, log scale (lower is better)")

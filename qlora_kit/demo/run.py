@@ -29,8 +29,8 @@ from .training import fine_tune_, perplexity
 LOFTQ_STEPS = 5
 BLOCKSIZE = 64
 PROMPTS = (
-    "class Dropout(Module):\n    def __init__(self, p: float = 0.5) -> None:\n",
-    "    def forward(self, input: Tensor) -> Tensor:\n",
+    "class Dropout(Module):\n    def __init__(self, p: float = 0.5) -> None:",
+    "    def forward(self, input: Tensor) -> Tensor:",
 )
 Say = Callable[[str], None]
 
