@@ -10,13 +10,18 @@ class would not do: inherited methods would find the wrapper's ``model`` where t
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .codecs import shielded_storage
+from .errors import AdapterError
+from .layers import AdapterLayer
 
 P = TypeVar("P", bound="ModelProxy")
 
@@ -41,15 +46,50 @@ class ModelProxy(nn.Module):
         return self
 
     @property
-    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+    def forward(self) -> Callable[..., Any]:
         """The wrapped model's call, with its signature for those who inspect it (Trainer drops columns by it)."""
-        model = self.model
+        model, forward = self.model, self.model.forward
 
-        @functools.wraps(model.forward)
+        @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return model(*args, **kwargs)
+            # Who has replaced the model's forward since means the one from before, not itself once more.
+            return model(*args, **kwargs) if model.forward == forward else forward(*args, **kwargs)
 
-        return call
+        # In the method's place may be a plain callable, as accelerate's hooks are; torch.compile can't make methods.
+        if torch.compiler.is_compiling() or not isinstance(forward, MethodType):
+            return call
+
+        @functools.wraps(forward.__func__)
+        def method(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # Accelerate takes the function out of a method, and binds it to the model again.
+            return (call if owner is self else MethodType(forward.__func__, owner))(*args, **kwargs)
+
+        return MethodType(method, self)
+
+    @forward.setter
+    def forward(self, replacement: Callable[..., Any]) -> None:
+        """Mixed precision and SFTTrainer replace a model's forward; given to the wrapper it goes to the model.
+
+        A method of the wrapper becomes one of the model, whose ``base_model`` is the backbone it looks for.
+        """
+        function = getattr(replacement, "__func__", None)
+        if function is None or getattr(replacement, "__self__", None) is not self:
+            self.model.forward = replacement
+            return
+        if "fused_lm_head" in inspect.signature(function, follow_wrapped=False).parameters:
+            self._check_head_is_read_whole()
+        if isinstance(getattr(function, "__wrapped__", None), property):  # copied from this class
+            functools.update_wrapper(function, type(self.model).forward)
+        self.model.forward = MethodType(function, self.model)
+
+    def _check_head_is_read_whole(self) -> None:
+        """TRL multiplies by ``lm_head.weight`` itself; an adapter on the head would be ignored in silence."""
+        if isinstance(self.model.get_output_embeddings(), AdapterLayer):  # type: ignore[operator]
+            raise AdapterError(
+                "this trainer computes its loss from the output head's weight and never calls the head, so the "
+                "adapter on it would not train; take the head out of target_modules, or train it whole with "
+                "modules_to_save"
+            )
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -71,8 +111,9 @@ class ModelProxy(nn.Module):
         # The default would rebuild from __class__, which names the wrapped model's type.
         return _blank, (type(self),), self.__dict__
 
-    def _get_name(self) -> str:
-        return type(self).__name__
+    def __repr__(self) -> str:
+        # nn.Module's begins with _get_name(), by which Trainer tells a causal model when it smooths labels.
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     def _apply(self: P, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> P:
         # A cast to another dtype must not reach the float-typed storage of packed 4-bit weights.
