@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, LoraConfig
 from .errors import StorageError
-from .files import publish, stage, sync_folder, withdraw
+from .files import publish, stage, sync_folder, withdraw, write_atomically
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -29,25 +29,21 @@ RESUME_NAME = "model.safetensors"  # where transformers' Trainer looks when it r
 PREFIX = "base_model.model."  # what every key of an adapter file starts with
 
 
-def write_adapter(
-    folder: Path, config: LoraConfig, state: Mapping[str, Tensor], *, resume_file: Path | None = None
-) -> None:
+def write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
     """Write one adapter into ``folder``, which is made if it isn't there.
 
     Args:
         config: written as it is, see ``LoraConfig.as_stored``.
         state: contiguous CPU tensors under the keys of the file, no two sharing memory.
-        resume_file: another place for the bytes of the weights.
 
     Raises:
         StorageError: ``folder`` is a file.
         OSError: the disk is full, or the like. What ``folder`` held before is then whole, or has no config.
     """
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(f"{folder}: expected a folder to save to, found a file; choose another path")
+    check_is_folder(folder)
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     text, data = config.to_json(), safetensors.torch.save(dict(state), {"format": "pt"})
-    contents = {settings: text, weights: data} | ({resume_file: data} if resume_file else {})
+    contents = {settings: text, weights: data}
     staged: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
@@ -60,6 +56,17 @@ def write_adapter(
     finally:
         for temporary in staged.values():
             withdraw(temporary)
+
+
+def write_resume_file(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write what transformers' Trainer resumes from beside the adapters of its checkpoint."""
+    check_is_folder(folder)
+    write_atomically(folder / RESUME_NAME, safetensors.torch.save(dict(state), {"format": "pt"}))
+
+
+def check_is_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder}: expected a folder to save to, found a file; choose another path")
 
 
 def read_adapter(directory: str | Path, *, allow_pickle: bool = False) -> tuple[LoraConfig, dict[str, Tensor]]:

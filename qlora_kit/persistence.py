@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from .adapter_folder import PREFIX
 from .config import LoraConfig
 from .errors import AdapterError
 from .proxy import ModelProxy
-from .storage import load_adapter_state_, read_adapter, save_adapter
+from .storage import load_adapter_state_, load_resume_state_, read_adapter, save_adapter
 from .targets import ends_with, modules_of
 
 if TYPE_CHECKING:
@@ -31,13 +33,16 @@ class Persistence(ModelProxy):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool | None = None,
+        push_to_hub: bool = False,
         **_: Any,
     ) -> None:
         """Write the adapters, PEFT's layout: "default" in the folder, others in subfolders of their names.
 
         A call that says ``is_main_process`` comes from a Trainer, which resumes from ``model.safetensors``;
-        the active adapter is then written under that name as well, so that a stock resume finds it.
+        all adapters are then written into a file of that name as well, so that a stock resume finds them.
         """
+        if push_to_hub:
+            raise AdapterError("push_to_hub=True: save_pretrained writes to a folder only; call push_to_hub(repo_id)")
         if not safe_serialization:
             raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
         if is_main_process is not False:
@@ -48,6 +53,32 @@ class Persistence(ModelProxy):
                 selected_adapters,
                 state_dict=state_dict,
                 resume_copy=for_trainer,
+            )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapters (never the base model) and upload them to a Hub repository, made if it isn't there."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload adapter",
+                revision=revision,
+                create_pr=create_pr,
             )
 
     @classmethod
@@ -104,9 +135,9 @@ class Persistence(ModelProxy):
             self.set_requires_grad(adapter_name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; a state with the keys of an adapter file goes into the active adapter, strictly."""
-        if any(key.startswith("base_model.model.") for key in state_dict):
-            load_adapter_state_(cast("LoraModel", self), self.active_adapters[0], dict(state_dict))
+        """As torch's; the state of a Trainer's checkpoint, or of an adapter's file, goes to its adapters, strictly."""
+        if any(key.startswith(PREFIX) for key in state_dict):
+            load_resume_state_(cast("LoraModel", self), state_dict)
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 

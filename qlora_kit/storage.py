@@ -12,6 +12,10 @@ Every one of these must be in a file, with the right shape, and nothing else may
 tables of an adapted embedding or head (``...base_layer.weight``, loaded into the base as PEFT does), and with
 bias="all" whatever else has "bias" in its name. Names of older releases are understood. Checks come before the
 first write, so a file that doesn't fit leaves the model as it was.
+
+A Trainer's checkpoint needs all adapters in one file, so there the keys keep the adapters' names:
+
+    base_model.model.<path>.lora_A.<adapter>.weight, ....modules_to_save.<adapter>.<parameter>, ...
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .adapter_folder import PREFIX, RESUME_NAME, read_adapter, write_adapter
+from .adapter_folder import PREFIX, read_adapter, write_adapter, write_resume_file
 from .biases import bias_parameters
 from .errors import AdapterError, StorageError, closest
 from .layers import AdapterLayer, ModulesToSave
@@ -33,7 +37,7 @@ from .targets import base_of
 if TYPE_CHECKING:
     from .model import LoraModel
 
-__all__ = ["adapter_state", "load_adapter_state_", "read_adapter", "save_adapter"]
+__all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Slot:
     key: str
     name: str
     tensor: Tensor
+
+    @property
+    def full_key(self) -> str:
+        """The key in a Trainer's checkpoint, with the adapter's name in it."""
+        return PREFIX + self.name.removeprefix("model.")
 
 
 def adapter_state(
@@ -78,6 +87,35 @@ def load_adapter_state_(model: LoraModel, adapter_name: str, state: Mapping[str,
         AdapterError: no adapter has this name, or one is merged into the base.
         StorageError: keys are missing or unexpected, or shapes differ. It lists all of them; nothing is changed.
     """
+    _write_(_matched(model, adapter_name, state))
+
+
+def load_resume_state_(model: LoraModel, state: Mapping[str, Tensor]) -> None:
+    """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it.
+
+    A state with the keys of an adapter's own file goes into the one active adapter.
+
+    Raises: as ``load_adapter_state_``; on any error nothing is changed.
+    """
+    places = {slot.full_key: (name, slot.key) for name in model.peft_config for slot in _slots(model, name)}
+    in_use = dict.fromkeys([*model.active_adapters, *model._trainable])
+    if any(key not in places for key in state):
+        if len(in_use) != 1:
+            raise AdapterError(
+                f"expected one adapter in use for a state of one adapter, found {list(in_use)}; set_adapter(name) "
+                "first, and have the adapters of the checkpoint on the model"
+            )
+        load_adapter_state_(model, next(iter(in_use)), state)
+        return
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in in_use}
+    for key, tensor in state.items():
+        name, own_key = places[key]
+        states.setdefault(name, {})[own_key] = tensor
+    _write_([pair for name, part in states.items() for pair in _matched(model, name, part)])
+
+
+def _matched(model: LoraModel, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor of the model and its new value, after every check."""
     slots = {slot.key: slot.tensor for slot in _slots(model, adapter_name)}
     if merged := [path for path, layer in model.adapter_layers().items() if layer.merged_adapters]:
         raise AdapterError(
@@ -108,11 +146,15 @@ def load_adapter_state_(model: LoraModel, adapter_name: str, state: Mapping[str,
         raise StorageError(
             f"{meta}: expected a parameter with memory, found one on the meta device; load the model first"
         )
+    return list(pairs.values())
+
+
+@torch.no_grad()
+def _write_(pairs: list[tuple[Tensor, Tensor]]) -> None:
     # Transfers and casts may fail for want of memory, so all of them come before the first write.
-    ready = [(old, new.to(device=old.device, dtype=old.dtype)) for old, new in pairs.values()]
-    with torch.no_grad():
-        for old, new in ready:
-            old.copy_(new)
+    ready = [(old, new.to(device=old.device, dtype=old.dtype)) for old, new in pairs]
+    for old, new in ready:
+        old.copy_(new)
 
 
 def save_adapter(
@@ -128,8 +170,8 @@ def save_adapter(
     Args:
         adapter_names: which ones; all by default.
         state_dict: see ``adapter_state``.
-        resume_copy: write the active adapter's tensors as ``model.safetensors`` into ``directory`` too, where
-            transformers' Trainer looks for what to resume from.
+        resume_copy: write these adapters' tensors, all of them, as ``model.safetensors`` into ``directory`` too,
+            where transformers' Trainer looks for what to resume from (``load_resume_state_``).
 
     Raises:
         AdapterError: no adapter has this name.
@@ -137,13 +179,14 @@ def save_adapter(
     """
     directory = Path(directory)
     names = list(model.peft_config if adapter_names is None else adapter_names)
-    active = model.active_adapters[0] if model.active_adapters else None
     # All states are taken before the first write: an error here leaves every file as it was.
     states = {name: adapter_state(model, name, state_dict) for name in names}
     folders = {name: _folder(directory, name) for name in names}
+    if resume_copy:
+        slots = [(name, slot) for name in names for slot in _slots(model, name)]
+        write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
     for name in names:
-        copy = directory / RESUME_NAME if resume_copy and name == active else None
-        write_adapter(folders[name], model.peft_config[name].as_stored(), states[name], resume_file=copy)
+        write_adapter(folders[name], model.peft_config[name].as_stored(), states[name])
 
 
 def _slots(model: LoraModel, adapter_name: str) -> list[Slot]:

@@ -187,15 +187,32 @@ def test_a_gathered_state_dict_is_stored_in_place_of_the_parameters(case: str, t
     assert not (tmp_path / "other").exists()
 
 
-def test_resume_copy_has_the_same_bytes_and_loads(tmp_path: Path) -> None:
-    lora = trained("modules_to_save")
-    lora.add_adapter("second", LoraConfig(r=2, target_modules=["fc"]))
+@pytest.mark.parametrize("case", ["bias_all", "modules_to_save"])
+def test_resume_copy_holds_every_adapter_and_loads(case: str, tmp_path: Path) -> None:
+    lora = trained(case)
+    lora.add_adapter("second", LoraConfig(r=2, target_modules=["fc", "proj"]))
+    lora.set_adapter(["default", "second"])
     save_adapter(lora, tmp_path, resume_copy=True)
-    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / WEIGHTS).read_bytes()
-    wanted = adapter_state(lora)
+    resumed = load_file(tmp_path / "model.safetensors")
+    wanted = {name: adapter_state(lora, name) for name in lora.peft_config}
+    assert len(resumed) == sum(map(len, wanted.values()))
     randomize_trainable_(lora, seed=5)
-    lora.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
-    assert_same(adapter_state(lora), wanted)
+    changed = snapshot(lora)
+    with pytest.raises(StorageError, match=r"adapter 'second': .*2 missing"):
+        lora.load_state_dict({key: value for key, value in resumed.items() if "lora_A.second" not in key})
+    with pytest.raises(AdapterError, match=r"expected one adapter in use .* found \['default', 'second'\]"):
+        lora.load_state_dict(wanted["default"])
+    assert_same(snapshot(lora), changed)
+    lora.load_state_dict(resumed, strict=False)
+    for name, state in wanted.items():
+        assert_same(adapter_state(lora, name), state)
+    # An adapter that isn't in use need not be there, and the keys of an adapter's own file go to the one in use.
+    lora.set_adapter("default")
+    lora.load_state_dict({key: value + 1 for key, value in resumed.items() if "second" not in key})
+    assert_same(adapter_state(lora), {key: value + 1 for key, value in wanted["default"].items()})
+    lora.load_state_dict(wanted["default"])
+    assert_same(adapter_state(lora), wanted["default"])
+    assert_same(adapter_state(lora, "second"), wanted["second"])
 
 
 # -- older files --------------------------------------------------------------------------------------------
