@@ -78,7 +78,7 @@ def test_wrong_scales_on_cpu(out: int, fan_in: int, blocksize: int) -> None:
         pytest.skip("this bitsandbytes build dequantizes such shapes right on this CPU")
     target = torch.as_tensor(expected) @ x.double().t() + module.bias.double()[:, None]
     with torch.no_grad():
-        assert relative(module(x), target.t()) > 0.05  # the platform's forward shares the fault
+        assert relative(Linear4bit.forward(module, x), target.t()) > 0.05  # the platform's forward shares the fault
         assert relative(codec_for(module).forward(module, x), target.t()) < 1e-5
     assert not kernel_is_right(module, x)
 

@@ -6,7 +6,7 @@ here by table look-up in float32 and never through ``dequantize_4bit``, for thre
 build, each held by a test:
 
 - on CPU it takes the wrong scales when in_features isn't a multiple of the blocksize; the forward and the
-  backward of ``Linear4bit`` share the fault, so ``Codec4bit.forward`` replaces them for such shapes;
+  backward of ``Linear4bit`` share the fault, so ``protect_`` gives such modules a forward of their own;
 - it rounds to the dtype recorded at quantization, often bfloat16;
 - on CPUs with AVX512_BF16 an evaluation forward permutes the codes and rounds the scales to bfloat16 in
   place, after which it returns garbage. ``protect_`` turns that off and undoes it.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,14 +122,19 @@ class Codec4bit(DenseCodec):
 
     @torch.no_grad()
     def protect_(self, module: Any) -> None:
-        """Never let an evaluation forward rewrite the weight, and undo it where one already has.
+        """Never let an evaluation forward rewrite the weight, and undo it where one already has; where the
+        stock kernels are wrong, compute by look-up, whether an adapter stands on the module or not.
 
         The codes come back exactly. The scales were rounded to bfloat16 and stay so, in float32 and no longer
         doubly quantized, which loses nothing more; a UserWarning says it once.
         """
         module.support_avx512bf16_for_cpu = False
         state = _state(module)
-        if state is None or not is_repacked(state):
+        if state is None:
+            return
+        if module.in_features % state.blocksize and "forward" not in module.__dict__:
+            module.forward = partial(_lookup_forward, module)
+        if not is_repacked(state):
             return
         weight: Params4bit = module.weight
         shape, storage = state.original_qshape, getattr(state, "original_storage_type", torch.uint8)
@@ -165,20 +171,25 @@ class Codec4bit(DenseCodec):
                 f"{described(module)}.weight: expected a quantized weight, found {module.weight.dtype} not yet "
                 "quantized; move the model to its device first, e.g. model.to('cpu') or model.to('cuda')"
             )
-        if module.support_avx512bf16_for_cpu or is_repacked(state):
+        if module.support_avx512bf16_for_cpu or is_repacked(state) or not kernel_is_right(module, x):
             self.protect_(module)
         if not module.compute_type_is_set:  # bitsandbytes settles it at the first forward, from the input
             module.set_compute_type(x)
             module.compute_type_is_set = True
-        dtype: torch.dtype = module.compute_dtype or x.dtype
-        if kernel_is_right(module, x):
-            return stock_forward(module, x, dtype, *args, **kwargs)
-        bias: Tensor | None = module.bias
-        bias = None if bias is None else bias.to(dtype)
-        return _LookupLinear.apply(x.to(dtype), bias, self, module).to(x.dtype)
+        return stock_forward(module, x, module.compute_dtype or x.dtype, *args, **kwargs)
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
         return dense_linear(module, self.read(module), dtype)
+
+
+def _lookup_forward(module: Any, x: Tensor) -> Tensor:
+    """``module.forward`` where a row isn't a whole number of blocks: the stock one wherever that is right."""
+    if kernel_is_right(module, x):
+        return type(module).forward(module, x)
+    dtype: torch.dtype = module.compute_dtype or x.dtype
+    bias: Tensor | None = module.bias
+    bias = None if bias is None else bias.to(dtype)
+    return _LookupLinear.apply(x.to(dtype), bias, codec_for(module), module).to(x.dtype)
 
 
 class _LookupLinear(torch.autograd.Function):
