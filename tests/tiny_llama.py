@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,19 @@ HALF = [torch.bfloat16, torch.float16]
 STORAGES = ["dense", "4-bit", "8-bit"]
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
+def llama(tied: bool = False, **settings: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=tied,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **tokens, "tie_word_embeddings": tied, **settings}))
 
 
 def load(folder: Path, storage: str, dtype: torch.dtype) -> LlamaForCausalLM:
