@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
-from reference import quantization as ref
 from torch import Tensor, nn
 
 from qlora_kit.codecs.bnb import quantize_linear
@@ -27,18 +26,6 @@ def make(out: int, fan_in: int, blocksize: int = 64, *, bias: bool = True, **kwa
 def stock(out: int, fan_in: int, **kwargs: Any) -> Linear4bit:
     """As bitsandbytes and transformers make one: unprotected."""
     return Linear4bit(fan_in, out, quant_type="nf4", **kwargs).to("cpu")
-
-
-def reference_weight(module: Linear4bit) -> np.ndarray:
-    """Of a weight in the standard layout."""
-    state = module.weight.quant_state
-    levels = ref.normal_float(4) if state.quant_type == "nf4" else ref.float4()
-    absmax = state.absmax.numpy()
-    if state.nested:
-        inner = state.state2
-        absmax = ref.scales_8bit(absmax, inner.code.numpy(), inner.absmax.numpy(), state.offset.item())
-    packed = module.weight.data.view(torch.uint8).reshape(-1).numpy()
-    return ref.read_4bit(packed, absmax, levels, state.blocksize, tuple(state.shape))
 
 
 def relative(found: Tensor, expected: np.ndarray | Tensor) -> float:

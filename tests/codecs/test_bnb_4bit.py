@@ -8,7 +8,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Embedding4bit, Linear4bit
-from four_bit_linears import FAULTY, SHAPES, STORAGES, make, reference_weight, relative, stock, storage_fits
+from four_bit_linears import FAULTY, SHAPES, STORAGES, make, relative, stock, storage_fits
+from reference import quantization as ref
 from torch import nn
 
 from qlora_kit.codecs import codec_for, shielded_storage
@@ -31,7 +32,7 @@ def test_read_and_write(
     assert weight.shape == codec.shape(module) == (out, fan_in)
     assert weight.dtype == torch.float32
     # The tables' constants agree to 2e-7; float32 products add 6e-8, and the sum with the offset as much.
-    assert relative(weight, reference_weight(module)) < 1e-6
+    assert relative(weight, ref.read_linear4bit(module)) < 1e-6
 
     packed = module.weight.data.clone()
     codec.write_(module, weight)
@@ -45,7 +46,7 @@ def test_read_and_write(
 
     codec.write_(module, 3 * torch.roll(weight, 1, 0))
     assert relative(codec.read(module), 3 * torch.roll(weight, 1, 0)) < 0.2
-    assert relative(codec.read(module), reference_weight(module)) < 1e-6
+    assert relative(codec.read(module), ref.read_linear4bit(module)) < 1e-6
     assert module.weight is parameter
     assert module.quant_state is module.weight.quant_state is state
     assert state.nested is double_quant
@@ -57,14 +58,14 @@ def test_read_and_write(
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_every_blocksize(blocksize: int) -> None:
     module = make(33, 160, blocksize)
-    assert relative(codec_for(module).read(module), reference_weight(module)) < 1e-6
+    assert relative(codec_for(module).read(module), ref.read_linear4bit(module)) < 1e-6
 
 
 def test_read_ignores_the_recorded_dtype() -> None:
     module = make(32, 64, compute_dtype=torch.bfloat16)
     rounded = dequantize_4bit(module.weight.data, module.quant_state)
-    assert relative(rounded, reference_weight(module)) > 5e-4  # the platform's: bfloat16
-    assert relative(codec_for(module).read(module), reference_weight(module)) < 1e-6
+    assert relative(rounded, ref.read_linear4bit(module)) > 5e-4  # the platform's: bfloat16
+    assert relative(codec_for(module).read(module), ref.read_linear4bit(module)) < 1e-6
 
 
 # --- shapes for which the CPU kernels take the wrong scales
@@ -73,7 +74,7 @@ def test_read_ignores_the_recorded_dtype() -> None:
 @pytest.mark.parametrize(("out", "fan_in", "blocksize"), FAULTY)
 def test_wrong_scales_on_cpu(out: int, fan_in: int, blocksize: int) -> None:
     module = make(out, fan_in, blocksize)
-    expected, x = reference_weight(module), torch.randn(5, fan_in)
+    expected, x = ref.read_linear4bit(module), torch.randn(5, fan_in)
     if relative(dequantize_4bit(module.weight.data, module.quant_state), expected) < 1e-3:
         pytest.skip("this bitsandbytes build dequantizes such shapes right on this CPU")
     target = torch.as_tensor(expected) @ x.double().t() + module.bias.double()[:, None]
@@ -90,7 +91,7 @@ def test_forward_and_gradients(out: int, fan_in: int, blocksize: int, train: boo
     module = make(out, fan_in, blocksize, compute_dtype=dtype).train(train)
     module.bias.requires_grad_(True)
     codec, before = codec_for(module), module.weight.data.clone()
-    W = torch.as_tensor(reference_weight(module))
+    W = torch.as_tensor(ref.read_linear4bit(module))
     x = torch.randn(2, 3, fan_in).to(dtype).requires_grad_()
     g = torch.randn(2, 3, out).to(dtype)
     # float32: rounding of sums of some hundred terms. bfloat16: 2^-9 each for W, x W^T and the bias.
@@ -111,7 +112,7 @@ def test_forward_and_gradients(out: int, fan_in: int, blocksize: int, train: boo
 def test_dtypes_as_the_stock_forward(fan_in: int) -> None:
     module = make(32, fan_in, compute_dtype=torch.bfloat16)
     codec, x = codec_for(module), torch.randn(2, fan_in)
-    W = torch.as_tensor(reference_weight(module))
+    W = torch.as_tensor(ref.read_linear4bit(module))
     target = x.double() @ W.t() + module.bias.detach().double()
     for cast in (torch.float32, torch.bfloat16, torch.float16):
         y = codec.forward(module, x.to(cast))

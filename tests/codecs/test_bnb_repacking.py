@@ -10,7 +10,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from four_bit_linears import STORAGES, reference_weight, relative, stock
+from four_bit_linears import STORAGES, relative, stock
+from reference import quantization as ref
 from torch import Tensor
 
 from qlora_kit.codecs import codec_for
@@ -44,7 +45,7 @@ def test_repacked_weight_is_read_and_restored(storage: torch.dtype, double_quant
     with pytest.warns(UserWarning, match="repacked this 4-bit weight for CPU inference.*scales to bfloat16"):
         codec.protect_(module)
     assert torch.equal(codec.read(module), weight)
-    assert relative(weight, reference_weight(module)) < 1e-6
+    assert relative(weight, ref.read_linear4bit(module)) < 1e-6
     assert module.weight.dtype == storage
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -81,7 +82,7 @@ def test_writing_to_a_repacked_weight() -> None:
     with pytest.warns(UserWarning, match="repacked"):
         codec.write_(module, before)
     assert relative(codec.read(module), before) < 0.1
-    assert relative(codec.read(module), reference_weight(module)) < 1e-6
+    assert relative(codec.read(module), ref.read_linear4bit(module)) < 1e-6
 
 
 @repacks

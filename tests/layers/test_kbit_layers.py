@@ -40,18 +40,6 @@ def four_bit(
     return module.to("cpu")
 
 
-def stored_weight(module: Linear4bit) -> np.ndarray:
-    """The codes' meaning, a value at a time; to be asked before anything could have repacked them."""
-    state = module.weight.quant_state
-    levels = quantization.normal_float(4) if state.quant_type == "nf4" else quantization.float4()
-    absmax = state.absmax.numpy()
-    if state.nested:
-        inner = state.state2
-        absmax = quantization.scales_8bit(absmax, inner.code.numpy(), inner.absmax.numpy(), state.offset.item())
-    packed = module.weight.data.view(torch.uint8).reshape(-1).numpy()
-    return quantization.read_4bit(packed, absmax, levels, state.blocksize, tuple(state.shape))
-
-
 def check(layer: AdapterLayer, weight: np.ndarray, bias: np.ndarray, dtype: torch.dtype) -> None:
     """Forward, and gradients of the input and of the factors, on one batch."""
     generator = torch.Generator().manual_seed(GRAD)
@@ -79,7 +67,7 @@ def test_four_bits_in_training_and_evaluation(
 ) -> None:
     """Training, an evaluation that could repack the weight, and training again: the same right numbers."""
     base = four_bit(out, fan_in, quant_type=quant_type, double_quant=double_quant, storage=storage)
-    weight, bias, codes = stored_weight(base), ref.array(base.bias), base.weight.data.clone()
+    weight, bias, codes = quantization.read_linear4bit(base), ref.array(base.bias), base.weight.data.clone()
     lora, layer = adapt(base, adapters=2)
     check(layer, weight, bias, torch.float32)
     lora.eval()
@@ -94,7 +82,7 @@ def test_four_bits_in_training_and_evaluation(
 @pytest.mark.parametrize("blocksize", [32, 128, 256, 512, 4096])
 def test_other_blocksizes(blocksize: int) -> None:
     base = four_bit(36, 160, blocksize=blocksize)
-    weight, bias = stored_weight(base), ref.array(base.bias)
+    weight, bias = quantization.read_linear4bit(base), ref.array(base.bias)
     _, layer = adapt(base)
     check(layer, weight, bias, torch.float32)
 
@@ -103,7 +91,7 @@ def test_other_blocksizes(blocksize: int) -> None:
 @pytest.mark.parametrize(("out", "fan_in"), SHAPES)
 def test_half_precision(out: int, fan_in: int, dtype: torch.dtype) -> None:
     base = four_bit(out, fan_in, dtype=dtype)
-    weight, bias = stored_weight(base), ref.array(base.bias)
+    weight, bias = quantization.read_linear4bit(base), ref.array(base.bias)
     lora, layer = adapt(base)
     check(layer, weight, bias, dtype)
     check(lora.eval().adapter_layers()["layer"], weight, bias, dtype)
@@ -113,7 +101,7 @@ def test_half_precision(out: int, fan_in: int, dtype: torch.dtype) -> None:
 def test_a_cast_of_the_model_and_a_copy_of_it(storage: torch.dtype) -> None:
     """Packed codes in a float-typed tensor are no numbers; a cast must leave them, a copy must have its own."""
     base = four_bit(32, 64, storage=storage, double_quant=True)
-    weight, bias, codes = stored_weight(base), ref.array(base.bias), base.weight.data.clone()
+    weight, bias, codes = quantization.read_linear4bit(base), ref.array(base.bias), base.weight.data.clone()
     lora, layer = adapt(base)
     lora.to(torch.float32)
     check(layer, weight, bias, torch.float32)
@@ -157,7 +145,7 @@ def test_eight_bits(out: int, fan_in: int, train: bool, forwarded: bool) -> None
 def test_layers_of_awkward_shapes_without_an_adapter_are_right_too() -> None:
     """Beside an adapted layer, on the CPU; their hooks fire and their copies compute alike."""
     odd = four_bit(37, 96)
-    weight, bias = stored_weight(odd), ref.array(odd.bias)
+    weight, bias = quantization.read_linear4bit(odd), ref.array(odd.bias)
     model: Any = nn.Sequential(odd, nn.Linear(37, 4))
     seen: list[int] = []
     odd.register_forward_hook(lambda *_: seen.append(1))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from scipy.stats import norm
 
 P = 0.9677083  # the outermost quantile of NormalFloat
@@ -54,3 +57,15 @@ def scales_8bit(
 
 def read_int8(codes: np.ndarray, row_scales: np.ndarray) -> np.ndarray:
     return codes.astype(np.float64) * row_scales.astype(np.float64)[:, None] / 127
+
+
+def read_linear4bit(module: Any) -> np.ndarray:
+    """The (out, in) weight of a bitsandbytes ``Linear4bit`` in the standard layout, doubly quantized or not."""
+    state = module.weight.quant_state
+    levels = normal_float(4) if state.quant_type == "nf4" else float4()
+    absmax = state.absmax.numpy()
+    if state.nested:
+        inner = state.state2
+        absmax = scales_8bit(absmax, inner.code.numpy(), inner.absmax.numpy(), state.offset.item())
+    packed = module.weight.data.view(torch.uint8).reshape(-1).numpy()
+    return read_4bit(packed, absmax, levels, state.blocksize, tuple(state.shape))
