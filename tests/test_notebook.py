@@ -45,5 +45,5 @@ def test_runs_on_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     difference = next(text for text in printed if "difference of a logit" in text)
     assert float(difference.split()[-1]) == 0.0
     assert "merged into bfloat16" in printed[-1]
-    assert "merged into same" in printed[-1]
+    assert "merged into each module's own storage" in printed[-1]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
