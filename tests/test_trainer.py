@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from training_runs import (
 )
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_kit import LoraModel, StorageError
+from qlora_kit import AdapterError, LoftQConfig, LoraModel, StorageError
 from qlora_kit.storage import adapter_state
 
 
@@ -113,6 +114,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(p.dtype == torch.float32 for p in lora.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("storage", ["dense", "4-bit"])
+def test_a_run_from_loftq_resumes_on_a_base_made_the_same_way(storage: str, tmp_path: Path, folder: Path) -> None:
+    """LoftQ may replace the base's weights, which no checkpoint holds: the same call makes them again."""
+
+    def started(seed: int) -> LoraModel:
+        loftq = LoftQConfig(loftq_iter=2, weights=None if storage == "dense" else str(folder))
+        return wrapped(load_storage(folder, storage), config(init_lora_weights="loftq", loftq_config=loftq), seed=seed)
+
+    whole = trained(started(seed=1), tmp_path)
+    resumed = trained(started(seed=99), tmp_path, resume=tmp_path / f"checkpoint-{SAVED_AT}")
+    assert_same(base_tensors(resumed.lora), base_tensors(whole.lora))
+    assert resumed.losses == whole.losses
+    assert_same(resumed.adapters, whole.adapters)
+
+
 @pytest.mark.parametrize("in_use", [["default"], ["second"], ["default", "second"]])
 def test_adapters_in_use_are_trained_and_resumed(in_use: list[str], tmp_path: Path, folder: Path) -> None:
     whole_modules = {"bias": "lora_only", "modules_to_save": ["lm_head"], "init_lora_weights": False}
@@ -169,6 +185,22 @@ def test_the_best_checkpoint_is_loaded_at_the_end(storage: str, tmp_path: Path, 
         adapter_state(run.lora), load_file(tmp_path / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     )
     assert run.trainer.evaluate()["eval_loss"] == run.trainer.state.best_metric
+
+
+def test_uploads_are_of_adapters(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = wrapped(load_storage(folder, "4-bit"))
+    with pytest.raises(AdapterError, match=r"push_to_hub=True: save_pretrained writes to a folder only"):
+        lora.save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+    uploads: list[list[str]] = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda self, folder_path, **_: uploads.append(os.listdir(folder_path))
+    )
+    lora.push_to_hub("me/adapter")
+    assert [sorted(names) for names in uploads] == [["adapter_config.json", "adapter_model.safetensors"]]
 
 
 # -- what the Trainer learns about the model -----------------------------------------------------------------
