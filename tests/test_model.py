@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from checkpointing import enable_checkpointing
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -292,7 +293,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         lora = lora_llama()
         lora.train()
         if checkpointing:
-            lora.activation_checkpointing_enable()
+            enable_checkpointing(lora)
         lora(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in lora.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

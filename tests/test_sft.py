@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpointing import ARGUMENT, is_checkpointing
 from safetensors.torch import load_file
 from tiny_llama import STORAGES, llama
 from tiny_lm import write_tiny_lm
@@ -68,11 +69,11 @@ def dtypes(lora: LoraModel) -> set[torch.dtype]:
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_resumed_run_is_the_uninterrupted_one(storage: str, checkpointing: bool, tmp_path: Path, lm: Path) -> None:
-    settings = {"activation_checkpointing": checkpointing, "eval_strategy": "steps", "eval_steps": 2}
+    settings = {ARGUMENT: checkpointing, "eval_strategy": "steps", "eval_steps": 2}
     lora = wrapped(load_storage(lm, storage))
     start, base = adapter_state(lora), base_tensors(lora)
     whole = tuned(lora, lm, tmp_path, **settings)
-    assert lora.is_activation_checkpointing is checkpointing
+    assert is_checkpointing(lora) is checkpointing
     assert_all_changed(adapter_state(lora), start)
     assert_same(base_tensors(lora), base)
     assert dtypes(lora) == {torch.float32}

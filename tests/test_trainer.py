@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpointing import ARGUMENT, is_checkpointing
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -103,12 +104,12 @@ def test_checkpoints_hold_the_adapters_only(storage: str, tmp_path: Path, folder
 def test_a_resumed_run_is_the_uninterrupted_one(
     storage: str, checkpointing: bool, tmp_path: Path, folder: Path
 ) -> None:
-    settings = {"activation_checkpointing": checkpointing, "eval_strategy": "steps", "eval_steps": 2}
+    settings = {ARGUMENT: checkpointing, "eval_strategy": "steps", "eval_steps": 2}
     whole = trained(wrapped(load_storage(folder, storage)), tmp_path, **settings)
     lora = wrapped(load_storage(folder, storage), seed=99)  # other factors than the first run began with
     assert_all_changed(adapter_state(lora), adapter_state(whole.lora))
     resumed = trained(lora, tmp_path, resume=tmp_path / f"checkpoint-{SAVED_AT}", **settings)
-    assert lora.is_activation_checkpointing is checkpointing
+    assert is_checkpointing(lora) is checkpointing
     assert resumed.losses == whole.losses  # the log of the steps before is the checkpoint's
     assert_same(resumed.adapters, whole.adapters)
     assert all(p.dtype == torch.float32 for p in lora.parameters() if p.requires_grad)

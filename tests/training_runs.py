@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpointing import ARGUMENT
 from safetensors.torch import load_file
 from tiny_llama import VOCABULARY, load
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def sft_trainer(lora: nn.Module, lm: Path, out: Path, **settings: Any) -> Any:
 
     text = Dataset.from_list([{"text": f"the number {i} comes before {i + 1}."} for i in range(24)])
     # SFTConfig turns on bfloat16, and checkpointing under its old name, which transformers warns about.
-    plain = {"bf16": False, "activation_checkpointing": False}
+    plain = {"bf16": False, ARGUMENT: False}
     return SFTTrainer(
         model=lora,
         args=arguments(SFTConfig, out, **{**plain, **settings}),
