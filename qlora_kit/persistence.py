@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .model import LoraModel
 
 
+_NOT_GIVEN = object()
+
+
 class Persistence(ModelProxy):
     """Saving and loading adapters. Mixed into ``LoraModel``."""
 
@@ -31,27 +34,29 @@ class Persistence(ModelProxy):
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
         *,
-        state_dict: Mapping[str, Tensor] | None = None,
+        state_dict: Mapping[str, Tensor] | object | None = _NOT_GIVEN,
         is_main_process: bool | None = None,
         push_to_hub: bool = False,
         **_: Any,
     ) -> None:
         """Write the adapters, PEFT's layout: "default" in the folder, others in subfolders of their names.
 
-        A call that says ``is_main_process`` comes from a Trainer, which resumes from ``model.safetensors``;
-        all adapters are then written into a file of that name as well, so that a stock resume finds them.
+        A call that says ``is_main_process`` or ``state_dict=None`` comes from a Trainer (a newer or an older
+        one), which resumes from ``model.safetensors``; all adapters are then written into a file of that name
+        as well, so that a stock resume finds them.
         """
         if push_to_hub:
             raise AdapterError("push_to_hub=True: save_pretrained writes to a folder only; call push_to_hub(repo_id)")
         if not safe_serialization:
             raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
         if is_main_process is not False:
-            for_trainer = is_main_process is not None
+            for_trainer = is_main_process is not None or state_dict is None
+            given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
             save_adapter(
                 cast("LoraModel", self),
                 Path(save_directory),
                 selected_adapters,
-                state_dict=state_dict,
+                state_dict=given,
                 resume_copy=for_trainer,
             )
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import config as core
 from ..errors import AdapterError
@@ -149,8 +148,6 @@ class PeftModel(LoraModel):
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool | None = None,
         path_initial_model_for_weight_conversion: str | None = None,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapters; see ``LoraModel.save_pretrained``. Embeddings are stored if an adapter trains them.
@@ -169,7 +166,6 @@ class PeftModel(LoraModel):
             os.fspath(save_directory),
             safe_serialization,
             selected_adapters,
-            state_dict=state_dict,
             is_main_process=is_main_process,
             **kwargs,
         )
