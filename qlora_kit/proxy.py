@@ -10,7 +10,6 @@ class would not do: inherited methods would find the wrapper's ``model`` where t
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from types import MethodType
@@ -76,7 +75,8 @@ class ModelProxy(nn.Module):
         if function is None or getattr(replacement, "__self__", None) is not self:
             self.model.forward = replacement
             return
-        if "fused_lm_head" in inspect.signature(function, follow_wrapped=False).parameters:
+        code = getattr(function, "__code__", None)
+        if code is not None and any("lm_head" in name for name in (*code.co_varnames, *code.co_freevars)):
             self._check_head_is_read_whole()
         if isinstance(getattr(function, "__wrapped__", None), property):  # copied from this class
             functools.update_wrapper(function, type(self.model).forward)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpointing import ARGUMENT, is_checkpointing
-from packaging.version import Version
 from safetensors.torch import load_file
 from tiny_llama import STORAGES, llama
 from tiny_lm import write_tiny_lm
@@ -179,7 +177,6 @@ def test_the_model_goes_on_as_before(tmp_path: Path, lm: Path) -> None:
     assert lora.merge_and_unload().generate(**prompt, **greedy).shape[1] == prompt["input_ids"].shape[1] + 3
 
 
-@pytest.mark.skipif(Version(version("trl")) < Version("1.15"), reason="TRL before 1.15 computes the head another way")
 def test_an_adapter_on_the_head_is_refused(tmp_path: Path, untied: Path) -> None:
     lora = wrapped(load_storage(untied, "dense"), config(target_modules=["q_proj", "lm_head"]))
     forward = lora.model.forward
