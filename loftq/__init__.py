@@ -1,6 +1,8 @@
 """LoftQ: quantize a weight and start its low-rank adapter together, so that the sum is close to the original."""
 
-from .alternate import LoftQResult, factorize
-from .quantizers import Quantized
+from qlora_kit.codecs.quantized import Quantized
 
-__all__ = ["LoftQResult", "Quantized", "factorize"]
+from .alternate import factorize
+from .methods import LoftQResult, Problem, register_method
+
+__all__ = ["LoftQResult", "Problem", "Quantized", "factorize", "register_method"]

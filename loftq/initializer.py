@@ -3,10 +3,10 @@
 Two situations, told apart by how the base module keeps its weight:
 
 - **Dense** (``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``): the alternation quantizes the weight
-  and a module that holds the result takes the base's place. For 4 bits that is bitsandbytes' ``Linear4bit``, for
-  8 its ``Linear8bitLt``. Types that no layer here stores in fewer bits (2 and 3 bits, uniform tables, and
-  embeddings at any width) are simulated: a module of the same type and dtype whose values are the quantized
-  ones, with the numerics of low bits and the memory of the original.
+  and a module that holds the result takes the base's place: bitsandbytes' ``Linear4bit`` for NF4 and FP4, its
+  ``Linear8bitLt`` for int8, our ``PackedLinear`` for the other types. Embeddings, which no layer here stores in
+  fewer bits, are simulated: a module of the same type and dtype whose values are the quantized ones, with the
+  numerics of low bits and the memory of the original.
 - **Already quantized**: the base stays as it is, and the 16-bit weights of the same model are read lazily, a
   tensor at a time, from ``LoftQConfig.weights``. With Q fixed there is nothing to alternate: one decomposition
   of W - Q is the optimum.
@@ -18,25 +18,23 @@ weight in bfloat16, say), the factors are fitted again to what is left.
 from __future__ import annotations
 
 import copy
-import os
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for
-from qlora_kit.config import LoftQConfig
-from qlora_kit.errors import ConfigError, StorageError, TargetError, closest
+from qlora_kit.codecs.packed import pack_linear
+from qlora_kit.codecs.quantized import Quantized
+from qlora_kit.config import DEFAULT_TYPES, LoftQConfig
+from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Request, Start, register_initializer
-from qlora_kit.shards import ShardReader
+from qlora_kit.originals import original_weight
 
 from .alternate import correction, factorize
-from .quantizers import DEFAULT_TYPES, Quantized
 
 # Codecs of modules whose weight is not quantized yet.
 DENSE = ("dense", "conv1d", "embedding")
-# What bitsandbytes' kernels take.
+# What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
 BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -72,17 +70,11 @@ def loftq_start(request: Request) -> Start:
 
 def _quantized_start(request: Request, options: LoftQConfig) -> Start:
     """Alternate on a dense weight; the start brings the quantized base."""
-    kind = options.quant_type or DEFAULT_TYPES[options.loftq_bits]
-    if kind in ("nf4", "fp4") and request.family == "linear" and options.blocksize not in BNB_BLOCKSIZES:
-        raise ConfigError(
-            f"loftq_config.blocksize: expected one of {list(BNB_BLOCKSIZES)} for {kind}, which is what bitsandbytes "
-            f"stores, found {options.blocksize}; pass blocksize=64"
-        )
     weight = request.codec.read(request.base)
     result = factorize(
         weight,
         request.rank,
-        quant_type=kind,
+        quant_type=options.quant_type or DEFAULT_TYPES[options.loftq_bits],
         steps=options.loftq_iter,
         scaling=request.scaling,
         blocksize=options.blocksize,
@@ -98,25 +90,31 @@ def _quantized_start(request: Request, options: LoftQConfig) -> Start:
 def _deployed(request: Request, quantized: Quantized) -> nn.Module:
     """The module that holds ``quantized`` in the base's place."""
     base, kind = request.base, quantized.quant_type
-    if request.family == "linear" and kind in ("nf4", "fp4", "int8"):
-        from qlora_kit.codecs.bnb import quantize_linear, quantize_linear_int8
-
+    if request.family == "linear":
         linear = _as_linear(request)
-        if kind == "int8":
-            return quantize_linear_int8(linear, quantized.source)
-        return quantize_linear(
-            linear,
-            quantized.source,
-            quant_type=kind,
-            blocksize=quantized.blocksize or 0,
-            double_quant=quantized.double_quant,
-        )
+        if kind == "int8" or (kind in ("nf4", "fp4") and quantized.blocksize in BNB_BLOCKSIZES):
+            return _bitsandbytes(linear, quantized)
+        return pack_linear(linear, quantized)
     # A copy with a weight of its own; the memo keeps the old weight from being copied on the way.
     weight: Tensor = base.weight  # type: ignore[assignment]
     fresh = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
     simulated = copy.deepcopy(base, {id(weight): fresh})
     request.codec.write_(simulated, quantized.dequantize())
     return simulated
+
+
+def _bitsandbytes(linear: nn.Linear, quantized: Quantized) -> nn.Module:
+    from qlora_kit.codecs.bnb import quantize_linear, quantize_linear_int8
+
+    if quantized.blocksize is None:
+        return quantize_linear_int8(linear, quantized.source)
+    return quantize_linear(
+        linear,
+        quantized.source,
+        quant_type=quantized.quant_type,
+        blocksize=quantized.blocksize,
+        double_quant=quantized.double_quant,
+    )
 
 
 def _as_linear(request: Request) -> nn.Linear:
@@ -142,59 +140,3 @@ def _residual_start(request: Request, options: LoftQConfig) -> Start:
     stored = request.codec.read(request.base)
     full = original_weight(options.weights, request.path, stored)
     return Start(*correction(full - stored, request.rank, request.scaling))
-
-
-def original_weight(folder: str | os.PathLike[str], path: str, stored: Tensor) -> Tensor:
-    """The weight that ``stored`` (float32 (out, in)) was quantized from: float32 (out, in) on its device.
-
-    The name is ``<path>.weight``, in a checkpoint of the whole model or of the model without or inside its
-    head. A matrix that was stored transposed (transformers' Conv1D) is told by its shape, a square one by
-    which orientation is closer.
-
-    Raises:
-        StorageError: no tensor of the names tried, one of another shape, or one that is farther from
-            ``stored`` than a zero matrix is.
-    """
-    reader = _reader(Path(folder))
-    name = _name_in(reader, path)
-    full = reader.tensor(name).to(stored.device, torch.float32)
-    candidates = [matrix for matrix in (full, full.mT) if matrix.shape == stored.shape] if full.dim() == 2 else []
-    if not candidates:
-        raise StorageError(
-            f"{path}: expected a weight of shape {tuple(stored.shape)} in {folder}, found {name!r} of shape "
-            f"{tuple(full.shape)}; pass the folder of the model that was quantized"
-        )
-    closer = min(candidates, key=lambda matrix: float((matrix - stored).norm()))
-    distance, size = float((closer - stored).norm()), float(closer.norm())
-    if distance > size:
-        raise StorageError(
-            f"{path}: expected {name!r} in {folder} to be the weight that the module was quantized from, found one "
-            f"at a relative distance of {distance / (size or 1.0):.2f}; pass the folder of the same model"
-        )
-    return closer.contiguous()
-
-
-def _name_in(reader: ShardReader, path: str) -> str:
-    whole = f"{path}.weight"
-    tried = [whole, f"model.{whole}", whole.partition(".")[2] if "." in path else whole]
-    for name in tried:
-        if name in reader:
-            return name
-    nested = [name for name in reader if name.endswith(f".{whole}")]
-    if len(nested) == 1:
-        return nested[0]
-    raise StorageError(
-        f"{path}: expected its 16-bit weight in {reader.folder}, found none of the names tried "
-        f"({', '.join(dict.fromkeys(tried))}, and one that ends in .{whole}, of which there are {len(nested)}); "
-        f"the closest are {closest(whole, reader)}; pass the folder of the same model"
-    )
-
-
-def _reader(folder: Path) -> ShardReader:
-    # The index is read once for all modules of a model, and again when the folder has changed.
-    return _reader_of(folder, folder.stat().st_mtime_ns if folder.is_dir() else 0)
-
-
-@lru_cache(maxsize=1)
-def _reader_of(folder: Path, changed: int) -> ShardReader:
-    return ShardReader(folder)

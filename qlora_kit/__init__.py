@@ -23,9 +23,13 @@ from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_traini
 from .layers import AdapterLayer, register_layer
 from .merging import merge
 from .model import LoraModel, apply_lora
+from .on_import import import_after
 from .training import check_gradients
 
 __version__ = "0.1.0"
+
+# transformers learns to load packed models when it is imported, before or after this package.
+import_after("transformers.quantizers.auto", "qlora_kit.hf_quantizer")
 
 __all__ = [
     "AdapterError",

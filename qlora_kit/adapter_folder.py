@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -29,12 +30,15 @@ RESUME_NAME = "model.safetensors"  # where transformers' Trainer looks when it r
 PREFIX = "base_model.model."  # what every key of an adapter file starts with
 
 
-def write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    folder: Path, config: LoraConfig, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one adapter into ``folder``, which is made if it isn't there.
 
     Args:
         config: written as it is, see ``LoraConfig.as_stored``.
         state: contiguous CPU tensors under the keys of the file, no two sharing memory.
+        metadata: further entries of the weight file's header, which other readers pass over.
 
     Raises:
         StorageError: ``folder`` is a file.
@@ -42,7 +46,7 @@ def write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor])
     """
     check_is_folder(folder)
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    text, data = config.to_json(), safetensors.torch.save(dict(state), {"format": "pt"})
+    text, data = config.to_json(), safetensors.torch.save(dict(state), {"format": "pt", **(metadata or {})})
     contents = {settings: text, weights: data}
     staged: dict[Path, Path] = {}
     try:
@@ -107,6 +111,20 @@ def read_adapter(directory: str | Path, *, allow_pickle: bool = False) -> tuple[
             f"{sorted(state)[:3] or 'no tensors'}; pass the folder of an adapter that PEFT or this toolkit saved"
         )
     return config, state
+
+
+def read_metadata(directory: str | Path) -> dict[str, str]:
+    """The metadata in the header of a stored adapter's weights; empty where they are a pickle."""
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.exists():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise StorageError(
+            f"{path}: expected a whole safetensors file, found another ({error}); save it again"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -28,7 +28,13 @@ INIT_NAMES: set[str] = {"gaussian", "loftq"}
 # PEFT's names of what the base model is for.
 TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
-QUANT_TYPES = ("nf2", "nf3", "nf4", "fp4", "int8")
+# What a number of bits means where no type is named. benchmarks/RESULTS.md has the comparison behind it.
+DEFAULT_TYPES = {2: "signed2", 3: "signed3", 4: "nf4", 8: "int8"}
+# The types of qlora_kit.codecs.codebooks, and bitsandbytes' int8; each name ends in its bits.
+QUANT_TYPES = (
+    *("nf2", "nf3", "nf4", "fp4", "int8", "signed2", "signed3", "lloyd2", "lloyd3"),
+    *(f"{family}{bits}" for family in ("uniform", "affine") for bits in (2, 3, 4, 8)),
+)
 
 # Written even at their defaults: readers other than PEFT ask for them.
 _ALWAYS_WRITTEN = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
@@ -41,8 +47,9 @@ class LoftQConfig:
     Attributes:
         loftq_bits: bits per weight: 2, 3, 4 or 8.
         loftq_iter: alternating steps (Li et al. 2023, Algorithm 1); the best iterate is kept.
-        quant_type: "nf2", "nf3", "nf4", "fp4" or "int8"; None takes NormalFloat of the bits, int8 for 8.
-        blocksize: weights that share a scale.
+        quant_type: a type of ``qlora_kit.codecs.codebooks`` ("nf4", "nf2", "signed2", "affine3", ...) or "int8";
+            None takes ``DEFAULT_TYPES`` of the bits.
+        blocksize: weights that share a scale, or "row".
         double_quant: quantize the scales too.
         weights: a folder with the 16-bit safetensors of a model that is already quantized; the adapters then
             start from the difference.
@@ -54,7 +61,7 @@ class LoftQConfig:
     loftq_bits: int = 4
     loftq_iter: int = 1
     quant_type: str | None = None
-    blocksize: int = 64
+    blocksize: int | str = 64
     double_quant: bool = False
     weights: str | None = None
 
@@ -67,7 +74,8 @@ class LoftQConfig:
             if int(self.quant_type[-1]) != self.loftq_bits:
                 fix = f"pass loftq_bits={self.quant_type[-1]} or leave quant_type out"
                 raise failure("quant_type", f"a type of {self.loftq_bits} bits", self.quant_type, fix)
-        check_int("blocksize", self.blocksize, 1, "pass blocksize=64")
+        if self.blocksize != "row":
+            check_int("blocksize", self.blocksize, 1, "pass blocksize=64, or 'row'")
         check_bool("double_quant", self.double_quant)
         if self.weights is not None:
             if not isinstance(self.weights, (str, os.PathLike)):

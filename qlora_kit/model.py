@@ -83,6 +83,7 @@ class LoraModel(Persistence):
             injection.undo()
             raise
         self.peft_config[adapter_name] = config
+        self._note_backbone_(adapter_name)
         self.plan = plan
         self._kept_biases.keep(bias_parameters(self.model, config.bias))
         self._apply_state_()
@@ -126,6 +127,7 @@ class LoraModel(Persistence):
         for module in self._parts():
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
+        self.backbones.pop(adapter_name, None)
         remaining = [name for name in self.active_adapters if name != adapter_name]
         self._trainable = [name for name in self._trainable if name != adapter_name]
         self.active_adapters = remaining or list(self.peft_config)[:1]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .adapter_folder import PREFIX
+from .adapter_folder import PREFIX, read_metadata
+from .backbone import METADATA_KEY, check_backbone, fingerprint
 from .config import LoraConfig
 from .errors import AdapterError
 from .proxy import ModelProxy
@@ -27,6 +28,11 @@ _NOT_GIVEN = object()
 
 class Persistence(ModelProxy):
     """Saving and loading adapters. Mixed into ``LoraModel``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        #: Fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
+        self.backbones: dict[str, str] = {}
 
     def save_pretrained(
         self,
@@ -96,12 +102,14 @@ class Persistence(ModelProxy):
         *,
         config: LoraConfig | None = None,
         allow_pickle: bool = False,
+        check_backbone: bool = True,
         adapter_dtype: torch.dtype | None = None,
     ) -> Any:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
         Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
-        replaces the stored one.
+        replaces the stored one. An adapter that LoftQ started fits the quantized base that it was started on,
+        and ``check_backbone`` refuses others.
         """
         stored, state = read_adapter(model_id, allow_pickle=allow_pickle)
         config = stored if config is None else config
@@ -109,11 +117,13 @@ class Persistence(ModelProxy):
             model, _for_loading(config, model, is_trainable), adapter_name, adapter_dtype=adapter_dtype
         )
         try:
+            if check_backbone:
+                lora._check_backbone(adapter_name, model_id)
             load_adapter_state_(lora, adapter_name, state)
         except BaseException:
             lora.unload()
             raise
-        lora._loaded_(adapter_name, config, is_trainable)
+        lora._loaded_(adapter_name, config, is_trainable, model_id)
         return lora
 
     def load_adapter(
@@ -123,19 +133,24 @@ class Persistence(ModelProxy):
         is_trainable: bool = False,
         *,
         allow_pickle: bool = False,
+        check_backbone: bool = True,
     ) -> None:
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it."""
         config, state = read_adapter(model_id, allow_pickle=allow_pickle)
         if adapter_name in self.peft_config:
+            if check_backbone:
+                self._check_backbone(adapter_name, model_id)
             load_adapter_state_(cast("LoraModel", self), adapter_name, state)
             return
         self.add_adapter(adapter_name, _for_loading(config, self.model, is_trainable))
         try:
+            if check_backbone:
+                self._check_backbone(adapter_name, model_id)
             load_adapter_state_(cast("LoraModel", self), adapter_name, state)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
-        self._loaded_(adapter_name, config, is_trainable)
+        self._loaded_(adapter_name, config, is_trainable, model_id)
         if is_trainable:
             self.set_requires_grad(adapter_name)
 
@@ -146,14 +161,29 @@ class Persistence(ModelProxy):
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _loaded_(self, name: str, config: LoraConfig, is_trainable: bool) -> None:
+    def _loaded_(self, name: str, config: LoraConfig, is_trainable: bool, folder: str | Path) -> None:
         """Record how a loaded adapter once started, which its placeholder configuration doesn't say."""
         recorded = self.peft_config[name]
         self.peft_config[name] = dataclasses.replace(
             recorded, init_lora_weights=config.init_lora_weights, loftq_config=config.loftq_config
         )
+        if backbone := read_metadata(folder).get(METADATA_KEY):
+            self.backbones[name] = backbone
         if not is_trainable:
             self.eval()
+
+    def _note_backbone_(self, name: str) -> None:
+        """Keep what a LoftQ start was made for; taken at once, before shards or merges hide the codes."""
+        if self.peft_config[name].init_lora_weights == "loftq":
+            self.backbones[name] = fingerprint(self._bases_of(name))
+
+    def _check_backbone(self, name: str, folder: str | Path) -> None:
+        if expected := read_metadata(folder).get(METADATA_KEY):
+            check_backbone(expected, self._bases_of(name), folder)
+
+    def _bases_of(self, name: str) -> dict[str, nn.Module]:
+        layers = cast("LoraModel", self).adapter_layers().items()
+        return {path: layer.base_layer for path, layer in layers if name in layer.adapter_names()}
 
 
 def _for_loading(config: LoraConfig, model: nn.Module, is_trainable: bool) -> LoraConfig:

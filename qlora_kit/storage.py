@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_folder import PREFIX, read_adapter, write_adapter, write_resume_file
+from .backbone import METADATA_KEY
 from .biases import bias_parameters
 from .errors import AdapterError, StorageError, closest
 from .layers import AdapterLayer, ModulesToSave
@@ -186,7 +187,9 @@ def save_adapter(
         slots = [(name, slot) for name in names for slot in _slots(model, name)]
         write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
     for name in names:
-        write_adapter(folders[name], model.peft_config[name].as_stored(), states[name])
+        backbone = model.backbones.get(name)
+        metadata = {METADATA_KEY: backbone} if backbone else None
+        write_adapter(folders[name], model.peft_config[name].as_stored(), states[name], metadata)
 
 
 def _slots(model: LoraModel, adapter_name: str) -> list[Slot]:

@@ -20,7 +20,13 @@ PACKAGES = ("qlora_kit", "loftq")
 # Left to right; a name stands for the module or the whole package. Within a group imports are free of cycles.
 ORDER = [
     ["qlora_kit.errors"],
-    ["qlora_kit.files", "qlora_kit.checks", "qlora_kit.peft_json", "qlora_kit.architectures"],
+    [
+        "qlora_kit.files",
+        "qlora_kit.checks",
+        "qlora_kit.peft_json",
+        "qlora_kit.architectures",
+        "qlora_kit.on_import",
+    ],
     ["qlora_kit.config"],
     ["qlora_kit.lowrank", "qlora_kit.codecs"],
     ["qlora_kit.layers"],
@@ -28,6 +34,8 @@ ORDER = [
     ["qlora_kit.initializers"],
     [
         "qlora_kit.model",
+        "qlora_kit.backbone",
+        "qlora_kit.hf_quantizer",
         "qlora_kit.merging",
         "qlora_kit.fidelity",
         "qlora_kit.persistence",
@@ -36,7 +44,7 @@ ORDER = [
         "qlora_kit.kbit",
         "qlora_kit.training",
     ],
-    ["qlora_kit.shards", "qlora_kit.compat"],
+    ["qlora_kit.shards", "qlora_kit.originals", "qlora_kit.compat"],
     ["qlora_kit"],  # the public list: the modules above don't go through it
     ["loftq"],
     ["loftq.cli", "qlora_kit.cli", "qlora_kit.demo", "qlora_kit.__main__"],

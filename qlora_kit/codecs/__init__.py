@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from . import dense
+from . import dense, packed
 from .base import Codec, codec_for, find_codec, protect_storage_, register_codec, shielded_storage
 
-__all__ = ["Codec", "codec_for", "dense", "find_codec", "protect_storage_", "register_codec", "shielded_storage"]
+__all__ = [
+    "Codec",
+    "codec_for",
+    "dense",
+    "find_codec",
+    "packed",
+    "protect_storage_",
+    "register_codec",
+    "shielded_storage",
+]

@@ -54,9 +54,13 @@ class Codec:
         """
         raise NotImplementedError
 
+    def stored(self, module: nn.Module) -> list[Tensor]:
+        """All tensors that the weight is stored in, in an order and layout that don't depend on the platform."""
+        return [module.weight.detach()]  # type: ignore[operator]
+
     def nbytes(self, module: nn.Module) -> int:
         """Bytes of weight storage, scales included."""
-        return module.weight.nbytes  # type: ignore[return-value]
+        return sum(tensor.nbytes for tensor in self.stored(module))
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype the module computes and would be dequantized in (float32, bfloat16 or float16)."""

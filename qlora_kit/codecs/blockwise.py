@@ -1,111 +1,180 @@
 """Blockwise table quantization in plain torch: the arithmetic that a kernel hides, readable and exact.
 
-A weight is cut into runs of ``blocksize`` consecutive values (row-major). Each block keeps one scale, its
-largest magnitude, and each value keeps the index of the table entry nearest to value / scale. Reading is a
-table look-up times the scale; finding the nearest entry is a binary search over the midpoints of the sorted
-table. A value exactly on a midpoint takes the lower entry, which is what bitsandbytes does: the codes of NF4
-and FP4 here equal its codes, ties and all-zero blocks included.
+A weight is cut into runs of ``blocksize`` consecutive values (row-major). Each block keeps a scale (and, for
+ranges, a shift), and each value keeps the index of the table entry nearest to (value - shift) / scale. Reading
+is a table look-up times the scale plus the shift. A value exactly between two entries takes the lower, which is
+what bitsandbytes does: the codes of NF4 and FP4 here equal its codes, ties and all-zero blocks included.
 
-Tables, all scaled to [-1, 1]:
-
-- ``nf2``, ``nf3``, ``nf4``: quantiles of a normal distribution, NormalFloat (Dettmers et al. 2023, QLoRA,
-  arXiv 2305.14314, appendix E, and bitsandbytes' ``create_normal_map``). With p = 0.9677083 and b bits:
-  positives ppf(linspace(p, 0.5, 2^(b-1) + 1)[:-1]), negatives -ppf(linspace(p, 0.5, 2^(b-1))[:-1]), and zero,
-  divided by the largest. The paper's 4 bits are the case b = 4; 2 and 3 follow the same recipe.
-- ``fp4``: 1 sign, 2 exponent and 1 mantissa bit in bitsandbytes' bit patterns (``get_4bit_type``), which are
-  not in order of value.
-- ``uniform2`` ... ``uniform8``: 2^b equally spaced levels from -1 to 1.
+Finding the nearest entry. A binary search over the midpoints of the sorted table is exact but costs a dozen
+mispredicted branches a value. Here [-1, 1] is cut into equal bins so narrow that each has at most one midpoint
+in or beside it. A value's bin then gives the number of midpoints below it up to one comparison, and both come
+from tables that stay in the first-level cache. The work runs over chunks that stay in the second.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CodecError
-
-# fmt: off
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-_NF3 = (
-    -1.0, -0.4786291718482971, -0.21714182198047638, 0.0,
-    0.16093020141124725, 0.33791524171829224, 0.5626170039176941, 1.0,
-)
-_NF2 = (-1.0, 0.0, 0.33791524171829224, 1.0)
-_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-_FP4 = tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4_MAGNITUDES)
-# fmt: on
-
-CODEBOOKS: dict[str, tuple[float, ...]] = {
-    "nf2": _NF2,
-    "nf3": _NF3,
-    "nf4": _NF4,
-    "fp4": _FP4,
-    **{f"uniform{bits}": tuple(2 * i / (2**bits - 1) - 1 for i in range(2**bits)) for bits in range(2, 9)},
-}
+# Values that are looked up at a time on a CPU: their temporaries together fill a few MB.
+_CHUNK = 1 << 18
+# More bins than this would leave the first-level cache, and the binary search takes over.
+_MOST_BINS = 2048
 
 
-def codebook(quant_type: str, device: torch.device | str | None = None) -> Tensor:
-    """The table of ``quant_type``: float32, (2^bits,), indexed by code.
-
-    Raises:
-        CodecError: no table has that name; lists those that do.
-    """
-    if quant_type not in CODEBOOKS:
-        raise CodecError(f"quant_type: expected one of {sorted(CODEBOOKS)}, found {quant_type!r}")
-    return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
-
-
-@cache
-def _ranks(levels: tuple[float, ...]) -> tuple[int, ...]:
-    """The codes in order of their value."""
-    return tuple(torch.tensor(levels).argsort().tolist())
-
-
-def quantize(weight: Tensor, table: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
+def quantize(
+    weight: Tensor,
+    table: Tensor,
+    blocksize: int = 64,
+    *,
+    signed: bool = False,
+    multipliers: tuple[float, ...] = (1.0,),
+) -> tuple[Tensor, Tensor]:
     """The nearest codes and the scales of ``weight``.
 
     Args:
         weight: any shape, finite, any floating dtype; quantized in float32.
         table: (levels,) float32 with levels <= 256 and entries in [-1, 1], in any order.
         blocksize: values per scale; the last block may be shorter.
+        signed: give the scale the sign of the value that it is the magnitude of (of the positive one where
+            both ends are equally far).
+        multipliers: the scale is the largest magnitude times one of these, for each block the one that leaves
+            the least squared error.
 
     Returns:
-        ``codes`` uint8 of ``weight``'s shape, and ``absmax`` float32 of (ceil(numel / blocksize),).
+        ``codes`` uint8 of ``weight``'s shape, and scales float32 of (ceil(numel / blocksize),).
     """
     flat = weight.detach().reshape(-1).float()
-    tail = flat.numel() % blocksize
-    full = flat[: flat.numel() - tail].reshape(-1, blocksize)
-    absmax = full.abs().amax(dim=1)
+    highest, lowest = _extremes(flat, blocksize)
+    absmax = torch.maximum(highest, -lowest)
+    scales = torch.where(-lowest > highest, -absmax, absmax) if signed else absmax
+    scales = _best_scales(flat, scales, table, blocksize, multipliers)
+    return nearest_codes(flat, scales, None, table, blocksize).reshape(weight.shape), scales
+
+
+def quantize_range(weight: Tensor, table: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and shifts of ``weight`` with each block's range brought to [0, 1]; see ``quantize``."""
+    flat = weight.detach().reshape(-1).float()
+    highest, lowest = _extremes(flat, blocksize)
+    scales = highest - lowest
+    return nearest_codes(flat, scales, lowest, table, blocksize).reshape(weight.shape), scales, lowest
+
+
+def nearest_codes(flat: Tensor, scales: Tensor, shifts: Tensor | None, table: Tensor, blocksize: int) -> Tensor:
+    """uint8 codes of the entries nearest to (value - shift) / scale, for flat float32 values."""
     # bitsandbytes multiplies whole blocks by a reciprocal and divides the short one: near a midpoint the two
     # round differently, and codes are to agree exactly. An all-zero block must not divide by zero.
-    scaled = (full * (1.0 / absmax.clamp(min=1e-38))[:, None]).reshape(-1)
-    if tail:
-        last = flat[-tail:].abs().amax()
-        absmax = torch.cat([absmax, last[None]])
-        scaled = torch.cat([scaled, flat[-tail:] / last.clamp(min=1e-38)])
-    order = torch.tensor(_ranks(tuple(table.tolist())), device=table.device)
-    ascending = table[order]
-    midpoints = (ascending[:-1] + ascending[1:]) / 2
-    ranks = torch.bucketize(scaled, midpoints, out_int32=True)
-    return order.to(torch.uint8).index_select(0, ranks).reshape(weight.shape), absmax
+    safe = torch.where(scales < 0, scales.clamp(max=-1e-38), scales.clamp(min=1e-38))
+    inverse = 1.0 / safe
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    levels = tuple(table.tolist())
+    whole = flat.numel() // blocksize
+    for rows in _chunks(whole, blocksize, flat.device):
+        part = flat[rows.start * blocksize : rows.stop * blocksize].view(-1, blocksize)
+        part = part - shifts[rows, None] if shifts is not None else part
+        codes[rows.start * blocksize : rows.stop * blocksize] = _search(
+            (part * inverse[rows, None]).view(-1).clamp_(-1, 1), levels
+        )
+    if whole * blocksize < flat.numel():
+        tail = flat[whole * blocksize :]
+        tail = tail - shifts[whole:] if shifts is not None else tail
+        codes[whole * blocksize :] = _search((tail / safe[whole:]).clamp_(-1, 1), levels)
+    return codes
 
 
-def dequantize(codes: Tensor, table: Tensor, absmax: Tensor, blocksize: int = 64) -> Tensor:
-    """``table[codes]`` times each block's scale: float32 of ``codes``' shape."""
-    values = table.float().index_select(0, codes.reshape(-1).int())
-    return scale_blocks_(values, absmax, blocksize).reshape(codes.shape)
+def dequantize(
+    codes: Tensor, table: Tensor, scales: Tensor, blocksize: int = 64, shifts: Tensor | None = None
+) -> Tensor:
+    """``table[codes]`` times each block's scale, plus its shift: float32 of ``codes``' shape."""
+    flat, table = codes.reshape(-1), table.float()
+    values = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
+    for part in _chunks(flat.numel(), 1, flat.device):
+        torch.index_select(table, 0, flat[part].int(), out=values[part])
+    return scale_blocks_(values, scales, blocksize, shifts).reshape(codes.shape)
 
 
-def scale_blocks_(values: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
-    """Multiply flat ``values`` in place by their blocks' scales; returns them."""
+def scale_blocks_(values: Tensor, scales: Tensor, blocksize: int, shifts: Tensor | None = None) -> Tensor:
+    """Multiply flat ``values`` in place by their blocks' scales and add the shifts; returns them."""
     whole = values.numel() // blocksize
-    values[: whole * blocksize].view(whole, blocksize).mul_(absmax[:whole, None])
-    values[whole * blocksize :].mul_(absmax[whole:])
+    blocks, tail = values[: whole * blocksize].view(whole, blocksize), values[whole * blocksize :]
+    blocks.mul_(scales[:whole, None])
+    tail.mul_(scales[whole:])
+    if shifts is not None:
+        blocks.add_(shifts[:whole, None])
+        tail.add_(shifts[whole:])
     return values
+
+
+def _best_scales(flat: Tensor, scales: Tensor, table: Tensor, blocksize: int, multipliers: tuple[float, ...]) -> Tensor:
+    """Each block's scale times the multiplier that leaves the least squared error, the earlier of equals."""
+    if len(multipliers) == 1:
+        return scales * multipliers[0] if multipliers[0] != 1.0 else scales
+    chosen = torch.empty_like(scales)
+    for rows in _chunks(scales.numel(), blocksize, flat.device):
+        part = flat[rows.start * blocksize : rows.stop * blocksize]
+        least = None
+        for multiplier in multipliers:
+            tried = scales[rows] * multiplier
+            codes = nearest_codes(part, tried, None, table, blocksize)
+            error = dequantize(codes, table, tried, blocksize).sub_(part).square_()
+            error = F.pad(error, (0, -len(error) % blocksize)).view(-1, blocksize).sum(dim=1)
+            if least is None:
+                chosen[rows], least = tried, error
+            else:
+                chosen[rows] = torch.where(error < least, tried, chosen[rows])
+                least = torch.minimum(error, least)
+    return chosen
+
+
+def _extremes(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Each block's largest and least value."""
+    whole = flat.numel() // blocksize
+    blocks, tail = flat[: whole * blocksize].view(whole, blocksize), flat[whole * blocksize :]
+    highest, lowest = blocks.amax(dim=1), blocks.amin(dim=1)
+    if tail.numel():
+        highest = torch.cat([highest, tail.amax()[None]])
+        lowest = torch.cat([lowest, tail.amin()[None]])
+    return highest, lowest
+
+
+def _chunks(blocks: int, blocksize: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, _CHUNK // blocksize) if device.type == "cpu" else max(blocks, 1)
+    return (slice(start, min(start + step, blocks)) for start in range(0, blocks, step))
+
+
+def _search(values: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """The uint8 codes of the levels nearest to flat ``values`` in [-1, 1]."""
+    bins, below, edges, midpoints, order = _tables(levels, values.device)
+    if bins == 0:
+        ranks = torch.bucketize(values, midpoints, out_int32=True)
+    else:
+        cell = torch.add(bins + 0.5, values, alpha=bins).to(torch.int32)
+        ranks = values > edges.index_select(0, cell)
+        ranks = below.index_select(0, cell).add_(ranks)
+    return ranks if order is None else order.index_select(0, ranks.int())
+
+
+@cache
+def _tables(levels: tuple[float, ...], device: torch.device) -> tuple[int, Tensor, Tensor, Tensor, Tensor | None]:
+    """What ``_search`` looks up: bins to either side of 0 (0: too many), for each bin the midpoints surely below
+    it and the one that may be in it, all midpoints, and the code of each rank (None where they are equal)."""
+    table = torch.tensor(levels)
+    ascending, order = table.sort(stable=True)
+    midpoints = (ascending[:-1] + ascending[1:]) / 2
+    codes = None if order.tolist() == list(range(len(levels))) else order.to(torch.uint8).to(device)
+    # Equal levels have equal midpoints beside them: values never land between these.
+    distinct = midpoints.unique()
+    gap = distinct.diff().min().item() if len(distinct) > 1 else 1.0
+    bins = max(8, int(3 / gap) + 1)
+    if bins > _MOST_BINS or len(distinct) < len(midpoints):
+        none = torch.empty(0, device=device)
+        return 0, none, none, midpoints.to(device), codes
+    # A bin's middle is (i - bins) / bins; rounding moves a value at most into the bin beside it.
+    middles = (torch.arange(2 * bins + 2, dtype=torch.float64) - bins) / bins
+    below = (middles[:, None] - 1 / bins > midpoints.double()).sum(dim=1)
+    padded = torch.cat([midpoints, torch.tensor([torch.inf])])
+    return bins, below.to(torch.uint8).to(device), padded[below].to(device), midpoints.to(device), codes

@@ -92,3 +92,18 @@ class ConvCodec(DenseCodec):
 
     def _from_matrix(self, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
         return matrix.reshape(stored_shape)
+
+
+def take_bias_(module: nn.Linear, source: nn.Linear) -> None:
+    """Give ``module`` a copy of ``source``'s bias, and its training flag."""
+    if source.bias is not None:
+        module.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=source.bias.requires_grad)
+    module.train(source.training)
+
+
+def dense_linear(module: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A frozen ``nn.Linear`` of ``weight``, with ``module``'s bias copied."""
+    dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype)
+    dense.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    take_bias_(dense, module)
+    return dense.to(dtype)

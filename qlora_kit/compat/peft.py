@@ -34,6 +34,7 @@ from .auto import (
 )
 from .configs import LoraConfig, PeftConfig, PeftType, TaskType, get_peft_config
 from .hub import adapter_folder
+from .loftq import replace_lora_weights_loftq
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tasks import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -84,6 +85,7 @@ __all__ = [
     "load_peft_weights",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]
 

@@ -129,6 +129,7 @@ class PeftModel(LoraModel):
         *,
         subfolder: str | None = None,
         allow_pickle: bool = False,
+        check_backbone: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Add a stored adapter, from a local folder or a Hub repository; not active yet.
@@ -137,7 +138,9 @@ class PeftModel(LoraModel):
         an adapter that doesn't fit is an error.
         """
         folder = adapter_folder(model_id, subfolder, **kwargs)
-        super().load_adapter(folder, adapter_name, is_trainable, allow_pickle=allow_pickle)
+        super().load_adapter(
+            folder, adapter_name, is_trainable, allow_pickle=allow_pickle, check_backbone=check_backbone
+        )
         return no_leftover_keys()
 
     def save_pretrained(

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import nn
 
 from ..codecs import codec_for
-from ..codecs.blockwise import codebook, dequantize, quantize
+from ..codecs.blockwise import dequantize, quantize
+from ..codecs.codebooks import codebook
 from ..config import LoftQConfig, LoraConfig
 from ..inject import make_plan
 from ..kbit import memory_bill, prepare_model_for_kbit_training

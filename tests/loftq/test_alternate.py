@@ -12,7 +12,9 @@ from reference.loftq import alternate
 from reference.lowrank import best_approximation
 
 from loftq import factorize
-from loftq.quantizers import DEFAULT_TYPES, dynamic_map, quantizer_for
+from loftq.quantizers import quantizer_for
+from qlora_kit.codecs.quantized import dynamic_map
+from qlora_kit.config import DEFAULT_TYPES
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import delta
 
@@ -35,7 +37,7 @@ def error_of(full: torch.Tensor, result: object, scaling: float) -> float:
 def test_follows_the_reference_step_by_step(shape: tuple[int, int], bits: int) -> None:
     full = weight(shape)
     errors, quantized, products = alternate(full.numpy(), 4, bits=bits, steps=4)
-    result = factorize(full, 4, bits=bits, steps=4, scaling=0.5)
+    result = factorize(full, 4, quant_type=f"nf{bits}" if bits < 8 else "int8", steps=4, scaling=0.5)
     np.testing.assert_allclose(result.history, errors[: len(result.history)], rtol=RELATIVE)
     best = int(np.argmin(result.history))
     np.testing.assert_allclose(result.quantized.dequantize(), quantized[best], atol=1e-6)
@@ -145,7 +147,7 @@ def test_the_dynamic_map_is_bitsandbytes() -> None:
         ({"rank": 25}, "rank: .* found 25"),
         ({"bits": 5}, r"bits: expected one of \[2, 3, 4, 8\], found 5"),
         ({"quant_type": "nf5"}, "quant_type: expected one of nf2, .*int8, found 'nf5'"),
-        ({"blocksize": 0}, "blocksize: expected a positive integer, found 0"),
+        ({"blocksize": 0}, "blocksize: expected a positive integer or 'row', found 0"),
         ({"steps": 0}, "steps: expected an integer of at least 1, found 0"),
         ({"scaling": 0.0}, "scaling: expected a positive finite number, found 0.0"),
         ({"bits": 8, "double_quant": True}, "double_quant: expected False with int8"),

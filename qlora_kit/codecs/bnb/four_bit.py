@@ -22,17 +22,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...errors import CodecError
 from .. import blockwise
 from ..base import checked_weight, codec_for, described, register_codec
-from ..dense import DenseCodec
-from .common import dense_linear, stock_forward, take_bias_
+from ..dense import DenseCodec, dense_linear, take_bias_
+from ..lookup import lookup_linear
+from .common import stock_forward
 from .layout import is_repacked, scales_of, standard_bytes
 
 
@@ -85,15 +84,16 @@ class Codec4bit(DenseCodec):
         state.absmax, state.offset, state.state2 = fresh.absmax, fresh.offset, fresh.state2
         _adopt_(module, state)
 
-    def nbytes(self, module: Any) -> int:
-        """Bytes of the codes and of all scales; the small look-up tables aren't counted."""
+    def stored(self, module: Any) -> list[Tensor]:
+        """The codes row by row and all scales; the small look-up tables aren't among them."""
         state = _state(module)
-        count = super().nbytes(module)
-        if state is not None:
-            count += state.absmax.nbytes
-            if state.nested:
-                count += state.state2.absmax.nbytes + state.offset.nbytes
-        return count
+        if state is None:
+            return super().stored(module)
+        codes = standard_bytes(module.weight.data, state)
+        if is_repacked(state):
+            return [codes, scales_of(state)]
+        scales = [state.absmax.reshape(-1)]
+        return [codes, *scales, *([state.state2.absmax, state.offset.reshape(1)] if state.nested else [])]
 
     def compute_dtype(self, module: Any) -> torch.dtype:
         if module.compute_dtype is not None:
@@ -186,29 +186,7 @@ def _lookup_forward(module: Any, x: Tensor) -> Tensor:
     """``module.forward`` where a row isn't a whole number of blocks: the stock one wherever that is right."""
     if kernel_is_right(module, x):
         return type(module).forward(module, x)
-    dtype: torch.dtype = module.compute_dtype or x.dtype
-    bias: Tensor | None = module.bias
-    bias = None if bias is None else bias.to(dtype)
-    return _LookupLinear.apply(x.to(dtype), bias, codec_for(module), module).to(x.dtype)
-
-
-class _LookupLinear(torch.autograd.Function):
-    """y = x W^T + b with W read in the forward and again in the backward, so no dense W is kept between."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codec: Codec4bit, module: Any) -> Tensor:
-        ctx.codec, ctx.module, ctx.dtype = codec, module, x.dtype
-        return F.linear(x, codec.read(module).to(x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(ctx.codec.read(ctx.module).to(grad.dtype)).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.dtype)
-        return grad_x, grad_bias, None, None
+    return lookup_linear(module, codec_for(module), x, module.compute_dtype or x.dtype)
 
 
 def quantize_linear(

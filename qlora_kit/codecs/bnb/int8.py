@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...errors import CodecError
 from ..base import checked_weight, described, register_codec
-from ..dense import DenseCodec
-from .common import dense_linear, stock_forward, take_bias_
+from ..dense import DenseCodec, dense_linear, take_bias_
+from .common import stock_forward
 
 
 @register_codec(Linear8bitLt)
@@ -43,9 +43,8 @@ class CodecInt8(DenseCodec):
             super().write_(module, weight)
             module.state.reset_grads()  # an evaluation forward caches codes
 
-    def nbytes(self, module: Any) -> int:
-        scales = _int8_scales(module)
-        return super().nbytes(module) + (scales.nbytes if _is_int8(module) and scales is not None else 0)
+    def stored(self, module: Any) -> list[Tensor]:
+        return list(_int8_parts(module)) if _is_int8(module) else super().stored(module)
 
     def compute_dtype(self, module: Any) -> torch.dtype:
         """The recorded compute dtype, else the bias's or dense weight's; float32 where nothing tells."""

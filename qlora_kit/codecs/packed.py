@@ -1,0 +1,191 @@
+"""Our own packed linear layer: 2-, 3-, 4- or 8-bit codes without a gap, any table, scales in 32 or 8 bits.
+
+What a module holds, all of it in its state dict:
+
+- ``weight``: uint8, the codes in row-major order, packed by ``packing.pack``;
+- ``scales``: one a block, float32, or uint8 codes with ``scales_absmax`` and ``scales_offset`` (double
+  quantization); types with a range also have ``shifts`` in the same way;
+- ``codebook``: float32 (2^bits,), the levels by code, so that a stored model doesn't depend on tables here.
+
+At 2 bits and blocks of 64 that is 2.5 bits a weight, or 2.13 with double quantization. The forward and the
+backward each read the weight once and keep no dense copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Codec, checked_weight, codec_for, register_codec
+from .blockwise import scale_blocks_
+from .codebooks import codebook, scheme
+from .dense import dense_linear, take_bias_
+from .lookup import lookup_linear
+from .packing import look_up, pack, packed_bytes
+from .quantized import SCALES_BLOCKSIZE, Quantized, Scales, quantize_matrix
+
+
+class PackedLinear(nn.Linear):
+    """``nn.Linear`` over packed codes; frozen, except for its bias. See the module's text.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        quant_type: a type of ``codebooks.SCHEMES`` of 2, 3, 4 or 8 bits.
+        blocksize: weights that share a scale; ``in_features`` for rows.
+        double_quant: keep the scales in 8 bits.
+        compute_dtype: what the weight would be dequantized in; products are computed in the input's dtype.
+        device: "meta" to be filled later; elsewhere the weight starts as zeros.
+
+    Raises:
+        CodecError: an unknown type, or one whose bits can't be packed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "signed2",
+        blocksize: int = 64,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.compute_dtype = compute_dtype
+        kind = scheme(quant_type)
+        count = in_features * out_features
+        weight = torch.zeros(packed_bytes(count, kind.bits), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        blocks = -(-count // blocksize)
+        for name in ("scales", "shifts") if kind.scaling == "range" else ("scales",):
+            dtype = torch.uint8 if double_quant else torch.float32
+            self.register_buffer(name, torch.zeros(blocks, dtype=dtype, device=device))
+            if double_quant:
+                for part, size in (("absmax", -(-blocks // SCALES_BLOCKSIZE)), ("offset", 1)):
+                    self.register_buffer(f"{name}_{part}", torch.zeros(size, dtype=torch.float32, device=device))
+        self.register_buffer("codebook", codebook(quant_type, device, blocksize))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return lookup_linear(self, codec_for(self), x.to(dtype), dtype)
+
+    def store_(self, quantized: Quantized) -> None:
+        """Take the codes, scales and table of ``quantized``, which must be of this module's type and blocksize."""
+        self.weight = nn.Parameter(pack(quantized.codes, scheme(self.quant_type).bits), requires_grad=False)
+        for name, stored in (("scales", quantized.stored_scales), ("shifts", quantized.stored_shifts)):
+            if stored is not None:
+                setattr(self, name, stored.values)
+                if self.double_quant:
+                    setattr(self, f"{name}_absmax", stored.absmax)
+                    setattr(self, f"{name}_offset", stored.offset)
+        self.codebook = quantized.table()
+
+    def stored_scales(self, name: str = "scales") -> Scales | None:
+        """The block scales or "shifts" as stored; None for shifts that the type doesn't have."""
+        values = getattr(self, name, None)
+        if values is None:
+            return None
+        return Scales(values, getattr(self, f"{name}_absmax", None), getattr(self, f"{name}_offset", None))
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weight is stored, never drawn."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # A cast of the model, `.half()` say, must not round the scales; moves between devices come through.
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            assert after is not None
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        if self.bias is not None:
+            self.compute_dtype = self.bias.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )
+
+
+@register_codec(PackedLinear)
+class PackedCodec(Codec):
+    """``PackedLinear``: reads by looking whole groups of codes up, writes by quantizing anew."""
+
+    name = "packed"
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        return module.out_features, module.in_features
+
+    def read(self, module: Any) -> Tensor:
+        count = module.in_features * module.out_features
+        values = look_up(module.weight.data, scheme(module.quant_type).bits, module.codebook, count)
+        shifts = module.stored_scales("shifts")
+        scale_blocks_(
+            values, module.stored_scales().read(), module.blocksize, None if shifts is None else shifts.read()
+        )
+        return values.view(module.out_features, module.in_features)
+
+    @torch.no_grad()
+    def write_(self, module: Any, weight: Tensor) -> None:
+        weight = checked_weight(module, weight, self.shape(module), torch.float32)
+        module.store_(quantize_matrix(weight, module.quant_type, module.blocksize, double_quant=module.double_quant))
+
+    def stored(self, module: Any) -> list[Tensor]:
+        return [module.weight.data, *module._buffers.values()]
+
+    def compute_dtype(self, module: Any) -> torch.dtype:
+        return module.compute_dtype
+
+    def snapshot(self, module: Any) -> Any:
+        return module.weight.data.clone(), {name: buffer.clone() for name, buffer in module._buffers.items()}
+
+    @torch.no_grad()
+    def restore_(self, module: Any, snapshot: Any) -> None:
+        codes, buffers = snapshot
+        device = module.weight.device
+        module.weight.data = codes.to(device, copy=True)
+        for name, buffer in buffers.items():
+            setattr(module, name, buffer.to(device, copy=True))
+
+    def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
+        return dense_linear(module, self.read(module), dtype)
+
+
+def pack_linear(linear: nn.Linear, quantized: Quantized, *, compute_dtype: torch.dtype | None = None) -> PackedLinear:
+    """A ``PackedLinear`` in ``linear``'s place that holds ``quantized``, on its device.
+
+    Args:
+        linear: gives the sizes, a copy of the bias, the training flag and, where ``compute_dtype`` is None, that.
+
+    Raises:
+        CodecError: the type's bits can't be packed.
+    """
+    assert quantized.blocksize is not None
+    module = PackedLinear(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        quant_type=quantized.quant_type,
+        blocksize=quantized.blocksize,
+        double_quant=quantized.double_quant,
+        compute_dtype=compute_dtype or linear.weight.dtype,
+        device="meta",
+    )
+    module.store_(quantized)
+    take_bias_(module, linear)
+    return module

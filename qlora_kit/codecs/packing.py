@@ -1,0 +1,85 @@
+"""Codes of 2, 3, 4 and 8 bits in bytes, without a gap.
+
+The first code of a group is in the lowest bits: 2 bits put 4 codes in a byte; 3 bits put 8 codes in 3 bytes, a
+little-endian number of 24 bits; 4 bits put 2 codes in a byte (bitsandbytes has the first in the high half:
+``first_high``). A last group that isn't full is filled with zeros.
+
+Unpacking looks 2-bit groups up byte by byte; a table from a group straight to its levels gives the values
+without the codes in between, which is how weights are read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CodecError
+
+# bits -> (codes, bytes) of a group.
+GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes take.
+
+    Raises:
+        CodecError: bits other than 2, 3, 4 or 8.
+    """
+    codes, size = _group(bits)
+    return -(-count // codes) * size
+
+
+def pack(codes: Tensor, bits: int, *, first_high: bool = False) -> Tensor:
+    """Flat uint8 bytes of ``codes`` (uint8, any shape, row-major, each below 2^bits)."""
+    group, _ = _group(bits)
+    flat = codes.reshape(-1)
+    if flat.numel() % group:
+        flat = torch.cat([flat, flat.new_zeros(group - flat.numel() % group)])
+    if bits == 8:
+        return flat.clone()
+    if bits == 4:
+        pairs = flat.view(-1, 2)
+        low, high = (pairs[:, 1], pairs[:, 0]) if first_high else (pairs[:, 0], pairs[:, 1])
+        return torch.bitwise_left_shift(high, 4).bitwise_or_(low)
+    if bits == 2:
+        quads = flat.view(-1, 4)
+        out = quads[:, 3].clone()
+        for place in (2, 1, 0):
+            out = out.bitwise_left_shift_(2).bitwise_or_(quads[:, place])
+        return out
+    octets = flat.view(-1, 8)
+    number = octets[:, 7].int()
+    for place in range(6, -1, -1):
+        number = number.bitwise_left_shift_(3).bitwise_or_(octets[:, place])
+    return torch.stack([(number >> shift & 0xFF).to(torch.uint8) for shift in (0, 8, 16)], dim=1).reshape(-1)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` codes of flat bytes, uint8."""
+    return look_up(packed, bits, torch.arange(2**bits, dtype=torch.uint8, device=packed.device), count)
+
+
+def look_up(packed: Tensor, bits: int, table: Tensor, count: int) -> Tensor:
+    """``table[codes]`` of the first ``count`` codes in flat bytes: flat, in the table's dtype.
+
+    Args:
+        table: (2^bits,), by code.
+    """
+    _group(bits)
+    if bits == 8:
+        return table.index_select(0, packed[:count].int())
+    if bits == 3:  # half a group, 4 codes, is a number of 12 bits
+        first, middle, last = (part.int() for part in packed.view(-1, 3).unbind(1))
+        index = torch.stack([first | (middle & 0xF) << 8, middle >> 4 | last << 4], dim=1).reshape(-1)
+        width, codes = 12, 4
+    else:
+        index, width, codes = packed.int(), 8, 8 // bits
+    number = torch.arange(2**width, device=packed.device)
+    groups = torch.stack([table[number >> bits * place & 2**bits - 1] for place in range(codes)], dim=1)
+    return groups.index_select(0, index).reshape(-1)[:count]
+
+
+def _group(bits: int) -> tuple[int, int]:
+    if bits not in GROUPS:
+        raise CodecError(f"bits: expected one of {list(GROUPS)} to pack, found {bits!r}; pick one of these")
+    return GROUPS[bits]

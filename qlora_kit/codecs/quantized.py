@@ -1,0 +1,170 @@
+"""A quantized matrix as data: codes, scales, and what reads them back. No modules here.
+
+``quantize_matrix`` gives what the deployed layers hold: bitsandbytes' codes and scales for NF4, FP4 and int8,
+our packed layers' for the other types. Double quantization takes the nearest 8-bit scale; bitsandbytes' CPU
+kernel takes the neighbour for the few scales in a thousand that lie within 1e-5 of a midpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..errors import CodecError
+from .blockwise import dequantize, quantize, quantize_range
+from .codebooks import codebook, scheme
+
+# The scales of a weight are themselves quantized in blocks of 256, as in bitsandbytes.
+SCALES_BLOCKSIZE = 256
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Block scales (or shifts) as stored.
+
+    Attributes:
+        values: float32 scales, or their uint8 codes after double quantization.
+        absmax, offset: then float32 (blocks of 256,) and (1,): scale = dynamic_map[code] * absmax + offset.
+    """
+
+    values: Tensor
+    absmax: Tensor | None = None
+    offset: Tensor | None = None
+
+    @classmethod
+    def of(cls, scales: Tensor, double_quant: bool) -> Scales:
+        """Store float32 (blocks,) ``scales``, in 8 bits less their mean if ``double_quant``."""
+        if not double_quant:
+            return cls(scales)
+        offset = scales.mean()
+        codes, absmax = quantize(scales - offset, _dynamic_table(scales.device), SCALES_BLOCKSIZE)
+        return cls(codes, absmax, offset[None])
+
+    def read(self) -> Tensor:
+        """float32 (blocks,)."""
+        if self.absmax is None or self.offset is None:
+            return self.values
+        table = _dynamic_table(self.values.device)
+        return dequantize(self.values, table, self.absmax, SCALES_BLOCKSIZE) + self.offset
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix.
+
+    Attributes:
+        quant_type: a name of ``codebooks.SCHEMES``, or "int8" (row scales, value = code * scale / 127).
+        codes: (out, in), uint8 for tables, int8 for "int8".
+        stored_scales, stored_shifts: of blocks of ``blocksize`` values in row-major order, or of rows; shifts
+            only for ranges.
+        blocksize: values per scale; None for the rows of int8.
+        source: float32 (out, in), the matrix that was quantized. Quantizing it again, with the same quantizer,
+            gives these codes, which quantizing ``dequantize()`` only does without double quantization.
+    """
+
+    quant_type: str
+    codes: Tensor
+    stored_scales: Scales
+    stored_shifts: Scales | None
+    blocksize: int | None
+    source: Tensor = field(repr=False)
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales as they are read: float32."""
+        return self.stored_scales.read()
+
+    @property
+    def shifts(self) -> Tensor | None:
+        return None if self.stored_shifts is None else self.stored_shifts.read()
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales went through 8 bits."""
+        return self.stored_scales.absmax is not None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 if self.blocksize is None else scheme(self.quant_type).bits
+
+    def table(self) -> Tensor:
+        """float32 (2^bits,): the levels by code; int8 has none."""
+        return codebook(self.quant_type, self.codes.device, self.blocksize or 0)
+
+    def dequantize(self) -> Tensor:
+        """The matrix that the deployed layer multiplies with: float32 (out, in)."""
+        if self.blocksize is None:
+            return self.codes.float() * (self.scales[:, None] / 127.0)
+        return dequantize(self.codes, self.table(), self.scales, self.blocksize, self.shifts)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is stored of the scales, for counting bytes."""
+        for part in (self.stored_scales, self.stored_shifts):
+            if part is not None:
+                yield from (t for t in (part.values, part.absmax, part.offset) if t is not None)
+
+
+def quantize_matrix(
+    matrix: Tensor, quant_type: str, blocksize: int | None = 64, *, double_quant: bool = False
+) -> Quantized:
+    """Quantize a finite float32 (out, in) matrix.
+
+    Args:
+        quant_type: a name of ``codebooks.SCHEMES`` or "int8".
+        blocksize: values per scale, None for one scale a row; int8 always has rows.
+        double_quant: keep scales and shifts in 8 bits; not with int8.
+
+    Raises:
+        CodecError: an unknown type, or a magnitude that int8 can't take.
+    """
+    if quant_type == "int8":
+        return _int8(matrix)
+    kind = scheme(quant_type)
+    blocksize = blocksize or max(1, matrix.shape[1])
+    table = codebook(quant_type, matrix.device, blocksize)
+    if kind.scaling == "range":
+        codes, scales, shifts = quantize_range(matrix, table, blocksize)
+    else:
+        signed, multipliers = kind.scaling == "signed", kind.multipliers(blocksize)
+        codes, scales = quantize(matrix, table, blocksize, signed=signed, multipliers=multipliers)
+        shifts = None
+    stored = Scales.of(scales, double_quant), None if shifts is None else Scales.of(shifts, double_quant)
+    return Quantized(quant_type, codes, *stored, blocksize, matrix)
+
+
+def _int8(matrix: Tensor) -> Quantized:
+    # bitsandbytes rounds the weight to float16 first, and multiplies by 127 / absmax rather than dividing.
+    half = matrix.half()
+    if not torch.isfinite(half).all():
+        raise CodecError(
+            f"matrix: expected magnitudes below 65504 for int8, found {matrix.abs().max():.4g}; bitsandbytes "
+            "quantizes from float16, so use 4 bits or leave the module out of the targets"
+        )
+    scales = half.abs().amax(dim=1).float()
+    inverse = torch.where(scales > 0, 127.0 / scales, torch.zeros_like(scales))
+    codes = torch.round(half * inverse[:, None]).to(torch.int8)
+    return Quantized("int8", codes, Scales(scales), None, None, matrix)
+
+
+@cache
+def dynamic_map() -> tuple[float, ...]:
+    """The 256 ascending values of the signed dynamic data type (Dettmers 2016, arXiv 1511.04561).
+
+    For each decade 10^-6 to 10^0, 2^i midpoints of an even grid from 0.1 to 1, i = 0 to 6, with both signs;
+    and 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for power in range(7):
+        grid = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32)
+        means = (grid[:-1] + grid[1:]) / 2
+        values += (10.0 ** (power - 6) * means).tolist() + (-(10.0 ** (power - 6)) * means).tolist()
+    return tuple(sorted(values))
+
+
+def _dynamic_table(device: torch.device) -> Tensor:
+    return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
