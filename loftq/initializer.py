@@ -31,6 +31,7 @@ from qlora_kit.initializers import Request, Start, register_initializer
 from qlora_kit.originals import original_weight
 
 from .alternate import correction, factorize
+from .methods import LoftQResult
 
 # Codecs of modules whose weight is not quantized yet.
 DENSE = ("dense", "conv1d", "embedding")
@@ -62,14 +63,14 @@ def loftq_start(request: Request) -> Start:
         )
     try:
         if request.codec.name in DENSE:
-            return _quantized_start(request, options)
+            return quantized_start(request, options)[0]
         return _residual_start(request, options)
     except ConfigError as error:
         raise ConfigError(f"{request.path}: {error}") from error
 
 
-def _quantized_start(request: Request, options: LoftQConfig) -> Start:
-    """Alternate on a dense weight; the start brings the quantized base."""
+def quantized_start(request: Request, options: LoftQConfig) -> tuple[Start, LoftQResult]:
+    """Alternate on a dense weight; the start brings the quantized base. Also what the alternation found."""
     weight = request.codec.read(request.base)
     result = factorize(
         weight,
@@ -79,12 +80,20 @@ def _quantized_start(request: Request, options: LoftQConfig) -> Start:
         scaling=request.scaling,
         blocksize=options.blocksize,
         double_quant=options.double_quant,
+        method=options.method,
+        seed=options.seed,
     )
     base = _deployed(request, result.quantized)
     stored = codec_for(base, request.path).read(base)
     if torch.equal(stored, result.quantized.dequantize()):
-        return Start(result.A, result.B, base)
-    return Start(*correction(weight - stored, request.rank, request.scaling), base)
+        return Start(result.A, result.B, base), result
+    A, B = correction(weight - stored, request.rank, request.scaling, seed=options.seed)
+    return Start(A, B, base), result
+
+
+def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
+    """Whether bitsandbytes stores linears of this type; the others are packed by us."""
+    return quant_type == "int8" or (quant_type in ("nf4", "fp4") and blocksize in BNB_BLOCKSIZES)
 
 
 def _deployed(request: Request, quantized: Quantized) -> nn.Module:
@@ -92,7 +101,7 @@ def _deployed(request: Request, quantized: Quantized) -> nn.Module:
     base, kind = request.base, quantized.quant_type
     if request.family == "linear":
         linear = _as_linear(request)
-        if kind == "int8" or (kind in ("nf4", "fp4") and quantized.blocksize in BNB_BLOCKSIZES):
+        if in_bitsandbytes(kind, quantized.blocksize):
             return _bitsandbytes(linear, quantized)
         return pack_linear(linear, quantized)
     # A copy with a weight of its own; the memo keeps the old weight from being copied on the way.

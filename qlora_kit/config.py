@@ -53,6 +53,8 @@ class LoftQConfig:
         double_quant: quantize the scales too.
         weights: a folder with the 16-bit safetensors of a model that is already quantized; the adapters then
             start from the difference.
+        method: how the start is found: "loftq", or a name registered with ``loftq.register_method``.
+        seed: of the decomposition's random start, for large weights.
 
     Raises:
         ConfigError: a field has a value that can't work.
@@ -64,6 +66,8 @@ class LoftQConfig:
     blocksize: int | str = 64
     double_quant: bool = False
     weights: str | None = None
+    method: str = "loftq"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.loftq_bits, bool) or self.loftq_bits not in (2, 3, 4, 8):
@@ -77,6 +81,9 @@ class LoftQConfig:
         if self.blocksize != "row":
             check_int("blocksize", self.blocksize, 1, "pass blocksize=64, or 'row'")
         check_bool("double_quant", self.double_quant)
+        if not isinstance(self.method, str):
+            raise failure("method", "the name of a method", self.method, "pass method='loftq'")
+        check_int("seed", self.seed, 0, "pass seed=0")
         if self.weights is not None:
             if not isinstance(self.weights, (str, os.PathLike)):
                 raise failure("weights", "a folder", self.weights, "pass the path of the 16-bit model")

@@ -154,8 +154,6 @@ def skipped_modules(model: nn.Module, quantized: Sequence[str] | set[str]) -> li
 
 
 def _bitsandbytes_config(model: nn.Module, stored: Mapping[str, Any]) -> Any:
-    from transformers import BitsAndBytesConfig
-
     kinds = {
         (type(m).__name__, getattr(m.weight, "quant_type", ""), getattr(m.weight, "compress_statistics", None))
         for m in stored.values()
@@ -168,14 +166,24 @@ def _bitsandbytes_config(model: nn.Module, stored: Mapping[str, Any]) -> Any:
     first = next(iter(stored.values()))
     skip = skipped_modules(model, set(stored))
     if type(first).__name__ == "Linear8bitLt":
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=first.state.threshold, llm_int8_skip_modules=skip
-        )
+        return bitsandbytes_config("int8", torch.float32, skip, threshold=first.state.threshold)
+    weight, dtype = first.weight, first.compute_dtype or torch.float32
+    return bitsandbytes_config(weight.quant_type, dtype, skip, double_quant=weight.compress_statistics)
+
+
+def bitsandbytes_config(
+    quant_type: str, compute_dtype: torch.dtype, skip: list[str], *, double_quant: bool = False, threshold: float = 0.0
+) -> Any:
+    """transformers' configuration of a model whose linears but ``skip`` are bitsandbytes' of that type."""
+    from transformers import BitsAndBytesConfig
+
+    if quant_type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=first.weight.quant_type,
-        bnb_4bit_use_double_quant=first.weight.compress_statistics,
-        bnb_4bit_compute_dtype=first.compute_dtype or torch.float32,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=skip,
     )
 

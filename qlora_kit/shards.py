@@ -14,11 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import StorageError, closest
 
+# The format's names of the types that torch has.
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+FORMAT_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -73,6 +82,25 @@ class ShardReader:
         """A tensor's shape, from its shard's header alone; raises as ``tensor`` does."""
         with self._shard_of(name) as shard:
             return tuple(shard.get_slice(name).get_shape())
+
+    def types(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Every tensor's dtype and shape; each shard's header is read once, and nothing else.
+
+        Raises:
+            StorageError: a shard is damaged, lacks a tensor, or holds a type that torch hasn't.
+        """
+        headers = {file: _header(file) for file in sorted(set(self._files.values()))}
+        found = {}
+        for name in self:
+            entry = headers[self._files[name]].get(name)
+            if entry is None or entry["dtype"] not in _DTYPES:
+                what = "no such tensor" if entry is None else f"a type {entry['dtype']} that torch hasn't"
+                raise StorageError(
+                    f"{self._files[name]}: expected {name!r} in one of {sorted(_DTYPES)}, found {what}; "
+                    "download or convert the checkpoint again"
+                )
+            found[name] = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        return found
 
     @contextmanager
     def _shard_of(self, name: str) -> Iterator[Any]:
@@ -129,6 +157,12 @@ class ShardReader:
                 "weights, and convert .bin checkpoints to safetensors first"
             )
         return files
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """A shard's header as it stands at the beginning of the file; opening it first checks that it is whole."""
+    with _opened(file), file.open("rb") as stream:
+        return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
 
 
 @contextmanager

@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor
+
 from .four_bit import Codec4bit, kernel_is_right, quantize_linear
 from .int8 import CodecInt8, quantize_linear_int8
 
-__all__ = ["Codec4bit", "CodecInt8", "kernel_is_right", "quantize_linear", "quantize_linear_int8"]
+__all__ = [
+    "Codec4bit",
+    "CodecInt8",
+    "kernel_is_right",
+    "linear_from_tensors",
+    "quantize_linear",
+    "quantize_linear_int8",
+]
+
+
+def linear_from_tensors(
+    tensors: Mapping[str, Tensor], in_features: int, out_features: int
+) -> Linear4bit | Linear8bitLt | None:
+    """The bias-free module whose state dict ``tensors`` is, or None if they are of neither type."""
+    weight = tensors["weight"]
+    if "SCB" in tensors:
+        module = Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False, device="meta")
+        module.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=tensors["SCB"])
+        return module
+    statistics = {f"weight.{name.removeprefix('weight.')}": t for name, t in tensors.items() if name != "weight"}
+    if not any("quant_state" in name for name in statistics):
+        return None
+    module4 = Linear4bit(in_features, out_features, bias=False, device="meta")
+    module4.weight = Params4bit.from_prequantized(weight, statistics, device=weight.device, module=module4)
+    return module4

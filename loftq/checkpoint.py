@@ -1,0 +1,185 @@
+"""What is to be done with a checkpoint, from its config and the headers of its shards: nothing of it is loaded.
+
+The model is built on the meta device, which gives the modules and their types; the shards say what is stored.
+Every stored tensor is a unit of work: the weight of a targeted module is quantized, all else is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.codecs import Codec, codec_for
+from qlora_kit.config import LoraConfig
+from qlora_kit.errors import ConfigError, StorageError, TargetError
+from qlora_kit.inject import Plan, PlanEntry, make_plan
+from qlora_kit.shards import ShardReader
+
+# Weights of a 16-bit checkpoint in other formats, and the index that the output gets anew.
+NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*")
+# Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
+_MATRIX = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    entry: PlanEntry | None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """A folder with a 16-bit model, and what ``config`` targets in it.
+
+    Args:
+        folder: config.json and safetensors.
+        config: targets, ranks and alphas; see ``qlora_kit.LoraConfig``.
+
+    Attributes:
+        model: the modules on the meta device.
+        plan: what is targeted.
+        units: every stored tensor, in the order of their names.
+        dtypes: of the targeted modules' weights, by path.
+
+    Raises:
+        StorageError: no config, unknown architecture, quantized already, or weights are missing.
+        TargetError: the targets match nothing, a convolution, or a tied weight.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: LoraConfig) -> None:
+        self.folder = Path(folder)
+        self.reader = ShardReader(self.folder)
+        self.model = skeleton(self.folder)
+        self.plan: Plan = make_plan(self.model, config)
+        self.dtypes: dict[str, torch.dtype] = {}
+        by_name: dict[str, PlanEntry] = {}
+        for entry in self.plan.entries:
+            if entry.family == "conv" or entry.codec not in ("dense", "conv1d", "embedding"):
+                raise TargetError(
+                    f"{entry.path}: expected a linear layer or an embedding to quantize, found a "
+                    f"{entry.module_type}; take it out of the targets"
+                )
+            by_name[self._stored_name(entry.path)] = entry
+        self.units = [self._unit(name, *stored, by_name.get(name)) for name, stored in self.reader.types().items()]
+
+    def empty_module(self, entry: PlanEntry) -> tuple[nn.Module, Codec]:
+        """A copy of ``entry``'s module without its bias, the weight on the meta device, and its codec."""
+        module = copy.copy(self.model.get_submodule(entry.path))
+        module._parameters = {name: None if name == "bias" else p for name, p in module._parameters.items()}
+        return module, codec_for(module, entry.path)
+
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Matrices and stacks of matrices that stay as they are, alike ones together: (how many, bytes)."""
+        groups: dict[str, tuple[int, int]] = {}
+        for unit in self.units:
+            if unit.entry is None and len(unit.shape) >= _MATRIX:
+                pattern = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", unit.name))
+                count, size = groups.get(pattern, (0, 0))
+                groups[pattern] = count + 1, size + unit.nbytes
+        return groups
+
+    def identity(self) -> dict[str, str]:
+        """What tells this checkpoint from another or a changed one: each file's size and a hash of samples."""
+        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
+        return {file.name: f"{file.stat().st_size} bytes, {_sampled_hash(file)}" for file in files}
+
+    def other_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config and the like: to be copied as they are."""
+        entries = sorted(entry for entry in self.folder.iterdir() if entry.is_file())
+        return [entry for entry in entries if not NOT_COPIED.match(entry.name)]
+
+    def _stored_name(self, path: str) -> str:
+        """The name of a module's weight in the shards, which may be those of the model without its head."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        whole = f"{path}.weight"
+        for name in (whole, prefix + whole, whole.removeprefix(prefix)):
+            if name in self.reader:
+                return name
+        raise StorageError(
+            f"{path}: expected its weight in {self.folder}, found no tensor {whole!r}; targeted modules must be "
+            "stored as they stand in the model: save it with transformers' save_pretrained, or take it out"
+        )
+
+    def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> Unit:
+        if entry is not None:
+            expected = tuple(self.model.get_parameter(f"{entry.path}.weight").shape)
+            if shape != expected or not dtype.is_floating_point:
+                raise StorageError(
+                    f"{name}: expected a floating-point tensor of shape {expected} as config.json says, found "
+                    f"{dtype} {shape}; the shards belong to another model, or are quantized already"
+                )
+            self.dtypes[entry.path] = dtype
+        return Unit(name, shape, prod(shape) * dtype.itemsize, entry)
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The folder's model on the meta device, as its config names it."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise StorageError(f"{folder}: expected config.json beside the weights, found none; pass a model's folder")
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise StorageError(
+            f"{folder}: expected a model in 16 or 32 bits, found one that is quantized already; pass the original, "
+            "or load this one and use init_lora_weights='loftq' with LoftQConfig(weights=original)"
+        )
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    make = getattr(transformers, names[0])._from_config if names else transformers.AutoModel.from_config
+    with torch.device("meta"):
+        return make(config)
+
+
+def locate(model: str | os.PathLike[str]) -> Path:
+    """The folder of ``model``: itself, or a Hub repository's, downloaded unless the environment is offline.
+
+    Raises:
+        StorageError: neither a folder nor a repository that can be had.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StorageError(
+            f"--model {model}: expected a folder or a repository on the Hub, found neither "
+            f"({str(error).splitlines()[0]}); correct the name, or download it first"
+        ) from error
+
+
+def check_bits(bits: int) -> None:
+    """Refuse bits that nothing is stored in."""
+    if bits not in (2, 3, 4, 8):
+        raise ConfigError(f"--bits: expected 2, 3, 4 or 8, found {bits}; pass --bits 4")
+
+
+def _sampled_hash(file: Path, samples: int = 64, length: int = 4096) -> str:
+    """Of the first 64 kB, where the header is, and of pieces spread evenly over the file."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(1 << 16))
+        for index in range(samples):
+            stream.seek(max(0, size - length) * index // max(1, samples - 1))
+            digest.update(stream.read(length))
+    return digest.hexdigest()[:32]

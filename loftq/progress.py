@@ -1,0 +1,31 @@
+"""The bar of a streamed run: weights done of all, and the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .checkpoint import Unit
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[Unit, int], None]]:
+    """A function to call with each finished unit and the number of weights in all."""
+    columns = (
+        TextColumn("{task.description}", table_column=None),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def advance(unit: Unit, weights: int) -> None:
+            progress.update(task, total=weights, advance=unit.numel, description=unit.name)
+
+        yield advance

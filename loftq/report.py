@@ -1,0 +1,186 @@
+"""What a LoftQ start did, layer by layer and in all: a table, JSON, and a plot. Says where it didn't help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import StorageError
+from qlora_kit.files import write_text_atomically
+
+JSON_NAME = "loftq_report.json"
+PLOT_NAME = "loftq_report.png"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer; errors are Frobenius norms relative to ||W||, measured on the stored weight.
+
+    Attributes:
+        path: the module.
+        quant_type, bits: of the stored weight; bits a weight, scales included.
+        rank: of its adapter.
+        zero_error: ||W - Q|| of the weight quantized plainly, which is where a zero start begins.
+        quantization_error: ||W - Q|| of the weight that is stored.
+        error: ||W - Q - s B A||.
+        steps: alternations that ran.
+        output_error, zero_output_error: the same of the output, by second moments of the inputs; None without.
+        seconds: all that was done for the layer.
+    """
+
+    path: str
+    quant_type: str
+    bits: float
+    rank: int
+    zero_error: float
+    quantization_error: float
+    error: float
+    steps: int
+    output_error: float | None = None
+    zero_output_error: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def captured(self) -> float:
+        """The share of the stored weight's squared rounding error that the adapter makes up for."""
+        return 1 - (self.error / self.quantization_error) ** 2 if self.quantization_error else 1.0
+
+    @property
+    def note(self) -> str:
+        """Why the start is no better than none; empty where it is."""
+        if self.zero_error == 0:
+            return "the weight is exact without a start"
+        if self.output_error is not None and self.output_error >= (self.zero_output_error or 0.0):
+            return (
+                f"worse than no start: output error {self.output_error:.4f} against {self.zero_output_error:.4f}; the "
+                "alternation follows the weight's error, and these inputs weigh it differently"
+            )
+        if self.error >= self.zero_error:
+            return (
+                f"worse than no start: {self.error:.4f} against {self.zero_error:.4f}; storing rounded the result "
+                "again by more than the adapter makes up for"
+            )
+        if self.captured < 0.01:
+            return f"hardly better than no start: rank {self.rank} holds {self.captured:.1%} of the rounding error"
+        return ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers of a model.
+
+    Attributes:
+        source: the 16-bit model.
+        options: what was asked for.
+        layers: one row a quantized module.
+        left_out: matrices that stay in their original type, alike ones together: name -> (how many, bytes).
+    """
+
+    source: str
+    options: Mapping[str, Any]
+    layers: list[LayerReport]
+    left_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def total(self, name: str) -> float:
+        """Root of the layers' mean square of an error, each layer counting alike."""
+        values = [getattr(layer, name) for layer in self.layers]
+        return (sum(value**2 for value in values) / max(1, len(values))) ** 0.5
+
+    @property
+    def seconds(self) -> float:
+        """Computing time of all layers, in whatever number of runs."""
+        return sum(layer.seconds for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{**asdict(layer), "captured": layer.captured, "note": layer.note} for layer in self.layers]
+        totals = {name: self.total(name) for name in ("zero_error", "quantization_error", "error")}
+        return {
+            "source": self.source,
+            "options": dict(self.options),
+            "totals": {**totals, "layers": len(rows), "seconds": self.seconds},
+            "layers": rows,
+            "left_out": {name: list(found) for name, found in self.left_out.items()},
+        }
+
+    def __str__(self) -> str:
+        width = max([len(layer.path) for layer in self.layers] + [20])
+        outputs = any(layer.output_error is not None for layer in self.layers)
+        head = f"{'module':{width}}  {'type':9} {'bits':>5} {'rank':>4} {'plain':>7} {'W-Q':>7} {'W-Q-sBA':>7} {'captured':>8}"
+        lines = [head + (f" {'output':>7} {'plain':>7}" if outputs else "") + f" {'s':>6}"]
+        for layer in self.layers:
+            line = (
+                f"{layer.path:{width}}  {layer.quant_type:9} {layer.bits:>5.2f} {layer.rank:>4} {layer.zero_error:>7.4f} "
+                f"{layer.quantization_error:>7.4f} {layer.error:>7.4f} {layer.captured:>8.1%}"
+            )
+            if outputs:
+                line += f" {layer.output_error or 0:>7.4f} {layer.zero_output_error or 0:>7.4f}"
+            lines.append(line + f" {layer.seconds:>6.2f}")
+        lines.append(
+            f"{len(self.layers)} layers: error {self.total('zero_error'):.4f} quantized plainly, "
+            f"{self.total('error'):.4f} with LoftQ (root mean square), {self.seconds:.1f} s"
+        )
+        lines += [f"note: {layer.path}: {layer.note}" for layer in self.layers if layer.note]
+        lines += [
+            f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
+            for name, (count, size) in self.left_out.items()
+        ]
+        return "\n".join(lines)
+
+    def save(self, folder: Path) -> None:
+        """Write ``loftq_report.json`` and ``loftq_report.png`` into ``folder``."""
+        write_text_atomically(folder / JSON_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        self.plot(folder / PLOT_NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """The report of a finished run.
+
+        Raises:
+            StorageError: there is none, or a damaged one.
+        """
+        path = folder / JSON_NAME
+        if not path.is_file():
+            raise StorageError(f"{path}: expected the report of a finished run, found none; run loftq init to its end")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            derived = ("captured", "note")
+            rows = [LayerReport(**{k: v for k, v in row.items() if k not in derived}) for row in data["layers"]]
+            left_out = {name: (int(count), int(size)) for name, (count, size) in data["left_out"].items()}
+            return cls(data["source"], data["options"], rows, left_out)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{path}: expected a report, found something else ({error!r}); run loftq init again"
+            ) from error
+
+    def plot(self, path: Path) -> None:
+        """Each layer's error, plainly quantized and with LoftQ, in the order of the model."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        layers = range(len(self.layers))
+        figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+        axes.plot(
+            layers, [layer.zero_error for layer in self.layers], "o", ms=3, color="0.6", label="quantized plainly"
+        )
+        axes.plot(layers, [layer.error for layer in self.layers], "o", ms=3, color="C0", label="LoftQ: W - Q - sBA")
+        axes.vlines(
+            layers,
+            [layer.error for layer in self.layers],
+            [layer.zero_error for layer in self.layers],
+            color="0.85",
+            zorder=0,
+        )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("layer, in the order of names")
+        axes.set_ylabel("error relative to ||W||")
+        bits = sum(layer.bits for layer in self.layers) / max(1, len(self.layers))
+        axes.set_title(f"{len(self.layers)} layers at {bits:.2f} bits a weight")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+        plt.close(figure)

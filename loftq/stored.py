@@ -1,0 +1,56 @@
+"""The weight of a stored quantized module, read from its tensors in a checkpoint without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.codecs import codec_for
+from qlora_kit.codecs.packed import PackedLinear
+from qlora_kit.config import DEFAULT_TYPES
+from qlora_kit.errors import StorageError
+from qlora_kit.shards import ShardReader
+
+
+def read_stored(
+    folder: Path, reader: ShardReader, stem: str, shape: tuple[int, int], options: Mapping[str, Any]
+) -> Tensor:
+    """float32 (out, in): what the tensors whose names begin with ``stem`` say.
+
+    Args:
+        options: of the report: how the weights were quantized.
+
+    Raises:
+        StorageError: the tensors aren't of a storage known here.
+    """
+    tensors = {name.removeprefix(stem): reader.tensor(name) for name in reader if name.startswith(stem)}
+    tensors.pop("bias", None)
+    out_features, in_features = shape
+    weight = tensors["weight"]
+    if weight.is_floating_point():
+        return weight.float() if tuple(weight.shape) == shape else weight.float().T
+    if "codebook" in tensors:
+        blocksize = in_features if options["blocksize"] == "row" else options["blocksize"]
+        kind = options["quant_type"] or DEFAULT_TYPES[options["loftq_bits"]]
+        packed = PackedLinear(
+            in_features,
+            out_features,
+            bias=False,
+            quant_type=kind,
+            blocksize=blocksize,
+            double_quant=options["double_quant"],
+            device="meta",
+        )
+        packed.load_state_dict(tensors, strict=True, assign=True)
+        return codec_for(packed).read(packed)
+    from qlora_kit.codecs.bnb import linear_from_tensors
+
+    module: nn.Module | None = linear_from_tensors(tensors, in_features, out_features)
+    if module is None:
+        raise StorageError(f"{folder}: {stem}weight: expected a storage known here, found {sorted(tensors)}")
+    with torch.no_grad():
+        return codec_for(module).read(module)
