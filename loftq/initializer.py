@@ -23,20 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for
-from qlora_kit.codecs.packed import pack_linear
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.config import DEFAULT_TYPES, LoftQConfig
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Request, Start, register_initializer
 from qlora_kit.originals import original_weight
+from qlora_kit.quantize import linear_holding
 
 from .alternate import correction, factorize
 from .methods import LoftQResult
 
 # Codecs of modules whose weight is not quantized yet.
 DENSE = ("dense", "conv1d", "embedding")
-# What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
-BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @register_initializer("loftq")
@@ -91,51 +89,17 @@ def quantized_start(request: Request, options: LoftQConfig) -> tuple[Start, Loft
     return Start(A, B, base), result
 
 
-def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
-    """Whether bitsandbytes stores linears of this type; the others are packed by us."""
-    return quant_type == "int8" or (quant_type in ("nf4", "fp4") and blocksize in BNB_BLOCKSIZES)
-
-
 def _deployed(request: Request, quantized: Quantized) -> nn.Module:
     """The module that holds ``quantized`` in the base's place."""
-    base, kind = request.base, quantized.quant_type
+    base = request.base
     if request.family == "linear":
-        linear = _as_linear(request)
-        if in_bitsandbytes(kind, quantized.blocksize):
-            return _bitsandbytes(linear, quantized)
-        return pack_linear(linear, quantized)
+        return linear_holding(base, quantized)
     # A copy with a weight of its own; the memo keeps the old weight from being copied on the way.
     weight: Tensor = base.weight  # type: ignore[assignment]
     fresh = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
     simulated = copy.deepcopy(base, {id(weight): fresh})
     request.codec.write_(simulated, quantized.dequantize())
     return simulated
-
-
-def _bitsandbytes(linear: nn.Linear, quantized: Quantized) -> nn.Module:
-    from qlora_kit.codecs.bnb import quantize_linear, quantize_linear_int8
-
-    if quantized.blocksize is None:
-        return quantize_linear_int8(linear, quantized.source)
-    return quantize_linear(
-        linear,
-        quantized.source,
-        quant_type=quantized.quant_type,
-        blocksize=quantized.blocksize,
-        double_quant=quantized.double_quant,
-    )
-
-
-def _as_linear(request: Request) -> nn.Linear:
-    """The base, or an ``nn.Linear`` of the same function over the same storage (transformers' ``Conv1D``)."""
-    if isinstance(request.base, nn.Linear):
-        return request.base
-    out_features, in_features = request.shape
-    bias: nn.Parameter | None = request.base.bias  # type: ignore[assignment]
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(request.base.weight.t(), requires_grad=False)  # type: ignore[operator]
-    linear.bias = bias  # type: ignore[assignment]
-    return linear.train(request.base.training)
 
 
 def _residual_start(request: Request, options: LoftQConfig) -> Start:

@@ -9,9 +9,9 @@ from qlora_kit.codecs.codebooks import SCHEMES
 from qlora_kit.codecs.packing import packed_bytes
 from qlora_kit.config import DEFAULT_TYPES, LoftQConfig
 from qlora_kit.inject import PlanEntry
+from qlora_kit.quantize import in_bitsandbytes
 
 from .checkpoint import Checkpoint
-from .initializer import in_bitsandbytes
 
 # Every name that some storage has beside a module's weight, for the room that a header may need.
 _SUFFIXES = (

@@ -15,7 +15,7 @@ from .checkpoint import Unit
 def bar() -> Iterator[Callable[[Unit, int], None]]:
     """A function to call with each finished unit and the number of weights in all."""
     columns = (
-        TextColumn("{task.description}", table_column=None),
+        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
@@ -23,9 +23,9 @@ def bar() -> Iterator[Callable[[Unit, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("reading", total=None)
+        task = progress.add_task("", total=None, visible=False)  # nothing shows until something is done
 
         def advance(unit: Unit, weights: int) -> None:
-            progress.update(task, total=weights, advance=unit.numel, description=unit.name)
+            progress.update(task, total=weights, advance=unit.numel, description=unit.name, visible=True)
 
         yield advance

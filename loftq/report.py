@@ -108,12 +108,12 @@ class Report:
     def __str__(self) -> str:
         width = max([len(layer.path) for layer in self.layers] + [20])
         outputs = any(layer.output_error is not None for layer in self.layers)
-        head = f"{'module':{width}}  {'type':9} {'bits':>5} {'rank':>4} {'plain':>7} {'W-Q':>7} {'W-Q-sBA':>7} {'captured':>8}"
-        lines = [head + (f" {'output':>7} {'plain':>7}" if outputs else "") + f" {'s':>6}"]
+        head = f"{'module':{width}}  {'type':9} {'bits':>5} {'rank':>4} {'plain':>7} {'W-Q':>7} {'W-Q-sBA':>7}"
+        lines = [f"{head} {'captured':>8}" + (f" {'output':>7} {'plain':>7}" if outputs else "") + f" {'s':>6}"]
         for layer in self.layers:
             line = (
-                f"{layer.path:{width}}  {layer.quant_type:9} {layer.bits:>5.2f} {layer.rank:>4} {layer.zero_error:>7.4f} "
-                f"{layer.quantization_error:>7.4f} {layer.error:>7.4f} {layer.captured:>8.1%}"
+                f"{layer.path:{width}}  {layer.quant_type:9} {layer.bits:>5.2f} {layer.rank:>4} "
+                f"{layer.zero_error:>7.4f} {layer.quantization_error:>7.4f} {layer.error:>7.4f} {layer.captured:>8.1%}"
             )
             if outputs:
                 line += f" {layer.output_error or 0:>7.4f} {layer.zero_output_error or 0:>7.4f}"
@@ -164,17 +164,10 @@ class Report:
 
         layers = range(len(self.layers))
         figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-        axes.plot(
-            layers, [layer.zero_error for layer in self.layers], "o", ms=3, color="0.6", label="quantized plainly"
-        )
-        axes.plot(layers, [layer.error for layer in self.layers], "o", ms=3, color="C0", label="LoftQ: W - Q - sBA")
-        axes.vlines(
-            layers,
-            [layer.error for layer in self.layers],
-            [layer.zero_error for layer in self.layers],
-            color="0.85",
-            zorder=0,
-        )
+        plain, errors = [layer.zero_error for layer in self.layers], [layer.error for layer in self.layers]
+        axes.vlines(layers, errors, plain, color="0.85", zorder=0)
+        axes.plot(layers, plain, "o", ms=3, color="0.6", label="quantized plainly")
+        axes.plot(layers, errors, "o", ms=3, color="C0", label="LoftQ: W - Q - sBA")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("layer, in the order of names")
         axes.set_ylabel("error relative to ||W||")

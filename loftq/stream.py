@@ -70,7 +70,7 @@ class Task:
 
     @property
     def loftq(self) -> LoftQConfig:
-        return self.lora.loftq_config or LoftQConfig()  # type: ignore[return-value]
+        return self.lora.loftq_config or LoftQConfig()
 
     def options(self) -> dict[str, Any]:
         """All that the output's bytes depend on besides the source."""
@@ -156,7 +156,7 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor) -> Made
     entry = unit.entry
     module, codec = checkpoint.empty_module(entry)
     module._parameters["weight"] = nn.Parameter(tensor.to(task.device), requires_grad=False)
-    scaling = entry.alpha / (entry.rank**0.5 if task.lora.use_rslora else entry.rank)
+    scaling = task.lora.scaling_of(entry.rank, entry.alpha)
     request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
     start, result = quantized_start(request, task.loftq)
     assert start.base is not None

@@ -45,8 +45,9 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
     found, expected = combine(digests), read_metadata(folder).get(METADATA_KEY)
     if found != expected:
         raise StorageError(
-            f"{folder / WEIGHTS_NAME}: expected the adapter of the quantized model beside it (fingerprint {found[:12]}), "
-            f"found that of another ({(expected or 'none')[:12]}); a file was exchanged or changed: run loftq init again"
+            f"{folder / WEIGHTS_NAME}: expected the adapter of the quantized model beside it (fingerprint "
+            f"{found[:12]}), found that of another ({(expected or 'none')[:12]}); a file was exchanged or changed: "
+            "run loftq init again"
         )
     yield f"{len(names)} layers: backbone and adapter belong together (fingerprint {found[:12]})"
     for row in report.layers:
@@ -67,15 +68,12 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
         module._parameters["weight"] = nn.Parameter(checkpoint.reader.tensor(unit.name), requires_grad=False)
         full = codec.read(module)
         A, B = _factors(adapter, row)
-        entry = unit.entry
-        scaling = entry.alpha / (entry.rank**0.5 if config.use_rslora else entry.rank)
-        left = full - read_stored(out, base, names[row.path], tuple(full.shape), report.options)
+        scaling = config.scaling_of(unit.entry.rank, unit.entry.alpha)
+        left = full - read_stored(out, base, names[row.path], codec.shape(module), report.options)
         size = norm(full) or 1.0
         measured = norm(left) / size, norm(left.addmm_(B, A, alpha=-scaling)) / size
-        if any(
-            abs(a - b) > _SLACK * max(b, 1e-3)
-            for a, b in zip(measured, (row.quantization_error, row.error), strict=True)
-        ):
+        reported = row.quantization_error, row.error
+        if any(abs(a - b) > _SLACK * max(b, 1e-3) for a, b in zip(measured, reported, strict=True)):
             raise StorageError(
                 f"{out}: {row.path}: expected the reported errors {row.quantization_error:.6f} (W - Q) and "
                 f"{row.error:.6f} (W - Q - sBA), found {measured[0]:.6f} and {measured[1]:.6f}; this isn't the model "

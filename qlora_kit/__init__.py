@@ -24,6 +24,7 @@ from .layers import AdapterLayer, register_layer
 from .merging import merge
 from .model import LoraModel, apply_lora
 from .on_import import import_after
+from .quantize import quantize_
 from .training import check_gradients
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "merge",
     "prepare_model_for_int8_training",
     "prepare_model_for_kbit_training",
+    "quantize_",
     "register_codec",
     "register_initializer",
     "register_layer",

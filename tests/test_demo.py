@@ -19,7 +19,6 @@ from qlora_kit import ConfigError, StorageError
 from qlora_kit.cli import app
 from qlora_kit.demo import Result, Settings, make_windows, perplexity, run_demo, show, write_reports
 from qlora_kit.demo.models import REFERENCE_FOLDERS, Source, reference_model_path
-from qlora_kit.demo.run import BLOCKSIZE, hold_nf2_values_
 from qlora_kit.demo.text import is_held_out, read_sources
 
 STEPS = 2
@@ -85,19 +84,6 @@ def test_perplexity_is_that_of_float64_log_probabilities(tiny: Path) -> None:
     assert perplexity(model, rows, batch=2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_simulated_two_bits_leave_four_values_a_block(tiny: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    head = model.lm_head.weight.clone()
-    hold_nf2_values_(model, Settings.make(model=str(tiny), out=tiny, device="cpu").lora())
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and path != "lm_head":
-            blocks = module.weight.reshape(-1, BLOCKSIZE)
-            scaled = blocks / blocks.abs().amax(1, keepdim=True)
-            levels = torch.tensor([-1.0, 0.0, 0.33791524, 1.0])
-            assert (scaled[..., None] - levels).abs().amin(-1).max() < 1e-6, path
-    assert torch.equal(model.lm_head.weight, head)
-
-
 # -- the whole -----------------------------------------------------------------------------------------------
 
 
@@ -113,15 +99,17 @@ def test_every_start_is_measured_at_every_width(outcome: tuple[Result, Path]) ->
     assert all(len(run.losses) == STEPS for run in result.fine_tunes)
     unquantized = result.fine_tunes[0]
     assert unquantized.perplexity_before == pytest.approx(result.perplexity, rel=1e-6)
-    assert "simulated" in result.fine_tunes[-1].storage
+    assert "packed" in result.fine_tunes[-1].storage
+    sizes = [run.base_bytes for run in result.fine_tunes]
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == sizes[4]
 
 
 def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path]) -> None:
     result, out = outcome
-    assert result.reload.largest_difference == 0.0
+    assert [(reload.bits, reload.largest_difference) for reload in result.reloads] == [(2, 0.0), (4, 0.0)]
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((out / "quantized_base").resolve())
-    assert result.reload.adapter_bytes == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert result.reloads[-1].adapter_bytes == (out / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
 def test_three_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
@@ -148,7 +136,7 @@ def test_reports_hold_the_numbers_that_were_measured(outcome: tuple[Result, Path
         assert f"{run.perplexity_after:,.2f}" in text.getvalue()
     for way in result.merges:
         assert f"{way.retained:.1%}" in text.getvalue()
-    assert "simulated" in text.getvalue()
+    assert "packed" in text.getvalue()
 
 
 @pytest.mark.slow
@@ -158,7 +146,7 @@ def test_loftq_starts_closer_to_the_reference_model_than_zero_does(tmp_path: Pat
     before = {(run.bits, run.start): run.perplexity_before for run in result.fine_tunes}
     assert before[4, "zero start"] > result.perplexity
     assert result.perplexity < before[2, "LoftQ start"] < before[2, "zero start"]
-    assert result.reload.largest_difference == 0.0
+    assert [(reload.bits, reload.largest_difference) for reload in result.reloads] == [(2, 0.0), (4, 0.0)]
 
 
 # -- finding the model, the command line -----------------------------------------------------------------------
@@ -190,4 +178,5 @@ def test_command_line_writes_the_reports(tiny: Path, tmp_path: Path) -> None:
     command = ["demo", "--model", str(tiny), "--out", str(out), "--steps", "1", "--rank", "2"]
     outcome = CliRunner().invoke(app, command)
     assert outcome.exit_code == 0, outcome.output
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "demo.json", "demo.png", "quantized_base"]
+    folders = ["adapter", "adapter_2_bits", "quantized_base", "quantized_base_2_bits"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*folders, "demo.json", "demo.png"])

@@ -36,6 +36,7 @@ ORDER = [
         "qlora_kit.model",
         "qlora_kit.backbone",
         "qlora_kit.hf_quantizer",
+        "qlora_kit.quantize",
         "qlora_kit.merging",
         "qlora_kit.fidelity",
         "qlora_kit.persistence",
@@ -44,7 +45,7 @@ ORDER = [
         "qlora_kit.kbit",
         "qlora_kit.training",
     ],
-    ["qlora_kit.shards", "qlora_kit.originals", "qlora_kit.compat"],
+    ["qlora_kit.shards", "qlora_kit.shard_writer", "qlora_kit.originals", "qlora_kit.compat"],
     ["qlora_kit"],  # the public list: the modules above don't go through it
     ["loftq"],
     ["loftq.cli", "qlora_kit.cli", "qlora_kit.demo", "qlora_kit.__main__"],

@@ -1,6 +1,6 @@
 """The whole job on one model, with every number measured in the run that shows it.
 
-At 4 bits (bitsandbytes NF4) and at 2 bits (simulated: dense weights that hold NF2 values) the same short
+At 4 bits (bitsandbytes NF4) and at 2 bits (our packed layers) the same short
 fine-tune starts once from zero, as QLoRA does, and once from LoftQ. The 4-bit LoftQ adapter is then saved,
 reloaded on a base read back from disk, and merged three ways.
 """

@@ -1,4 +1,4 @@
-"""Getting the model: the reference one or the user's, dense, 4-bit, or holding simulated 2-bit values."""
+"""Getting the model: the reference one or the user's, dense or 4-bit."""
 
 from __future__ import annotations
 

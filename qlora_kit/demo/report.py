@@ -24,10 +24,13 @@ def show(result: Result, console: Console | None = None) -> None:
     console.print(fine_tune_table(result), merge_table(result))
     for generation in result.generations:
         console.print(generation_panel(generation.prompt, generation.continuations))
-    reload, text = result.reload, result.text
+    text = result.text
+    for reload in result.reloads:
+        console.print(
+            f"Reloaded from {reload.adapter_bytes / 1e6:.2f} MB of adapter and {reload.base_bytes / 1e6:.2f} MB of "
+            f"{reload.bits}-bit base: the largest difference of a logit is {reload.largest_difference:.1e}."
+        )
     console.print(
-        f"Reloaded from {reload.adapter_bytes / 1e6:.2f} MB of adapter and {reload.base_bytes / 1e6:.2f} MB of 4-bit "
-        f"base: the largest difference of a logit is {reload.largest_difference:.1e}.\n"
         f"Measured on {text['held_out_tokens']:,} held-out tokens of the {text['source']}, on "
         f"{result.environment['processor']}, in {result.seconds:.0f} s."
     )
@@ -41,13 +44,14 @@ def fine_tune_table(result: Result) -> Table:
     )
     for name in ("base weights", "adapters start from"):
         table.add_column(name)
-    for name in ("perplexity before", "after"):
+    for name in ("MB of base", "perplexity before", "after"):
         table.add_column(name, justify="right")
     for run in result.fine_tunes:
         best = run.perplexity_after <= min(r.perplexity_after for r in result.fine_tunes if r.bits == run.bits)
         table.add_row(
             f"{run.bits} bits ({run.storage})",
             {"zero start": "zero (QLoRA)", "LoftQ start": "LoftQ"}[run.start] if run.bits < 16 else "zero (LoRA)",
+            f"{run.base_bytes / 1e6:.2f}",
             f"{run.perplexity_before:,.2f}",
             Text(f"{run.perplexity_after:,.2f}", style="bold" if best else ""),
         )
@@ -126,7 +130,7 @@ def _draw_fine_tunes(axes: Any, result: Result) -> None:
     axes.axvline(result.perplexity, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(
         range(len(result.fine_tunes)),
-        [f"{run.bits} bits{' (simulated)' if run.bits == 2 else ''}, {run.start}" for run in result.fine_tunes],
+        [f"{run.bits} bits, {run.start}" for run in result.fine_tunes],
     )
     axes.set_ylim(-0.6, len(result.fine_tunes) - 0.4)
     axes.set_xscale("log")

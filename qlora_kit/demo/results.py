@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FineTune:
-    """One start, measured on held-out text before and after the same fine-tune."""
+    """One start, measured on held-out text before and after the same fine-tune; bytes of the frozen base."""
 
     bits: int
     storage: str
@@ -17,6 +17,7 @@ class FineTune:
     perplexity_after: float
     seconds: float
     losses: list[float]
+    base_bytes: int
 
     @property
     def label(self) -> str:
@@ -27,6 +28,7 @@ class FineTune:
 class Reload:
     """The adapter and its base, read back from disk: largest difference of any logit on held-out text."""
 
+    bits: int
     adapter_bytes: int
     base_bytes: int
     largest_difference: float
@@ -63,7 +65,7 @@ class Result:
     text: dict[str, Any]
     perplexity: float
     fine_tunes: list[FineTune]
-    reload: Reload
+    reloads: list[Reload]
     merges: list[Merged]
     generations: list[Generation]
     seconds: float = field(default=0.0)

@@ -14,14 +14,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..codecs import codec_for
-from ..codecs.blockwise import dequantize, quantize
-from ..codecs.codebooks import codebook
-from ..config import LoftQConfig, LoraConfig
+from ..config import DEFAULT_TYPES, LoftQConfig, LoraConfig
+from ..hf_quantizer import record_quantization_
 from ..inject import make_plan
 from ..kbit import memory_bill, prepare_model_for_kbit_training
 from ..merging import merge
 from ..model import LoraModel, apply_lora
+from ..quantize import quantize_
 from .models import Source, pick_device, quiet, reference_model_path
 from .results import FineTune, Generation, Merged, Reload, Result
 from .text import Windows, make_windows
@@ -29,6 +28,7 @@ from .training import fine_tune_, perplexity
 
 LOFTQ_STEPS = 5
 BLOCKSIZE = 64
+DOUBLE_QUANT = {2: True, 4: False}
 PROMPTS = (
     "class Dropout(Module):\n    def __init__(self, p: float = 0.5) -> None:",
     "    def forward(self, input: Tensor) -> Tensor:",
@@ -62,7 +62,9 @@ class Settings:
         )
 
     def loftq(self, bits: int, **others: Any) -> LoraConfig:
-        loftq = LoftQConfig(loftq_bits=bits, loftq_iter=LOFTQ_STEPS, blocksize=BLOCKSIZE)
+        loftq = LoftQConfig(
+            loftq_bits=bits, loftq_iter=LOFTQ_STEPS, blocksize=BLOCKSIZE, double_quant=DOUBLE_QUANT[bits]
+        )
         return self.lora(init_lora_weights="loftq", loftq_config=loftq, **others)
 
 
@@ -91,13 +93,15 @@ def run_demo(settings: Settings, say: Say | None = None) -> Result:
 
         runs = [zero_start(source, settings, windows, 16, say)[0]]
         del model
-        for bits in (2, 4):  # the model of the last run, 4 bits from LoftQ, is the one that goes on
+        reloads = []
+        for bits in (2, 4):
             runs.append(zero_start(source, settings, windows, bits, say)[0])
             run, lora, before = loftq_start(source, settings, windows, bits, tokenizer, say)
             runs.append(run)
-        texts |= {"4-bit, LoftQ start": before, "4-bit, fine-tuned": continuations(lora, tokenizer)}
-        reload = save_and_reload(lora, source, settings, windows, tokenizer)
-        say(f"saved and reloaded: largest difference of a logit {reload.largest_difference:.1e}")
+            texts |= {f"{bits}-bit, LoftQ start": before, f"{bits}-bit, fine-tuned": continuations(lora, tokenizer)}
+            reloads.append(save_and_reload(lora, bits, source, settings, windows, tokenizer))
+            difference = reloads[-1].largest_difference
+            say(f"saved and reloaded at {bits} bits: largest difference of a logit {difference:.1e}")
         merges = [merge_into(into, source, settings, windows) for into in ("float32", "bfloat16", "same")]
     return Result(
         settings={**asdict(settings), "out": str(settings.out)},
@@ -112,7 +116,7 @@ def run_demo(settings: Settings, say: Say | None = None) -> Result:
         },
         perplexity=unquantized,
         fine_tunes=sorted(runs, key=lambda run: -run.bits),
-        reload=reload,
+        reloads=reloads,
         merges=merges,
         generations=[Generation(p, {name: t[i] for name, t in texts.items()}) for i, p in enumerate(PROMPTS)],
         seconds=time.monotonic() - began,
@@ -123,7 +127,7 @@ def zero_start(source: Source, settings: Settings, windows: Windows, bits: int, 
     """Adapters with B = 0 on a base that is quantized first, as QLoRA does it (or, at 16 bits, not at all)."""
     model = source.four_bit() if bits == 4 else source.dense()
     if bits == 2:
-        hold_nf2_values_(model, settings.lora())
+        quantize_(model, 2, blocksize=BLOCKSIZE, double_quant=DOUBLE_QUANT[2])
     lora = apply_lora(prepared(model, settings), settings.lora())
     return measured(lora, "zero start", settings, windows, bits, say), lora
 
@@ -132,7 +136,7 @@ def loftq_start(
     source: Source, settings: Settings, windows: Windows, bits: int, tokenizer: Any, say: Say
 ) -> tuple[FineTune, LoraModel, list[str]]:
     """Base and adapters from LoftQ's alternation on the 16-bit weights; also what it writes before training."""
-    config = settings.loftq(bits, base_model_name_or_path=str(folders(settings)[0].resolve()))
+    config = settings.loftq(bits, base_model_name_or_path=str(folders(settings, bits)[0].resolve()))
     lora = apply_lora(prepared(source.dense(), settings), config)
     before = continuations(lora, tokenizer)
     return measured(lora, "LoftQ start", settings, windows, bits, say), lora, before
@@ -143,62 +147,60 @@ def prepared(model: nn.Module, settings: Settings) -> nn.Module:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.device != "cpu")
 
 
-@torch.no_grad()
-def hold_nf2_values_(model: nn.Module, config: LoraConfig) -> None:
-    """Simulated 2-bit storage: each targeted weight stays dense and is rounded to NF2, block by block."""
-    for entry in make_plan(model, config).entries:
-        module = model.get_submodule(entry.path)
-        codec = codec_for(module, entry.path)
-        weight = codec.read(module)
-        table = codebook("nf2", weight.device)
-        codes, absmax = quantize(weight, table, BLOCKSIZE)
-        codec.write_(module, dequantize(codes, table, absmax, BLOCKSIZE))
-
-
 def measured(lora: LoraModel, start: str, settings: Settings, windows: Windows, bits: int, say: Say) -> FineTune:
     """Perplexity, the fine-tune, perplexity."""
-    storage = {16: "unquantized", 4: "NF4, bitsandbytes", 2: "NF2, simulated in dense weights"}[bits]
+    storage = {16: "unquantized", 4: "NF4, bitsandbytes", 2: f"{DEFAULT_TYPES[2]}, packed"}[bits]
     before = perplexity(lora, windows.held_out)
     began = time.monotonic()
     losses = fine_tune_(lora, windows.train, settings, title=f"{bits}-bit, {start}")
     seconds = time.monotonic() - began
     after = perplexity(lora, windows.held_out)
     say(f"{bits} bits ({storage}), {start}: perplexity {before:.2f} -> {after:.2f} in {seconds:.0f} s")
-    return FineTune(bits, storage, start, before, after, seconds, losses)
+    return FineTune(bits, storage, start, before, after, seconds, losses, base_bytes(lora))
 
 
-def folders(settings: Settings) -> tuple[Path, Path]:
+def base_bytes(lora: LoraModel) -> int:
+    """Bytes of the base's parameters and buffers as they are stored, without the adapters'."""
+    adapters = sum(parameter.nbytes for parameter in lora.parameters() if parameter.requires_grad)
+    return memory_bill(lora.model).total - adapters
+
+
+def folders(settings: Settings, bits: int = 4) -> tuple[Path, Path]:
     """Where the quantized base and the adapter are kept."""
-    return settings.out / "quantized_base", settings.out / "adapter"
+    kind = "" if bits == 4 else f"_{bits}_bits"
+    return settings.out / f"quantized_base{kind}", settings.out / f"adapter{kind}"
 
 
-def save_and_reload(lora: LoraModel, source: Source, settings: Settings, windows: Windows, tokenizer: Any) -> Reload:
-    """Write the adapter in PEFT's format and its 4-bit base in transformers', read both, compare logits.
+def save_and_reload(
+    lora: LoraModel, bits: int, source: Source, settings: Settings, windows: Windows, tokenizer: Any
+) -> Reload:
+    """Write the adapter in PEFT's format and its quantized base in transformers', read both, compare logits.
 
     LoftQ changes the base it quantizes, so the adapter belongs to that base and not to the original model
     quantized afresh; the two are kept together. ``lora`` is taken apart.
     """
-    base_folder, adapter_folder = folders(settings)
+    base_folder, adapter_folder = folders(settings, bits)
     rows = windows.held_out[:4].to(lora.device)
     with torch.no_grad():
         expected = lora(input_ids=rows).logits
     lora.save_pretrained(adapter_folder)
     base = lora.unload()
-    base.config.quantization_config = source.quantization()  # type: ignore[union-attr]
+    record_quantization_(base)
     base.save_pretrained(base_folder)  # type: ignore[operator]
     tokenizer.save_pretrained(base_folder)
     with torch.no_grad():
-        found = reloaded(source, settings)(input_ids=rows).logits
+        found = reloaded(source, settings, bits)(input_ids=rows).logits
     return Reload(
+        bits=bits,
         adapter_bytes=file_bytes(adapter_folder),
         base_bytes=file_bytes(base_folder),
         largest_difference=(found - expected).abs().max().item(),
     )
 
 
-def reloaded(source: Source, settings: Settings) -> LoraModel:
+def reloaded(source: Source, settings: Settings, bits: int = 4) -> LoraModel:
     """The fine-tuned model, from disk."""
-    base_folder, adapter_folder = folders(settings)
+    base_folder, adapter_folder = folders(settings, bits)
     return LoraModel.from_pretrained(source.quantized(base_folder), adapter_folder)
 
 

@@ -1,0 +1,107 @@
+"""Linear layers from dense storage to low bits, where they stand: bitsandbytes' or our packed modules.
+
+``quantize_`` rounds each weight to its nearest codes, which is where a zero start (QLoRA) begins. LoftQ starts
+(``init_lora_weights="loftq"``) quantize by themselves, another matrix than the weight, and put it into modules
+by the same function.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .codecs import codec_for
+from .codecs.packed import pack_linear
+from .codecs.quantized import Quantized, quantize_matrix
+from .config import DEFAULT_TYPES, LoraConfig
+from .errors import TargetError
+from .inject import Injection, make_plan, swap_, with_hooks_of
+
+# What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
+BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Codecs of linear modules whose weight is not quantized yet.
+DENSE_LINEARS = ("dense", "conv1d")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def quantize_(
+    model: Model,
+    bits: int = 4,
+    *,
+    quant_type: str | None = None,
+    blocksize: int | None = 64,
+    double_quant: bool = False,
+    target_modules: list[str] | str = "all-linear",
+) -> Model:
+    """Replace ``model``'s linear layers, in place, by quantized ones; all of them, or on any error none.
+
+    ``qlora_kit.hf_quantizer.record_quantization_(model)`` then makes ``model.save_pretrained`` write what
+    ``from_pretrained`` loads.
+
+    Args:
+        bits: 2, 3, 4 or 8: ``qlora_kit.config.DEFAULT_TYPES`` of it.
+        quant_type: a type of ``qlora_kit.codecs.codebooks`` or "int8"; stands above ``bits``.
+        blocksize: weights that share a scale; None for rows.
+        double_quant: keep the scales in 8 bits.
+        target_modules: which, as in ``LoraConfig``; "all-linear" leaves the head out.
+
+    Raises:
+        TargetError: nothing is matched, or something that isn't a dense linear layer.
+        CodecError: an unknown type, or a weight that it can't hold.
+    """
+    kind = quant_type or DEFAULT_TYPES[bits]
+    undo = Injection()
+    try:
+        for entry in make_plan(model, LoraConfig(r=1, target_modules=target_modules)).entries:
+            base = model.get_submodule(entry.path)
+            if entry.codec not in DENSE_LINEARS:
+                raise TargetError(
+                    f"{entry.path}: expected a dense linear layer to quantize, found {type(base).__name__} "
+                    f"({entry.codec}); take it out of target_modules"
+                )
+            matrix = codec_for(base, entry.path).read(base)
+            new = linear_holding(base, quantize_matrix(matrix, kind, blocksize, double_quant=double_quant))
+            for path in (entry.path, *entry.aliases):
+                swap_(model, path, with_hooks_of(base, new), undo)
+    except BaseException:
+        undo.undo()
+        raise
+    return model
+
+
+def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
+    """Whether bitsandbytes stores linears of this type; the others are packed by us."""
+    return quant_type == "int8" or (quant_type in ("nf4", "fp4") and blocksize in BNB_BLOCKSIZES)
+
+
+def linear_holding(base: nn.Module, quantized: Quantized) -> nn.Module:
+    """A module that computes with ``quantized`` in the place of ``base``, a dense linear or ``Conv1D``."""
+    linear = _as_linear(base)
+    if not in_bitsandbytes(quantized.quant_type, quantized.blocksize):
+        return pack_linear(linear, quantized)
+    from .codecs.bnb import quantize_linear, quantize_linear_int8
+
+    if quantized.blocksize is None:
+        return quantize_linear_int8(linear, quantized.source)
+    return quantize_linear(
+        linear,
+        quantized.source,
+        quant_type=quantized.quant_type,
+        blocksize=quantized.blocksize,
+        double_quant=quantized.double_quant,
+    )
+
+
+def _as_linear(base: nn.Module) -> nn.Linear:
+    """The base, or an ``nn.Linear`` of the same function over the same storage (transformers' ``Conv1D``)."""
+    if isinstance(base, nn.Linear):
+        return base
+    out_features, in_features = codec_for(base).shape(base)
+    bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(base.weight.t(), requires_grad=False)  # type: ignore[operator]
+    linear.bias = bias  # type: ignore[assignment]
+    return linear.train(base.training)
