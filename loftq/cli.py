@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ def main(
 
 @contextmanager
 def _errors_in_red(command: str) -> Iterator[None]:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice is about inference
     try:
         yield
     except QLoRAKitError as error:

@@ -29,7 +29,7 @@ INIT_NAMES: set[str] = {"gaussian", "loftq"}
 TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 # What a number of bits means where no type is named. benchmarks/RESULTS.md has the comparison behind it.
-DEFAULT_TYPES = {2: "signed2", 3: "signed3", 4: "nf4", 8: "int8"}
+DEFAULT_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "int8"}
 # The types of qlora_kit.codecs.codebooks, and bitsandbytes' int8; each name ends in its bits.
 QUANT_TYPES = (
     *("nf2", "nf3", "nf4", "fp4", "int8", "signed2", "signed3", "lloyd2", "lloyd3"),
