@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 import transformers
+from typer.testing import CliRunner
+
+from loftq.cli import app
+from qlora_kit import LoraModel
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 # The stock arguments ask for pinned memory, with a GPU or without.
@@ -16,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As they stand, in a folder laid out like a checkout; only the number of steps is cut."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    block = blocks()[0]
     for name in ("benchmarks", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -30,3 +38,19 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert "bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_loftq_from_folder_to_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with the reference model as its source, and the lines that load what it wrote."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^ {4}loftq (init .*)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    arguments = command.replace("DIR_OR_NAME", str(ROOT / "benchmarks" / "reference_lm")).split()
+    outcome = CliRunner().invoke(app, [*arguments, "--steps", "1"])
+    assert outcome.exit_code == 0, outcome.output
+    names: dict[str, object] = {}
+    exec(compile(blocks()[1], "README.md", "exec"), names)
+    assert isinstance(names["lora"], LoraModel)
+    for option in ("report OUT", "verify OUT --against " + str(ROOT / "benchmarks" / "reference_lm")):
+        assert CliRunner().invoke(app, option.split()).exit_code == 0
