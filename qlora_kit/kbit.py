@@ -156,6 +156,17 @@ def memory_bill(model: nn.Module) -> MemoryBill:
     return MemoryBill(kinds, dict(kinds))
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, shared ones once; a packed weight counts as the weights it holds."""
+    held: dict[int, int] = {}
+    for module in model.modules():
+        codec, weight = find_codec(module), module._parameters.get("weight")
+        if codec is not None and weight is not None and _is_packed(codec, module, weight):
+            held[id(weight)] = prod(codec.shape(module))
+    counts = [(held.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalization layer: its type is called one, and its weights are vectors."""
     parameters = [p for p in module._parameters.values() if p is not None]

@@ -20,6 +20,7 @@ from .config import LoraConfig
 from .errors import AdapterError, MergeError
 from .initializers import start_for
 from .inject import Plan, inject_, make_plan, swap_
+from .kbit import count_parameters
 from .layers import AdapterLayer, ModulesToSave
 from .merging import merge, merge_in_place_
 from .persistence import Persistence
@@ -243,15 +244,7 @@ class LoraModel(Persistence):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a packed k-bit weight counts as the weights it holds."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel()
-            shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-            if shape is not None:
-                count = torch.Size(shape).numel()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
