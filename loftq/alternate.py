@@ -95,19 +95,19 @@ def loftq(problem: Problem) -> LoftQResult:
     """As published, but for the points above."""
     full, quantize = problem.weight, problem.quantize
     size = norm(full) or 1.0
-    goal, Vh = full, None
+    goal, U = full, None
     history: list[float] = []
+    left = torch.empty_like(full)  # one piece of memory for what each half-step leaves
     while True:
         quantized = quantize(goal)
-        stored = quantized.dequantize()
-        residual = full - stored
-        quantization_error = norm(residual) / size
+        torch.sub(full, quantized.dequantize(out=left), out=left)
+        quantization_error = norm(left) / size
         if not history:
             zero_error = quantization_error
-        U, S, Vh = truncated_svd(residual, problem.rank, solver=problem.solver, start=Vh, seed=problem.seed)
+        U, S, Vh = truncated_svd(left, problem.rank, solver=problem.solver, start=U, seed=problem.seed)
         A, B = factor_pair(U, S, Vh, problem.scaling)
         goal = torch.addmm(full, B, A, alpha=-problem.scaling)
-        history.append(norm(torch.sub(goal, stored, out=residual)) / size)
+        history.append(norm(left.add_(goal).sub_(full)) / size)
         if history[-1] == min(history):
             best = LoftQResult(quantized, A, B, history, zero_error, quantization_error)
         if len(history) == problem.steps or (len(history) > 1 and history[-1] >= history[-2]):

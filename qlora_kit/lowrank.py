@@ -20,7 +20,7 @@ of squared singular values) the span holds:
 - ``subspace``: only the last of these blocks (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which keeps
   less memory and gets less: 0.89 at depth 4 and 0.96 at 8.
 
-Both take a ``start``: rows that span nearly the right space, from a similar matrix. Two blocks then do.
+Both take a ``start``: columns that span nearly the right space, from a similar matrix. Two blocks then do.
 
 All arithmetic is float32 or better whatever comes in, and autocast is kept out of it.
 """
@@ -87,7 +87,7 @@ def truncated_svd(
         rank: between 1 and min(out, in).
         solver: "full", "gram" (falls back to "full" where it would be inaccurate), "krylov", "subspace", or
             "auto": exact below 1024 rows or columns, from there "krylov" if the rank is small.
-        start: (any number, in), rows near the wanted ones, such as the Vh of a similar matrix; only the
+        start: (out, any number), columns near the wanted ones, such as the U of a similar matrix; only the
             approximate solvers use it.
         depth: blocks that the approximate solvers take; None is 6, or 2 from a start.
         seed: of the approximate solvers' random start.
@@ -198,21 +198,23 @@ def _block_svd(
     depth = depth or (COLD_DEPTH if start is None else WARM_DEPTH)
     if start is None:
         generator = torch.Generator(matrix.device).manual_seed(seed)
-        V = torch.randn(in_features, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        drawn = torch.randn(in_features, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        block = matrix @ drawn
     else:
-        V = start.detach().to(matrix).T
+        block = start.detach().to(matrix)
     if keep_all:  # no more columns than there are dimensions
-        depth = max(1, min(depth, min(out_features, in_features) // V.shape[1]))
-    Y = Z = matrix.new_empty(0, 0)
-    for step in range(depth):
-        block = matrix @ V
+        depth = max(1, min(depth, min(out_features, in_features) // block.shape[1]))
+    Y = block = torch.linalg.qr(block).Q
+    Z = matrix.T @ block
+    for _ in range(depth - 1):
+        block = torch.linalg.qr(matrix @ Z[:, -block.shape[1] :]).Q
+        if not keep_all:
+            Y, Z = block, matrix.T @ block
+            continue
         # Twice: what rounding leaves of the blocks before grows as the block is normalized.
         for _ in range(2):
-            if step and keep_all:
-                block = block - Y @ (Y.T @ block)
-            block = torch.linalg.qr(block).Q
-        V = matrix.T @ block
-        Y, Z = (torch.cat([Y, block], 1), torch.cat([Z, V], 1)) if step and keep_all else (block, V)
+            block = torch.linalg.qr(block - Y @ (Y.T @ block)).Q
+        Y, Z = torch.cat([Y, block], 1), torch.cat([Z, matrix.T @ block], 1)
     # Y Y^T M = Y Z^T, whose triplets are those of the thin Z, through its small Gram matrix.
     wide = Z.double()
     values, mixing = torch.linalg.eigh(wide.T @ wide)

@@ -24,6 +24,8 @@ from torch import Tensor
 _CHUNK = 1 << 18
 # More bins than this would leave the first-level cache, and the binary search takes over.
 _MOST_BINS = 2048
+# Levels up to which a table of all pairs of codes stays in the first-level cache.
+_MOST_PAIRED = 16
 
 
 def quantize(
@@ -42,8 +44,8 @@ def quantize(
         blocksize: values per scale; the last block may be shorter.
         signed: give the scale the sign of the value that it is the magnitude of (of the positive one where
             both ends are equally far).
-        multipliers: the scale is the largest magnitude times one of these, for each block the one that leaves
-            the least squared error.
+        multipliers: the scale is the largest magnitude times one of these, each at least 1; for each block the
+            one that leaves the least squared error.
 
     Returns:
         ``codes`` uint8 of ``weight``'s shape, and scales float32 of (ceil(numel / blocksize),).
@@ -76,25 +78,46 @@ def nearest_codes(flat: Tensor, scales: Tensor, shifts: Tensor | None, table: Te
     for rows in _chunks(whole, blocksize, flat.device):
         part = flat[rows.start * blocksize : rows.stop * blocksize].view(-1, blocksize)
         part = part - shifts[rows, None] if shifts is not None else part
-        codes[rows.start * blocksize : rows.stop * blocksize] = _search(
-            (part * inverse[rows, None]).view(-1).clamp_(-1, 1), levels
-        )
+        codes[rows.start * blocksize : rows.stop * blocksize] = _search((part * inverse[rows, None]).view(-1), levels)
     if whole * blocksize < flat.numel():
         tail = flat[whole * blocksize :]
         tail = tail - shifts[whole:] if shifts is not None else tail
-        codes[whole * blocksize :] = _search((tail / safe[whole:]).clamp_(-1, 1), levels)
+        codes[whole * blocksize :] = _search(tail / safe[whole:], levels)
     return codes
 
 
 def dequantize(
-    codes: Tensor, table: Tensor, scales: Tensor, blocksize: int = 64, shifts: Tensor | None = None
+    codes: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    blocksize: int = 64,
+    shifts: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``table[codes]`` times each block's scale, plus its shift: float32 of ``codes``' shape."""
-    flat, table = codes.reshape(-1), table.float()
-    values = torch.empty(flat.numel(), dtype=torch.float32, device=flat.device)
-    for part in _chunks(flat.numel(), 1, flat.device):
-        torch.index_select(table, 0, flat[part].int(), out=values[part])
+    """``table[codes]`` times each block's scale, plus its shift: float32 of ``codes``' shape.
+
+    ``out``, contiguous float32 of that shape, is overwritten: fresh memory costs more than the arithmetic.
+    """
+    flat, table = codes.reshape(-1).contiguous(), table.float()
+    values = torch.empty(flat.numel(), device=flat.device, dtype=torch.float32) if out is None else out.view(-1)
+    whole = flat.numel() // 2 * 2 if flat.device.type == "cpu" and table.numel() <= _MOST_PAIRED else 0
+    if whole:  # two codes at a time are one number, and two values one: half as many look-ups
+        numbers, doubles, by_number = flat[:whole].view(torch.int16), values[:whole].view(torch.int64), _in_pairs(table)
+        for part in _chunks(whole // 2, 1, flat.device):
+            torch.index_select(by_number, 0, numbers[part].int(), out=doubles[part])
+    torch.index_select(table, 0, flat[whole:].int(), out=values[whole:])
     return scale_blocks_(values, scales, blocksize, shifts).reshape(codes.shape)
+
+
+def _in_pairs(table: Tensor) -> Tensor:
+    """The bits of two values by the number that two uint8 codes beside each other are on this machine."""
+    codes = torch.arange(table.numel(), dtype=torch.uint8)
+    both = torch.cartesian_prod(codes, codes)
+    numbers = both.view(torch.int16).reshape(-1).int()
+    values = torch.zeros(int(numbers.max()) + 1, 2)
+    values[numbers] = table[both.int()]
+    return values.view(torch.int64).reshape(-1)
 
 
 def scale_blocks_(values: Tensor, scales: Tensor, blocksize: int, shifts: Tensor | None = None) -> Tensor:

@@ -96,11 +96,11 @@ class Quantized:
         """float32 (2^bits,): the levels by code; int8 has none."""
         return codebook(self.quant_type, self.codes.device, self.blocksize or 0)
 
-    def dequantize(self) -> Tensor:
-        """The matrix that the deployed layer multiplies with: float32 (out, in)."""
+    def dequantize(self, *, out: Tensor | None = None) -> Tensor:
+        """The matrix that the deployed layer multiplies with: float32 (out, in), in the memory of ``out`` if given."""
         if self.blocksize is None:
-            return self.codes.float() * (self.scales[:, None] / 127.0)
-        return dequantize(self.codes, self.table(), self.scales, self.blocksize, self.shifts)
+            return torch.mul(self.codes.float(), self.scales[:, None] / 127.0, out=out)
+        return dequantize(self.codes, self.table(), self.scales, self.blocksize, self.shifts, out=out)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is stored of the scales, for counting bytes."""

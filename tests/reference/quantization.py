@@ -9,6 +9,7 @@ import torch
 from scipy.stats import norm
 
 P = 0.9677083  # the outermost quantile of NormalFloat
+BINS = 40_000  # of the interval from -1 to 1; wide ones would stop Lloyd's iteration early
 
 
 def normal_float(bits: int) -> np.ndarray:
@@ -106,7 +107,7 @@ def round_blocks(
 
 
 def normal_sample(blocksize: int, scaling: str, values: int = 4_000_000) -> tuple[np.ndarray, np.ndarray]:
-    """Normal values over their blocks' scales, by 8000 bins: the bins' means, and their weights.
+    """Normal values over their blocks' scales, in narrow bins: the bins' means, and their weights.
 
     A value weighs its block's squared scale, as its error does in the end; together the weights are 1. Blocks
     and their negatives are equally likely, so "absmax" counts both.
@@ -118,8 +119,8 @@ def normal_sample(blocksize: int, scaling: str, values: int = 4_000_000) -> tupl
         largest = np.where(highest == largest, largest, -largest)
     normal = (blocks / largest[:, None]).astype(np.float64).ravel()
     weight = np.repeat(largest.astype(np.float64) ** 2, blocksize)
-    where = np.minimum(((normal + 1) * 4000).astype(np.int64), 7999)
-    mass, moment = np.bincount(where, weight, 8000), np.bincount(where, weight * normal, 8000)
+    where = np.minimum(((normal + 1) * BINS / 2).astype(np.int64), BINS - 1)
+    mass, moment = np.bincount(where, weight, BINS), np.bincount(where, weight * normal, BINS)
     if scaling == "absmax":
         mass, moment = mass + mass[::-1], moment - moment[::-1]
     kept = mass > 0
