@@ -4,5 +4,15 @@ from qlora_kit.codecs.quantized import Quantized
 
 from .alternate import factorize
 from .methods import LoftQResult, Problem, register_method
+from .report import LayerReport, Report, start_report
 
-__all__ = ["LoftQResult", "Problem", "Quantized", "factorize", "register_method"]
+__all__ = [
+    "LayerReport",
+    "LoftQResult",
+    "Problem",
+    "Quantized",
+    "Report",
+    "factorize",
+    "register_method",
+    "start_report",
+]

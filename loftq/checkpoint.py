@@ -10,7 +10,7 @@ import copy
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,26 @@ import torch
 from torch import nn
 
 from qlora_kit.codecs import Codec, codec_for
-from qlora_kit.config import LoraConfig
+from qlora_kit.config import DEFAULT_TYPES, LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError, StorageError, TargetError
 from qlora_kit.inject import Plan, PlanEntry, make_plan
+from qlora_kit.quantize import in_bitsandbytes
 from qlora_kit.shards import ShardReader
 
 # Weights of a 16-bit checkpoint in other formats, and the index that the output gets anew.
 NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*")
 # Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
 _MATRIX = 2
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
-        self.plan: Plan = make_plan(self.model, config)
+        self.plan: Plan = _without(make_plan(self.model, config), _kept_by_bitsandbytes(self.model, config))
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
         for entry in self.plan.entries:
@@ -128,6 +139,24 @@ class Checkpoint:
         return Unit(name, shape, prod(shape) * dtype.itemsize, entry)
 
 
+def _kept_by_bitsandbytes(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Patterns of modules that transformers leaves dense in a bitsandbytes model whatever its config says: those
+    that it keeps in float32, T5's ``wo`` for one."""
+    loftq = config.loftq_config if isinstance(config.loftq_config, LoftQConfig) else LoftQConfig()
+    if not in_bitsandbytes(loftq.quant_type or DEFAULT_TYPES[loftq.loftq_bits], loftq.blocksize):
+        return []
+    return list(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def _without(plan: Plan, patterns: list[str]) -> Plan:
+    """``plan`` less the modules that ``patterns`` name as transformers reads them."""
+    if not patterns:
+        return plan
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return replace(plan, entries=tuple(e for e in plan.entries if should_convert_module(e.path, patterns)))
+
+
 def skeleton(folder: Path) -> nn.Module:
     """The folder's model on the meta device, as its config names it."""
     import transformers
@@ -144,6 +173,12 @@ def skeleton(folder: Path) -> nn.Module:
     make = getattr(transformers, names[0])._from_config if names else transformers.AutoModel.from_config
     with torch.device("meta"):
         return make(config)
+
+
+def task_type(model: nn.Module) -> str:
+    """PEFT's name of what the model is for, from its class."""
+    name = type(model).__name__
+    return next((kind for part, kind in _TASKS.items() if part in name), "FEATURE_EXTRACTION")
 
 
 def locate(model: str | os.PathLike[str]) -> Path:

@@ -85,7 +85,6 @@ def init(
             use_rslora=rslora,
             target_modules=target_modules,
             init_lora_weights="loftq",
-            task_type="CAUSAL_LM",
             loftq_config=LoftQConfig(
                 loftq_bits=bits,
                 loftq_iter=steps,
@@ -100,7 +99,7 @@ def init(
         with bar() as progress:
             report = stream(task, progress=progress)
     typer.echo(str(report))
-    typer.echo(f"wrote {out}: load it with AutoModelForCausalLM.from_pretrained, and its adapter {out / 'loftq_init'}")
+    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}")
 
 
 @app.command()

@@ -18,6 +18,8 @@ weight in bfloat16, say), the factors are fitted again to what is left.
 from __future__ import annotations
 
 import copy
+import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ from qlora_kit.originals import original_weight
 from qlora_kit.quantize import linear_holding
 
 from .alternate import correction, factorize
-from .methods import LoftQResult
+from .methods import norm
+from .report import LayerReport
 
 # Codecs of modules whose weight is not quantized yet.
 DENSE = ("dense", "conv1d", "embedding")
@@ -61,14 +64,15 @@ def loftq_start(request: Request) -> Start:
         )
     try:
         if request.codec.name in DENSE:
-            return quantized_start(request, options)[0]
+            return quantized_start(request, options)
         return _residual_start(request, options)
     except ConfigError as error:
         raise ConfigError(f"{request.path}: {error}") from error
 
 
-def quantized_start(request: Request, options: LoftQConfig) -> tuple[Start, LoftQResult]:
-    """Alternate on a dense weight; the start brings the quantized base. Also what the alternation found."""
+def quantized_start(request: Request, options: LoftQConfig) -> Start:
+    """Alternate on a dense weight; the start brings the quantized base and a ``LayerReport``."""
+    began = time.monotonic()
     weight = request.codec.read(request.base)
     result = factorize(
         weight,
@@ -81,12 +85,41 @@ def quantized_start(request: Request, options: LoftQConfig) -> tuple[Start, Loft
         method=options.method,
         seed=options.seed,
     )
-    base = _deployed(request, result.quantized)
-    stored = codec_for(base, request.path).read(base)
-    if torch.equal(stored, result.quantized.dequantize()):
-        return Start(result.A, result.B, base), result
-    A, B = correction(weight - stored, request.rank, request.scaling, seed=options.seed)
-    return Start(A, B, base), result
+    A, B, base = result.A, result.B, _deployed(request, result.quantized)
+    residual = codec_for(base, request.path).read(base)
+    agrees = torch.equal(residual, result.quantized.dequantize())
+    residual = torch.sub(weight, residual, out=residual)
+    if not agrees:
+        A, B = correction(residual, request.rank, request.scaling, seed=options.seed)
+    report = _measured(
+        request,
+        base,
+        weight,
+        residual,
+        (A, B),
+        quant_type=result.quantized.quant_type,
+        steps=len(result.history),
+        zero_error=result.zero_error,
+        seconds=time.monotonic() - began,
+    )
+    return Start(A, B, base, report)
+
+
+def _measured(
+    request: Request, base: nn.Module, weight: Tensor, residual: Tensor, factors: tuple[Tensor, Tensor], **known: Any
+) -> LayerReport:
+    """The errors of what is stored; ``residual``, which is W - Q, is used up."""
+    size = norm(weight) or 1.0
+    quantization_error = norm(residual) / size
+    A, B = factors
+    return LayerReport(
+        path=request.path,
+        bits=8 * codec_for(base).nbytes(base) / weight.numel(),
+        rank=request.rank,
+        quantization_error=quantization_error,
+        error=norm(residual.addmm_(B, A, alpha=-request.scaling)) / size,
+        **{"zero_error": quantization_error, **known},
+    )
 
 
 def _deployed(request: Request, quantized: Quantized) -> nn.Module:
@@ -110,6 +143,12 @@ def _residual_start(request: Request, options: LoftQConfig) -> Start:
             f"is already quantized ({request.codec.name}), found None; pass LoftQConfig(weights=folder), or load "
             "the model in 16 bits and let the start quantize it"
         )
+    began = time.monotonic()
     stored = request.codec.read(request.base)
     full = original_weight(options.weights, request.path, stored)
-    return Start(*correction(full - stored, request.rank, request.scaling))
+    residual = torch.sub(full, stored, out=stored)
+    A, B = correction(residual, request.rank, request.scaling, seed=options.seed)
+    seconds = time.monotonic() - began
+    kind = getattr(request.base.weight, "quant_type", None) or getattr(request.base, "quant_type", request.codec.name)
+    report = _measured(request, request.base, full, residual, (A, B), quant_type=kind, steps=1, seconds=seconds)
+    return Start(A, B, report=report)

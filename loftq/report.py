@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.errors import StorageError
+from qlora_kit.errors import AdapterError, StorageError
 from qlora_kit.files import write_text_atomically
+from qlora_kit.model import LoraModel
 
 JSON_NAME = "loftq_report.json"
 PLOT_NAME = "loftq_report.png"
@@ -177,3 +178,20 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)
+
+
+def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:
+    """What the LoftQ start of ``lora``'s adapter did in memory.
+
+    Raises:
+        AdapterError: no such adapter, or it didn't start from LoftQ in this process.
+    """
+    layers = lora.adapter_layers().values()
+    rows = [layer.start_reports[adapter_name] for layer in layers if adapter_name in layer.start_reports]
+    if not rows:
+        raise AdapterError(
+            f"adapter {adapter_name!r}: expected one that LoftQ started in this process, found none among "
+            f"{sorted(lora.peft_config)}; a loaded adapter's report is beside the model that loftq init wrote"
+        )
+    config = lora.peft_config[adapter_name]
+    return Report(str(config.base_model_name_or_path), config.to_dict(), rows)

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,10 +37,9 @@ from qlora_kit.initializers import Request
 from qlora_kit.shard_writer import ShardWriter, header_room
 from qlora_kit.targets import shortest_names
 
-from .checkpoint import Checkpoint, Unit
+from .checkpoint import Checkpoint, Unit, task_type
 from .initializer import quantized_start
 from .journal import WORK_FOLDER, Journal
-from .methods import norm
 from .output import adapter_names, expected_bytes, quantization_config, stored_names
 from .report import LayerReport, Report
 
@@ -152,34 +150,14 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor) -> Made
     """What ``unit``, read as ``tensor``, becomes in the output."""
     if unit.entry is None:
         return Made({unit.name: tensor})
-    began = time.monotonic()
     entry = unit.entry
     module, codec = checkpoint.empty_module(entry)
     module._parameters["weight"] = nn.Parameter(tensor.to(task.device), requires_grad=False)
     scaling = task.lora.scaling_of(entry.rank, entry.alpha)
     request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
-    start, result = quantized_start(request, task.loftq)
+    start = quantized_start(request, task.loftq)
     assert start.base is not None
     base = start.base.state_dict()
-    full, stored = codec.read(module), codec_for(start.base).read(start.base)
-    size = norm(full) or 1.0
-    left = full.sub_(stored)
-    quantization_error = norm(left) / size
-    error = norm(left.addmm_(start.B, start.A, alpha=-scaling)) / size
-    nbytes = codec_for(start.base).nbytes(start.base)
-    row = LayerReport(
-        path=entry.path,
-        quant_type=result.quantized.quant_type,
-        bits=8 * nbytes / unit.numel,
-        rank=entry.rank,
-        zero_error=result.zero_error,
-        quantization_error=quantization_error,
-        error=error,
-        steps=len(result.history),
-        output_error=result.output_error,
-        zero_output_error=result.zero_output_error,
-        seconds=time.monotonic() - began,
-    )
     prefix = unit.name.removesuffix("weight")
     names = adapter_names(entry)
     adapter = {PREFIX + names[0]: start.A, PREFIX + names[1]: start.B}
@@ -187,7 +165,7 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor) -> Made
         {prefix + name: value for name, value in base.items()},
         {name: value.float().cpu() for name, value in adapter.items()},
         codes_digest(codec_for(start.base).stored(start.base)[0]),
-        row,
+        start.report,
     )
 
 
@@ -258,6 +236,7 @@ class Writers:
         lora = dataclasses.replace(
             task.lora,
             target_modules=shortest_names(paths, checkpoint.model),
+            task_type=task.lora.task_type or task_type(checkpoint.model),
             base_model_name_or_path=str(out.resolve()),
         )
         write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())

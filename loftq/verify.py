@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_kit.adapter_folder import PREFIX, WEIGHTS_NAME, read_metadata
 from qlora_kit.backbone import METADATA_KEY, codes_digest, combine
-from qlora_kit.config import CONFIG_NAME, LoraConfig
+from qlora_kit.config import CONFIG_NAME, LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError
 from qlora_kit.shards import ShardReader
 
@@ -39,7 +40,8 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
     report = Report.load(out)
     base, folder = ShardReader(out), out / ADAPTER_FOLDER
     adapter = ShardReader(folder)
-    config = LoraConfig.from_pretrained(folder)
+    loftq = LoftQConfig(**{field.name: report.options[field.name] for field in fields(LoftQConfig)})
+    config = replace(LoraConfig.from_pretrained(folder), init_lora_weights="loftq", loftq_config=loftq)
     names = {row.path: _stored_name(base, row.path) for row in report.layers}
     digests = {path: codes_digest(base.tensor(f"{name}weight")) for path, name in names.items()}
     found, expected = combine(digests), read_metadata(folder).get(METADATA_KEY)

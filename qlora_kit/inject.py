@@ -103,11 +103,12 @@ class Request:
 
 @dataclass
 class Start:
-    """A (rank, in), B (out, rank), and the module that replaces the base, if the start made one."""
+    """A (rank, in), B (out, rank), the module that replaces the base, if the start made one, and what it measured."""
 
     A: Tensor
     B: Tensor
     base: nn.Module | None = None
+    report: Any = None
 
 
 class Injection:
@@ -263,6 +264,8 @@ def _build(
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
     )
+    if begun.report is not None:
+        layer.start_reports[name] = begun.report
     return layer
 
 

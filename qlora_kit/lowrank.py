@@ -14,7 +14,7 @@ And two that cost a few products with r columns each, O(m n r), and get close. W
 best approximation in the span of Y, so the one question is how much of the r largest triplets' energy (the sum
 of squared singular values) the span holds:
 
-- ``krylov``: the span of M V, (M M^T) M V, ..., ``depth`` blocks of r columns (Musco and Musco 2015, arXiv
+- ``krylov``: the span of M V, (M M^T) M V, ..., ``depth`` blocks of r columns, 16 at least (Musco and Musco 2015, arXiv
   1504.05477), V random. The residual of a quantization has a flat spectrum, the hardest case; on one of
   2048 x 2048, r = 64, depths 4, 6 and 8 hold 0.956, 0.990 and 0.998 of the optimal energy.
 - ``subspace``: only the last of these blocks (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which keeps
@@ -41,6 +41,8 @@ COLD_DEPTH, WARM_DEPTH = 6, 2
 # Below this share of the largest singular value the Gram route's error would exceed float32's rounding:
 # sqrt(eps64 / eps32) = 4.3e-5 up to the constant in the eigensolver's error bound.
 _GRAM_FLOOR = 1e-4
+# Products with fewer columns than this cost as much, and more columns hold more energy.
+_LEAST_COLUMNS = 16
 # Where the Gram route starts to pay: small matrices are quick in full, and large shares of the spectrum
 # cost the partial eigensolver as much as all of it.
 _GRAM_MIN_SIZE = 128
@@ -196,12 +198,12 @@ def _block_svd(
     the matrix's own rank is too low for them."""
     out_features, in_features = matrix.shape
     depth = depth or (COLD_DEPTH if start is None else WARM_DEPTH)
-    if start is None:
+    columns = min(max(rank, _LEAST_COLUMNS), out_features, in_features)
+    block = matrix.new_empty(out_features, 0) if start is None else start.detach().to(matrix)
+    if (missing := columns - block.shape[1]) > 0:
         generator = torch.Generator(matrix.device).manual_seed(seed)
-        drawn = torch.randn(in_features, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
-        block = matrix @ drawn
-    else:
-        block = start.detach().to(matrix)
+        drawn = torch.randn(in_features, missing, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        block = torch.cat([block, matrix @ drawn], 1)
     if keep_all:  # no more columns than there are dimensions
         depth = max(1, min(depth, min(out_features, in_features) // block.shape[1]))
     Y = block = torch.linalg.qr(block).Q

@@ -51,6 +51,7 @@ class AdapterLayer(nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
+        self.start_reports: dict[str, Any] = {}  # what an adapter's start measured, where it did
         self._unmerged: Any = None  # the codec's snapshot of the weight from before merge_
 
     # -- what a family gives ---------------------------------------------------------------------------
@@ -97,7 +98,7 @@ class AdapterLayer(nn.Module):
             entries = getattr(self, container)
             if name in entries:
                 del entries[name]
-        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
+        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.start_reports):
             table.pop(name, None)
         self.active_adapters = [n for n in self.active_adapters if n != name]
 
