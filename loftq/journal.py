@@ -45,9 +45,13 @@ class Journal:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / "lock", out)
-        lines, whole = self._read()
-        if lines:
-            _check_same(lines[0], head, out)
+        try:
+            lines, whole = self._read()
+            if lines:
+                _check_same(lines[0], head, out)
+        except StorageError:
+            self._lock.close()
+            raise
         self.done: list[dict[str, Any]] = lines[1:]
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 - closed by close
         self._file.truncate(whole)

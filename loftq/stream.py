@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,17 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     checkpoint = Checkpoint(task.source, task.lora)
     _check_disk(task, checkpoint)
     weights = sum(unit.numel for unit in checkpoint.units)
-    journal = Journal(task.out, {"options": task.options(), "source": checkpoint.identity()})
-    try:
+    report = progress or (lambda unit, weights: None)
+    with closing(Journal(task.out, {"options": task.options(), "source": checkpoint.identity()})) as journal:
         if len(journal.done) == len(checkpoint.units) and (task.out / "config.json").exists():
             return Report.load(task.out)
-        writers = Writers(task, checkpoint, journal)
-        for unit, _ in zip(checkpoint.units, journal.done, strict=False):
-            if progress is not None:
-                progress(unit, weights)
-        for unit, made in _made(task, checkpoint, checkpoint.units[len(journal.done) :]):
-            journal.add(writers.write(unit, made))
-            if progress is not None:
-                progress(unit, weights)
-        return writers.finish(checkpoint)
-    finally:
-        journal.close()
+        with closing(Writers(task, checkpoint, journal)) as writers:
+            for unit, _ in zip(checkpoint.units, journal.done, strict=False):
+                report(unit, weights)
+            for unit, made in _made(task, checkpoint, checkpoint.units[len(journal.done) :]):
+                journal.add(writers.write(unit, made))
+                report(unit, weights)
+            return writers.finish(checkpoint)
 
 
 def _made(task: Task, checkpoint: Checkpoint, units: list[Unit]) -> Iterator[tuple[Unit, Made]]:
@@ -158,13 +155,17 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor) -> Made
     start = quantized_start(request, task.loftq)
     assert start.base is not None
     base = start.base.state_dict()
+    digest = codes_digest(codec_for(start.base).stored(start.base)[0])
+    # A 4-bit weight and its module refer to each other, and would wait for the garbage collector, which counts
+    # objects and not their megabytes.
+    vars(start.base).clear()
     prefix = unit.name.removesuffix("weight")
     names = adapter_names(entry)
     adapter = {PREFIX + names[0]: start.A, PREFIX + names[1]: start.B}
     return Made(
         {prefix + name: value for name, value in base.items()},
         {name: value.float().cpu() for name, value in adapter.items()},
-        codes_digest(codec_for(start.base).stored(start.base)[0]),
+        digest,
         start.report,
     )
 
@@ -250,6 +251,11 @@ class Writers:
         for part in (*map(self._part, files), self.work / WEIGHTS_NAME):
             part.unlink()
         return report
+
+    def close(self) -> None:
+        """Leave the files as they are, to be gone on with."""
+        self.shard.close()
+        self.adapter.close()
 
     def _part(self, index: int) -> Path:
         return self.work / f"part-{index:05d}.safetensors"

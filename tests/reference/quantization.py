@@ -152,7 +152,6 @@ def lloyd_max(points: np.ndarray, weights: np.ndarray, count: int, symmetric: bo
     return min(found, key=lambda pair: pair[0])[1]
 
 
-
 def pack_bits(codes: list[int], bits: int) -> bytes:
     """Bit b of code i is bit (i * bits + b) of the bytes, lowest first; the last group is filled with zeros."""
     group = {2: 8, 3: 24, 4: 8, 8: 8}[bits]
