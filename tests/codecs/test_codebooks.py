@@ -34,8 +34,11 @@ def test_fitted_levels_are_the_lloyd_max_levels_of_normal_blocks(quant_type: str
     kind = scheme(quant_type)
     points, weights = ref.normal_sample(blocksize, kind.scaling)
     expected = ref.lloyd_max(points, weights, 2**kind.bits, kind.scaling == "absmax")
-    # 4 million values put a level at 0.001 of its place; the ends of a table have the least of them.
-    np.testing.assert_allclose(codebook(quant_type, blocksize=blocksize).numpy(), expected, atol=0.006)
+    found = codebook(quant_type, blocksize=blocksize).double().numpy()
+    # The levels of "signed3" can move together by 0.01 and lose 1e-4 of the least error; the others lie tighter.
+    np.testing.assert_allclose(found, expected, atol=0.011 if quant_type == "signed3" else 0.003)
+    least = ref.expected_error(points, weights, expected)
+    assert ref.expected_error(points, weights, found) < least * (1 + 2e-4)
 
 
 @pytest.mark.parametrize("quant_type", FITTED)
@@ -47,7 +50,7 @@ def test_moving_a_fitted_level_does_not_lower_the_expected_error(quant_type: str
         for step in (-0.02, -0.006, 0.006, 0.02):
             moved = levels.copy()
             moved[place] += step
-            # Levels are rounded to 3 digits and the sample's optimum is 0.001 off: a tenth of any step but these.
+            # Each level is at its cell's mean up to 0.0005 of rounding and 0.002 of the sample: less than half a step.
             assert ref.expected_error(points, weights, moved) > error, (place, step)
 
 

@@ -35,6 +35,7 @@ def test_what_was_packed_is_read_back(bits: int) -> None:
     for count in range(41):
         codes = codes_of(count, bits)
         packed = pack(codes, bits)
+        assert ref.unpack_bits(bytes(packed.tolist()), bits, count) == codes.tolist()
         assert torch.equal(unpack(packed, bits, count), codes)
         assert torch.equal(look_up(packed, bits, table, count), table[codes.long()])
 

@@ -44,13 +44,14 @@ def test_equals_the_in_memory_path_bit_for_bit(way: dict[str, Any], llama_dir: P
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own use of it
 @pytest.mark.parametrize("bits", [2, 4])
-def test_peft_loads_what_was_written(bits: int, llama_dir: Path, tmp_path: Path) -> None:
+def test_peft_loads_what_was_written(bits: int, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    streamed(llama_dir, tmp_path / "out", config(bits))
-    folder = tmp_path / "out"
+    source, folder = write(llama(intermediate_size=128), tmp_path / "source"), tmp_path / "out"
+    streamed(source, folder, config(bits))
     ours = logits(LoraModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / ADAPTER_FOLDER))
     base = AutoModelForCausalLM.from_pretrained(folder)
-    theirs = logits(peft.PeftModel.from_pretrained(base, folder / ADAPTER_FOLDER))
+    model = peft.PeftModel.from_pretrained(base, folder / ADAPTER_FOLDER)
+    theirs = logits(model.train())  # a stock evaluation forward would round the scales of 4-bit weights
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)  # products in another order
 
 

@@ -141,7 +141,7 @@ def lloyd_max(points: np.ndarray, weights: np.ndarray, count: int, symmetric: bo
         if symmetric:
             levels = (levels - levels[::-1]) / 2
         for _ in range(600):
-            nearest = np.abs(points[:, None] - levels[None, :]).argmin(axis=1)
+            nearest = np.digitize(points, (levels[1:] + levels[:-1]) / 2)
             mass = np.bincount(nearest, weights, count)
             means = np.bincount(nearest, weights * points, count) / np.maximum(mass, 1e-300)
             step = np.abs(means - levels)[mass > 0].max()
