@@ -105,16 +105,17 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     checkpoint = Checkpoint(task.source, task.lora)
     _check_disk(task, checkpoint)
     weights = sum(unit.numel for unit in checkpoint.units)
-    report = progress or (lambda unit, weights: None)
+    tell = progress or (lambda unit, weights: None)
     with closing(Journal(task.out, {"options": task.options(), "source": checkpoint.identity()})) as journal:
         if len(journal.done) == len(checkpoint.units) and (task.out / "config.json").exists():
+            _clear(task.out)
             return Report.load(task.out)
         with closing(Writers(task, checkpoint, journal)) as writers:
             for unit, _ in zip(checkpoint.units, journal.done, strict=False):
-                report(unit, weights)
+                tell(unit, weights)
             for unit, made in _made(task, checkpoint, checkpoint.units[len(journal.done) :]):
                 journal.add(writers.write(unit, made))
-                report(unit, weights)
+                tell(unit, weights)
             return writers.finish(checkpoint)
 
 
@@ -246,10 +247,10 @@ class Writers:
         report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
         report.save(out)
         settings = json.loads((task.source / "config.json").read_text(encoding="utf-8"))
-        settings["quantization_config"] = quantization_config(checkpoint, task.loftq)
+        if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:
+            settings["quantization_config"] = stored_as
         write_text_atomically(out / "config.json", json.dumps(settings, indent=2) + "\n")
-        for part in (*map(self._part, files), self.work / WEIGHTS_NAME):
-            part.unlink()
+        _clear(out)
         return report
 
     def close(self) -> None:
@@ -270,6 +271,12 @@ def _place(part: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(part, staged)
     publish(staged, target)
+
+
+def _clear(out: Path) -> None:
+    """Take away the parts that a finished run has put in their places."""
+    for part in (out / WORK_FOLDER).glob("*.safetensors*"):
+        part.unlink()
 
 
 def _check_disk(task: Task, checkpoint: Checkpoint) -> None:
