@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP)
 LARGEST = 2 * HIDDEN * MLP
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """A folder with about that much of a Llama; its bytes. Each layer is a shard."""
+def make_checkpoint(folder: Path, gigabytes: float) -> None:
+    """A folder with about that much of a Llama. Each layer is a shard."""
     layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / LAYER_BYTES))
     folder.mkdir(parents=True)
     config = LlamaConfig(
@@ -65,7 +66,15 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         for name, shape in names.items():
             writer.append(name, torch.ones(shape).bfloat16() if len(shape) == 1 else random(*shape))
         writer.finish()
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def apart(function: Callable[..., None], *arguments: object) -> None:
+    """Run ``function`` in a process of its own: a child's peak of memory begins with that of who starts it."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__}{arguments} ended with {process.exitcode}")
 
 
 def command(source: Path, out: Path, bits: int, steps: int) -> list[str]:
@@ -145,8 +154,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--kill", action="store_true")
     options = parser.parse_args()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    print(f"python {platform.python_version()}, torch {torch.__version__}, address space limit {hard}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}")
     print(f"\nlargest tensor {LARGEST / 1e6:.0f} MB in bfloat16; {options.bits} bits, rank 16, T = {options.steps}\n")
     print("| checkpoint GB | output GB | peak memory GB | seconds |\n| ---: | ---: | ---: | ---: |", flush=True)
     sizes = [float(size) for size in options.sizes.split(",")]
@@ -154,7 +162,8 @@ def main() -> None:
         source, out = options.folder / f"source-{size:g}", options.folder / f"out-{size:g}"
         for folder in (source, out):
             shutil.rmtree(folder, ignore_errors=True)
-        stored = make_checkpoint(source, size)
+        apart(make_checkpoint, source, size)
+        stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         seconds, peak = run(command(source, out, options.bits, options.steps))
         written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
         print(f"| {stored / 1e9:.2f} | {written / 1e9:.2f} | {peak / 1e9:.2f} | {seconds:.0f} |", flush=True)
@@ -162,7 +171,7 @@ def main() -> None:
             again = options.folder / "again"
             shutil.rmtree(again, ignore_errors=True)
             kill_and_resume(source, out, again, options.bits, options.steps)
-            load(again)
+            apart(load, again)
             shutil.rmtree(again)
         shutil.rmtree(source)
         shutil.rmtree(out)

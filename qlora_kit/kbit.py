@@ -144,8 +144,11 @@ def memory_bill(model: nn.Module) -> MemoryBill:
         weight = module._parameters.get("weight")
         codec = find_codec(module)
         if codec is not None and weight is not None and _is_packed(codec, module, weight) and id(weight) not in seen:
-            bill["k-bit scales"] += codec.nbytes(module) - weight.nbytes  # kept outside parameters and buffers
+            # Scales may be buffers, or kept outside parameters and buffers: the codec knows all of them.
+            bill["k-bit scales"] += codec.nbytes(module) - weight.nbytes
             count(weight, "k-bit weights")
+            stored = codec.stored(module)
+            seen.update(id(t) for _, t in _own_tensors(module) if any(t is part for part in stored))
         foreign = weight is None and _holds_codes(module)
         for name, tensor in _own_tensors(module):
             if foreign and name != "bias":

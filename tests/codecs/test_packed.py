@@ -14,6 +14,7 @@ from qlora_kit import LoraConfig, apply_lora, codec_for, merge, quantize_
 from qlora_kit.codecs.packed import PackedLinear, pack_linear
 from qlora_kit.codecs.quantized import quantize_matrix
 from qlora_kit.errors import CodecError, TargetError
+from qlora_kit.kbit import memory_bill
 
 KINDS = ["nf2", "signed2", "affine2", "nf3", "lloyd3", "uniform4", "affine8"]
 SHAPES = [(24, 64), (33, 47), (1, 5), (40, 96)]
@@ -117,6 +118,13 @@ def test_adapters_train_through_it() -> None:
     trainable, total = lora.get_nb_trainable_parameters()
     assert trainable == 4 * (64 + 96) * 2
     assert total == trainable + 2 * 64 * 96 + 96 + 64, "packed weights count as weights"
+
+
+def test_the_memory_bill_counts_every_byte_once() -> None:
+    net = model()
+    bill = memory_bill(net)
+    assert bill.total == sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
+    assert bill.bytes["k-bit weights"] == 2 * 64 * 96 // 4
 
 
 def test_merge_and_the_way_back() -> None:
