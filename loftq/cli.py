@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from qlora_kit import __version__
+from qlora_kit.command_group import command_group, errors_in_red
 from qlora_kit.config import LoftQConfig, LoraConfig
-from qlora_kit.errors import QLoRAKitError
 
-app = typer.Typer(
-    help="Quantize a model and start its adapters together, a tensor at a time, from folder to folder.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+app = command_group("Quantize a model and start its adapters together, a tensor at a time, from folder to folder.")
 OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_default=False)]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit()
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Options of all commands."""
-
-
-@contextmanager
-def _errors_in_red(command: str) -> Iterator[None]:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice is about inference
-    try:
-        yield
-    except QLoRAKitError as error:
-        typer.secho(f"loftq {command}: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -73,7 +39,7 @@ def init(
     from .progress import bar
     from .stream import Task, stream
 
-    with _errors_in_red("init"):
+    with errors_in_red("loftq init"):
         check_bits(bits)
         if targets != "all-linear" and ("," in targets or targets.replace("_", "").isalnum()):
             target_modules: list[str] | str = [name.strip() for name in targets.split(",")]
@@ -107,7 +73,7 @@ def report(out: OutFolder) -> None:
     """Print the table of a finished run again."""
     from .report import Report
 
-    with _errors_in_red("report"):
+    with errors_in_red("loftq report"):
         typer.echo(str(Report.load(out)))
 
 
@@ -120,7 +86,7 @@ def verify(
     """Check that OUT's quantized model and adapter belong together, and that its report is true."""
     from .verify import verify as check
 
-    with _errors_in_red("verify"):
+    with errors_in_red("loftq verify"):
         for line in check(out, against, layers=layers):
             typer.echo(line)
 

@@ -7,30 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import __version__
-from .errors import QLoRAKitError
+from .command_group import command_group, errors_in_red
 
-app = typer.Typer(
-    help="Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit()
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Keeps ``qlora-kit`` a group of commands, of which there may be one."""
+app = command_group("Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.")
 
 
 @app.command()
@@ -50,14 +29,11 @@ def demo(
     """Run the whole job on one model: quantize, start, train, save, reload, merge; a table and a plot."""
     from .demo import Settings, run_demo, show, write_reports  # transformers, only for those who need it
 
-    try:
+    with errors_in_red("qlora-kit demo"):
         settings = Settings.make(
             model=model, out=out, steps=steps, rank=rank, learning_rate=learning_rate, seed=seed, device=device
         )
         result = run_demo(settings)
-    except QLoRAKitError as error:
-        typer.secho(f"qlora-kit demo: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from error
     show(result)
     for path in write_reports(result, out):
         typer.echo(f"wrote {path}")

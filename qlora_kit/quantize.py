@@ -73,14 +73,14 @@ def quantize_(
 
 
 def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
-    """Whether bitsandbytes stores linears of this type; the others are packed by us."""
+    """Whether bitsandbytes stores linears of this type; the others, and rows of any length, are packed by us."""
     return quant_type == "int8" or (quant_type in ("nf4", "fp4") and blocksize in BNB_BLOCKSIZES)
 
 
 def linear_holding(base: nn.Module, quantized: Quantized) -> nn.Module:
     """A module that computes with ``quantized`` in the place of ``base``, a dense linear or ``Conv1D``."""
     linear = _as_linear(base)
-    if not in_bitsandbytes(quantized.quant_type, quantized.blocksize):
+    if not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
     from .codecs.bnb import quantize_linear, quantize_linear_int8
 

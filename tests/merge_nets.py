@@ -11,6 +11,8 @@ from reference import branches, quantization
 from torch import Tensor, nn
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora
+from qlora_kit.codecs.packed import PackedLinear, pack_linear
+from qlora_kit.codecs.quantized import quantize_matrix
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOUR_BIT: dict[str, dict[str, Any]] = {
@@ -22,8 +24,15 @@ FOUR_BIT: dict[str, dict[str, Any]] = {
     "nf4-in-float16": {"quant_type": "nf4", "quant_storage": torch.float16},
     "nf4-double-in-float32": {"quant_type": "nf4", "quant_storage": torch.float32},
 }
-KBIT = [*FOUR_BIT, "int8"]
+PACKED: dict[str, dict[str, Any]] = {
+    "packed-nf3": {"quant_type": "nf3"},
+    "packed-signed2-double": {"quant_type": "signed2", "double_quant": True},
+    "packed-affine3-double": {"quant_type": "affine3", "double_quant": True},
+}
+KBIT = [*FOUR_BIT, "int8", *PACKED]
 STORAGES = [*DENSE, *KBIT]
+# Where a write goes into the parameter that is there; the packed layers make a new one.
+IN_PLACE = [storage for storage in STORAGES if storage not in PACKED]
 PATHS = ("0", "2", "4")
 
 
@@ -38,6 +47,9 @@ def _linear(storage: str, fan_in: int, out: int) -> nn.Module:
     """As the platform makes one."""
     if storage in DENSE:
         return nn.Linear(fan_in, out, dtype=DENSE[storage])
+    if storage in PACKED:
+        linear = nn.Linear(fan_in, out).requires_grad_(False)
+        return pack_linear(linear, quantize_matrix(linear.weight, **PACKED[storage]))
     if storage == "int8":
         return Linear8bitLt(fan_in, out, has_fp16_weights=False).to("cpu")
     return Linear4bit(fan_in, out, compute_dtype=torch.float32, **FOUR_BIT[storage]).to("cpu")
@@ -76,6 +88,8 @@ def output(model: nn.Module) -> Tensor:
 def stored_weight(module: Any) -> np.ndarray:
     """The weight in float64, read by the reference."""
     weight = module.weight
+    if isinstance(module, PackedLinear):
+        return quantization.read_packed(module)
     if weight.dtype == torch.int8:
         scales = module.state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
         return quantization.read_int8(weight.data.numpy(), scales.numpy())

@@ -48,7 +48,7 @@ ORDER = [
     ["qlora_kit.shards", "qlora_kit.shard_writer", "qlora_kit.originals", "qlora_kit.compat"],
     ["qlora_kit"],  # the public list: the modules above don't go through it
     ["loftq"],
-    ["loftq.cli", "qlora_kit.cli", "qlora_kit.demo", "qlora_kit.__main__"],
+    ["qlora_kit.command_group", "loftq.cli", "qlora_kit.cli", "qlora_kit.demo", "qlora_kit.__main__"],
 ]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 

@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from merge_nets import DENSE, FOUR_BIT, PATHS, STORAGES, adapted, assert_same_bits, bits, net, output, stored_weight
+from merge_nets import (
+    DENSE,
+    FOUR_BIT,
+    IN_PLACE,
+    PATHS,
+    STORAGES,
+    adapted,
+    assert_same_bits,
+    bits,
+    net,
+    output,
+    stored_weight,
+)
 from tiny_net import CASES, TinyNet, randomize_trainable_
 from torch import nn
 
@@ -21,7 +33,7 @@ FLOAT32 = 1e-5
 # -- merging in place, and back ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", IN_PLACE)
 def test_unmerging_is_bitwise(storage: str) -> None:
     lora = adapted(storage, ("a", "b"))
     apart = output(lora)  # an int8 linear moves its scales at the first forward
@@ -243,7 +255,7 @@ def test_hooks_of_the_base_stay(storage: str, into: str) -> None:
     assert recorder.calls == ["before", "forward", "before", "forward", "backward"]
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", IN_PLACE)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("switched_off", [False, True])
 def test_unload_gives_the_original_objects(storage: str, merged: bool, switched_off: bool) -> None:

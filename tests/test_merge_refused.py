@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
-from merge_nets import PATHS, STORAGES, adapted, assert_same_bits, bits, net, output
+from merge_nets import IN_PLACE, PATHS, adapted, assert_same_bits, bits, net, output
 from tiny_net import TinyNet, randomize_trainable_
 from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ def break_write_(monkeypatch: pytest.MonkeyPatch, kind: type, nth: int, half_wri
 
 @pytest.mark.parametrize("half_written", [False, True])
 @pytest.mark.parametrize("into", ["same", "float32", "bfloat16"])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", IN_PLACE)
 def test_a_write_that_fails_at_the_third_layer(
     monkeypatch: pytest.MonkeyPatch, storage: str, into: str, half_written: bool
 ) -> None:

@@ -21,6 +21,7 @@ from qlora_kit import LoraConfig, MergeReport, apply_lora, merge
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.bnb import Codec4bit, CodecInt8
 from qlora_kit.codecs.dense import DenseCodec
+from qlora_kit.codecs.packed import PackedCodec
 from qlora_kit.storage import load_adapter_state_
 
 # The report's sums are float32 over some 6,000 entries; what is measured relative to a delta of a third of
@@ -44,7 +45,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
         return counted
 
-    for kind in (DenseCodec, Codec4bit, CodecInt8):
+    for kind in (DenseCodec, Codec4bit, CodecInt8, PackedCodec):
         monkeypatch.setattr(kind, "write_", counting(kind.write_))
     return count
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import CodecError
+
 # Values that are looked up at a time on a CPU: their temporaries together fill a few MB.
 _CHUNK = 1 << 18
 # More bins than this would leave the first-level cache, and the binary search takes over.
@@ -59,18 +61,27 @@ def quantize(
 
 
 def quantize_range(weight: Tensor, table: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and shifts of ``weight`` with each block's range brought to [0, 1]; see ``quantize``."""
+    """Codes, scales and shifts of ``weight`` with each block's range brought to [0, 1]; see ``quantize``.
+
+    Raises:
+        CodecError: a block's range overflows float32.
+    """
     flat = weight.detach().reshape(-1).float()
     highest, lowest = _extremes(flat, blocksize)
     scales = highest - lowest
+    if not scales.isfinite().all():
+        raise CodecError(
+            f"weight: expected blocks whose range float32 can hold, found one from {lowest.min():.4g} to "
+            f"{highest.max():.4g}; scale the weight down, or use a type without a range"
+        )
     return nearest_codes(flat, scales, lowest, table, blocksize).reshape(weight.shape), scales, lowest
 
 
 def nearest_codes(flat: Tensor, scales: Tensor, shifts: Tensor | None, table: Tensor, blocksize: int) -> Tensor:
     """uint8 codes of the entries nearest to (value - shift) / scale, for flat float32 values."""
     # bitsandbytes multiplies whole blocks by a reciprocal and divides the short one: near a midpoint the two
-    # round differently, and codes are to agree exactly. An all-zero block must not divide by zero.
-    safe = torch.where(scales < 0, scales.clamp(max=-1e-38), scales.clamp(min=1e-38))
+    # round differently, and codes are to agree exactly.
+    safe = _off_zero(scales)
     inverse = 1.0 / safe
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     levels = tuple(table.tolist())
@@ -136,21 +147,31 @@ def _best_scales(flat: Tensor, scales: Tensor, table: Tensor, blocksize: int, mu
     """Each block's scale times the multiplier that leaves the least squared error, the earlier of equals."""
     if len(multipliers) == 1:
         return scales * multipliers[0] if multipliers[0] != 1.0 else scales
-    chosen = torch.empty_like(scales)
+    levels, chosen = tuple(table.tolist()), torch.empty_like(scales)
+    safe = _off_zero(scales)
     for rows in _chunks(scales.numel(), blocksize, flat.device):
         part = flat[rows.start * blocksize : rows.stop * blocksize]
+        # Relative to the scale: squares of a whole weight's smallest or largest values leave float32's range.
+        count = len(part)
+        part = F.pad(part, (0, -count % blocksize)).view(-1, blocksize) * (1.0 / safe[rows, None])
         least = None
         for multiplier in multipliers:
-            tried = scales[rows] * multiplier
-            codes = nearest_codes(part, tried, None, table, blocksize)
-            error = dequantize(codes, table, tried, blocksize).sub_(part).square_()
-            error = F.pad(error, (0, -len(error) % blocksize)).view(-1, blocksize).sum(dim=1)
+            codes = _search((part / multiplier).view(-1), levels)
+            values = table.index_select(0, codes.int()).view_as(part)
+            error = values.mul_(multiplier).sub_(part).square_()
+            error.view(-1)[count:] = 0  # what fills the last block up
+            error = error.sum(dim=1)
             if least is None:
-                chosen[rows], least = tried, error
+                chosen[rows], least = scales[rows] * multiplier, error
             else:
-                chosen[rows] = torch.where(error < least, tried, chosen[rows])
+                chosen[rows] = torch.where(error < least, scales[rows] * multiplier, chosen[rows])
                 least = torch.minimum(error, least)
     return chosen
+
+
+def _off_zero(scales: Tensor) -> Tensor:
+    """``scales`` to divide by: those of all-zero blocks moved off 0, signs kept."""
+    return torch.where(scales < 0, scales.clamp(max=-1e-38), scales.clamp(min=1e-38))
 
 
 def _extremes(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -77,19 +77,23 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         return lookup_linear(self, codec_for(self), x.to(dtype), dtype)
 
     def store_(self, quantized: Quantized) -> None:
         """Take the codes, scales and table of ``quantized``, which must be of this module's type and blocksize."""
-        self.weight = nn.Parameter(pack(quantized.codes, scheme(self.quant_type).bits), requires_grad=False)
+        codes = pack(quantized.codes, scheme(self.quant_type).bits)
+        if self.weight.is_meta or self.weight.device != codes.device:
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        else:  # the parameter stays the one that others may hold
+            self.weight.data = codes
         for name, stored in (("scales", quantized.stored_scales), ("shifts", quantized.stored_shifts)):
             if stored is not None:
-                setattr(self, name, stored.values)
-                if self.double_quant:
-                    setattr(self, f"{name}_absmax", stored.absmax)
-                    setattr(self, f"{name}_offset", stored.offset)
+                parts = {name: stored.values, f"{name}_absmax": stored.absmax, f"{name}_offset": stored.offset}
+                for part, values in parts.items():
+                    if values is not None:
+                        setattr(self, part, values.clone())
         self.codebook = quantized.table()
 
     def stored_scales(self, name: str = "scales") -> Scales | None:
@@ -103,16 +107,20 @@ class PackedLinear(nn.Linear):
         """Nothing: the weight is stored, never drawn."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        # A cast of the model, `.half()` say, must not round the scales; moves between devices come through.
+        # A cast of the model, `.half()` say, must round neither codes nor scales; moves to a device come through.
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        codes = self.weight.data
         super()._apply(fn, recurse)
+        if self.weight.dtype != codes.dtype:
+            self.weight = nn.Parameter(codes.to(self.weight.device), requires_grad=False)
         for name, before in exact.items():
             after = self._buffers[name]
             assert after is not None
             if after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        if self.bias is not None:
-            self.compute_dtype = self.bias.dtype
+        cast = fn(torch.empty(0, dtype=self.compute_dtype, device=codes.device)).dtype
+        if cast.is_floating_point:
+            self.compute_dtype = cast
         return self
 
     def extra_repr(self) -> str:

@@ -41,6 +41,11 @@ class Scales:
         if not double_quant:
             return cls(scales)
         offset = scales.mean()
+        if not offset.isfinite():
+            raise CodecError(
+                f"weight: expected scales whose sum float32 can hold for double quantization, found up to "
+                f"{scales.abs().max():.4g}; scale the weight down, or leave double_quant out"
+            )
         codes, absmax = quantize(scales - offset, _dynamic_table(scales.device), SCALES_BLOCKSIZE)
         return cls(codes, absmax, offset[None])
 
@@ -62,6 +67,7 @@ class Quantized:
         stored_scales, stored_shifts: of blocks of ``blocksize`` values in row-major order, or of rows; shifts
             only for ranges.
         blocksize: values per scale; None for the rows of int8.
+        rows: the blocks were asked for as rows.
         source: float32 (out, in), the matrix that was quantized. Quantizing it again, with the same quantizer,
             gives these codes, which quantizing ``dequantize()`` only does without double quantization.
     """
@@ -72,6 +78,7 @@ class Quantized:
     stored_shifts: Scales | None
     blocksize: int | None
     source: Tensor = field(repr=False)
+    rows: bool = False
 
     @property
     def scales(self) -> Tensor:
@@ -125,7 +132,7 @@ def quantize_matrix(
     if quant_type == "int8":
         return _int8(matrix)
     kind = scheme(quant_type)
-    blocksize = blocksize or max(1, matrix.shape[1])
+    rows, blocksize = not blocksize, blocksize or max(1, matrix.shape[1])
     table = codebook(quant_type, matrix.device, blocksize)
     if kind.scaling == "range":
         codes, scales, shifts = quantize_range(matrix, table, blocksize)
@@ -134,7 +141,7 @@ def quantize_matrix(
         codes, scales = quantize(matrix, table, blocksize, signed=signed, multipliers=multipliers)
         shifts = None
     stored = Scales.of(scales, double_quant), None if shifts is None else Scales.of(shifts, double_quant)
-    return Quantized(quant_type, codes, *stored, blocksize, matrix)
+    return Quantized(quant_type, codes, *stored, blocksize, matrix, rows)
 
 
 def _int8(matrix: Tensor) -> Quantized:
@@ -148,7 +155,7 @@ def _int8(matrix: Tensor) -> Quantized:
     scales = half.abs().amax(dim=1).float()
     inverse = torch.where(scales > 0, 127.0 / scales, torch.zeros_like(scales))
     codes = torch.round(half * inverse[:, None]).to(torch.int8)
-    return Quantized("int8", codes, Scales(scales), None, None, matrix)
+    return Quantized("int8", codes, Scales(scales), None, None, matrix, True)
 
 
 @cache

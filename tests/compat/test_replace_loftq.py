@@ -131,7 +131,7 @@ def test_the_wrong_model_or_adapter_is_refused(llama_dir: Path) -> None:
     model = wrapped(llama_dir, "4-bit")
     with pytest.raises(AdapterError, match=r"a model with adapter 'other', found .* with \['default'\]"):
         replace_lora_weights_loftq(model, llama_dir, adapter_name="other")
-    with pytest.raises(AdapterError, match="found LlamaForCausalLM with .*; wrap the model"):
+    with pytest.raises(AdapterError, match=r"found LlamaForCausalLM with .*; wrap the model"):
         replace_lora_weights_loftq(load(llama_dir, "4-bit", torch.float32), llama_dir)
     with pytest.raises(AdapterError, match="found 14 layers, all dense; load the base quantized"):
         replace_lora_weights_loftq(wrapped(llama_dir, "dense"), llama_dir)

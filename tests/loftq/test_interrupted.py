@@ -11,7 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from streaming import config, contents, streamed, write
+from disk_models import config, contents, streamed, write
 from tiny_llama import llama
 
 import loftq.stream

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk_models import ADAPTER_FOLDER, config, streamed, write
 from safetensors.torch import load_file, save_file
-from streaming import ADAPTER_FOLDER, config, streamed, write
 from tiny_llama import llama
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner

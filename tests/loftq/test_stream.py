@@ -1,222 +1,174 @@
-"""``loftq init``: what it writes is what the in-memory path makes, bit for bit, and loads everywhere."""
+"""Streaming a checkpoint writes, bit for bit, what quantizing it in memory and saving it writes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from streaming import ADAPTER_FOLDER, assert_same, config, in_memory, logits, streamed, tensors, write
-from tiny_llama import llama
-from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from safetensors.torch import load_file
+from streaming import (
+    ADAPTER,
+    base_tensors,
+    contents,
+    in_memory,
+    logits,
+    reloaded,
+    save_gpt2,
+    save_llama,
+    save_qwen2,
+    task,
+)
+from torch import Tensor
 
-from qlora_kit import LoraModel, codec_for
-from qlora_kit.codecs.packed import PackedLinear
-from qlora_kit.errors import StorageError, TargetError
+from loftq.stored import read_stored
+from loftq.stream import stream
 from qlora_kit.shards import ShardReader
 
-WAYS = [
-    {"bits": 2},
-    {"bits": 2, "double_quant": True},
-    {"bits": 2, "quant_type": "nf2", "blocksize": 32},
-    {"bits": 3, "quant_type": "affine3", "double_quant": True},
-    {"bits": 3, "blocksize": "row"},
-    {"bits": 4},
-    {"bits": 4, "double_quant": True, "blocksize": 128},
-    {"bits": 8},
-]
+WAYS: dict[str, dict[str, Any]] = {
+    "2 bits": {"loftq_bits": 2},
+    "2 bits, double": {"loftq_bits": 2, "double_quant": True},
+    "3 bits": {"loftq_bits": 3},
+    "4 bits": {"loftq_bits": 4},
+    "4 bits, double": {"loftq_bits": 4, "double_quant": True},
+    "8 bits": {"loftq_bits": 8},
+    "affine3": {"loftq_bits": 3, "quant_type": "affine3"},
+    "nf2": {"loftq_bits": 2, "quant_type": "nf2"},
+    "4-bit rows": {"loftq_bits": 4, "blocksize": "row"},
+    "an embedding": {"loftq_bits": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    "an embedding alone": {"loftq_bits": 2, "target_modules": ["embed_tokens"]},
+    "rslora": {"loftq_bits": 2, "use_rslora": True, "lora_alpha": 8},
+}
+ways = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_equals_the_in_memory_path_bit_for_bit(way: dict[str, Any], llama_dir: Path, tmp_path: Path) -> None:
-    out, memory = tmp_path / "out", tmp_path / "memory"
-    streamed(llama_dir, out, config(**way))
-    expected = in_memory(llama_dir, memory, config(**way))
-    assert_same(tensors(out), tensors(memory))
-    assert_same(tensors(out / ADAPTER_FOLDER), tensors(memory / ADAPTER_FOLDER))
-    loaded = LoraModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out), out / ADAPTER_FOLDER)
-    assert torch.equal(logits(loaded), expected)
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own use of it
-@pytest.mark.parametrize("bits", [2, 4])
-def test_peft_loads_what_was_written(bits: int, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    source, folder = write(llama(intermediate_size=128), tmp_path / "source"), tmp_path / "out"
-    streamed(source, folder, config(bits))
-    ours = logits(LoraModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / ADAPTER_FOLDER))
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    model = peft.PeftModel.from_pretrained(base, folder / ADAPTER_FOLDER)
-    theirs = logits(model.train())  # a stock evaluation forward would round the scales of 4-bit weights
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)  # products in another order
+def assert_same_folders(found: Path, expected: Path) -> None:
+    assert_same(base_tensors(found), base_tensors(expected))
+    assert_same(load_file(found / ADAPTER), load_file(expected / ADAPTER))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sources(dtype: torch.dtype, tmp_path: Path) -> None:
-    source = write(llama().to(dtype), tmp_path / "source")
-    for bits in (2, 4):
-        out, memory = tmp_path / f"out{bits}", tmp_path / f"memory{bits}"
-        streamed(source, out, config(bits))
-        in_memory(source, memory, config(bits))
-        assert_same(tensors(out), tensors(memory))
-        assert_same(tensors(out / ADAPTER_FOLDER), tensors(memory / ADAPTER_FOLDER))
-
-
-def test_biases_are_kept(tmp_path: Path) -> None:
-    model = llama(attention_bias=True)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    source = write(model, tmp_path / "source")
-    streamed(source, tmp_path / "out", config(2))
-    expected = in_memory(source, tmp_path / "memory", config(2))
-    folder = tmp_path / "out"
-    loaded = LoraModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / ADAPTER_FOLDER)
-    assert torch.equal(logits(loaded), expected)
+@ways
+def test_base_and_adapter_are_those_made_in_memory_and_load_back(
+    tmp_path: Path, llama_dir: Path, options: dict[str, Any]
+) -> None:
+    expected = in_memory(llama_dir, tmp_path / "memory", **options)
+    stream(task(llama_dir, tmp_path / "out", **options))
+    assert_same_folders(tmp_path / "out", tmp_path / "memory")
+    assert torch.equal(logits(reloaded(tmp_path / "out")), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_transposed_weights(bits: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64))
-    source = write(model, tmp_path / "source")
-    streamed(source, tmp_path / "out", config(bits))
-    expected = in_memory(source, tmp_path / "memory", config(bits))
-    folder = tmp_path / "out"
-    loaded = LoraModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / ADAPTER_FOLDER)
-    assert torch.equal(logits(loaded), expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_sources_give_what_memory_gives(tmp_path: Path, dtype: torch.dtype, bits: int) -> None:
+    source = save_llama(tmp_path / "source", dtype)
+    expected = in_memory(source, tmp_path / "memory", loftq_bits=bits)
+    stream(task(source, tmp_path / "out", loftq_bits=bits))
+    assert_same_folders(tmp_path / "out", tmp_path / "memory")
+    assert torch.equal(logits(reloaded(tmp_path / "out")), expected)
 
 
-def test_an_embedding_is_simulated(tmp_path: Path) -> None:
-    lora = config(4, ["embed_tokens", "q_proj"])
-    source = write(llama(), tmp_path / "source")
-    streamed(source, tmp_path / "out", lora)
-    in_memory(source, tmp_path / "memory", lora)
-    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "memory"))
-    assert_same(tensors(tmp_path / "out" / ADAPTER_FOLDER), tensors(tmp_path / "memory" / ADAPTER_FOLDER))
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("save", [save_gpt2, save_qwen2, lambda folder: save_llama(folder, tied=True)])
+def test_biases_conv1d_and_tied_heads_load_back(tmp_path: Path, save: Callable[[Path], Path], bits: int) -> None:
+    source = save(tmp_path / "source")
+    expected = in_memory(source, tmp_path / "memory", loftq_bits=bits)
+    stream(task(source, tmp_path / "out", loftq_bits=bits))
+    assert_same_folders(tmp_path / "out", tmp_path / "memory")
+    biases = {name: value for name, value in base_tensors(source).items() if name.endswith("bias")}
+    found = base_tensors(tmp_path / "out")
+    assert_same({name: found[name] for name in biases}, biases)
+    assert torch.equal(logits(reloaded(tmp_path / "out")), expected)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_only_what_is_targeted_is_quantized(bits: int, llama_dir: Path, tmp_path: Path) -> None:
-    report = streamed(llama_dir, tmp_path / "out", config(bits, ["q_proj", "down_proj"]))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    quantized = {p for p, m in model.named_modules() if type(m).__name__ in ("PackedLinear", "Linear4bit")}
-    assert quantized == {row.path for row in report.layers}
-    assert {path.rpartition(".")[2] for path in quantized} == {"q_proj", "down_proj"}
-    assert "model.layers.*.self_attn.k_proj.weight" in report.left_out
+def test_shards_on_either_side_change_nothing_but_the_files(tmp_path: Path, llama_dir: Path) -> None:
+    sharded = save_llama(tmp_path / "sharded", shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    stream(task(llama_dir, tmp_path / "one", loftq_bits=2))
+    report = stream(task(sharded, tmp_path / "many", loftq_bits=2, shard_bytes=20_000))
+    assert_same_folders(tmp_path / "many", tmp_path / "one")
+    files = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert files == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    tensors = base_tensors(tmp_path / "many")
+    assert index["weight_map"].keys() == tensors.keys()
+    for file in files:
+        assert load_file(tmp_path / "many" / file).keys() == {n for n, f in index["weight_map"].items() if f == file}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert not (tmp_path / "one/model.safetensors.index.json").exists()
+    assert torch.equal(logits(reloaded(tmp_path / "many")), logits(reloaded(tmp_path / "one")))
+    assert len(report.layers) == 14
 
 
-def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    source = write(llama(tied=True), tmp_path / "source")
-    streamed(source, tmp_path / "out", config(2))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    with pytest.raises(TargetError, match="tied"):
-        streamed(source, tmp_path / "other", config(2, ["embed_tokens"]))
-    assert not (tmp_path / "other").exists()
+def test_the_number_of_workers_changes_no_byte(tmp_path: Path, llama_dir: Path) -> None:
+    for workers in (1, 3):
+        stream(task(llama_dir, tmp_path / str(workers), workers=workers, loftq_bits=2, shard_bytes=50_000))
+    assert contents(tmp_path / "3") == contents(tmp_path / "1")
 
 
-def test_experts_are_named_where_they_stay(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    source = write(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), tmp_path / "source")
-    report = streamed(source, tmp_path / "out", config(2))
-    experts = {name: found for name, found in report.left_out.items() if "experts" in name}
-    assert sum(size for _, size in experts.values()) == 2 * 4 * 3 * 64 * 96 * 4  # layers, experts, matrices, float32
-    assert all(name in str(report) for name in experts)
-    expected = in_memory(source, tmp_path / "memory", config(2))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(LoraModel.from_pretrained(loaded, tmp_path / "out" / ADAPTER_FOLDER)), expected)
-
-
-def test_shards_in_and_out(tmp_path: Path) -> None:
-    source = write(llama(), tmp_path / "source", max_shard_size="100KB")
-    assert len(list(source.glob("*.safetensors"))) > 2
-    streamed(source, tmp_path / "one", config(2))
-    streamed(source, tmp_path / "many", config(2), shard_bytes=20_000)
-    streamed(source, tmp_path / "workers", config(2), shard_bytes=20_000, workers=3)
-    assert (tmp_path / "one" / "model.safetensors").exists()
-    shards = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
-    assert len(shards) > 2
-    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert_same(tensors(tmp_path / "one"), tensors(tmp_path / "many"))
-    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == tensors(tmp_path / "many").keys()
-    for name in shards:
-        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "workers" / name).read_bytes()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "many")
-
-
-@pytest.mark.parametrize(("alpha", "rslora"), [(8, False), (4, True)])
-def test_the_report_counts_the_scaling(alpha: int, rslora: bool, llama_dir: Path, tmp_path: Path) -> None:
-    lora = config(3, alpha=alpha, rslora=rslora)
-    report = streamed(llama_dir, tmp_path / "out", lora)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    original, adapter = ShardReader(llama_dir), tensors(tmp_path / "out" / ADAPTER_FOLDER)
-    scaling = alpha / 4 ** (0.5 if rslora else 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("lora", "scaling"),
+    [({"lora_alpha": 8}, 2.0), ({"lora_alpha": 6, "use_rslora": True}, 3.0)],
+    ids=["alpha=2r", "rslora"],
+)
+def test_reported_errors_are_those_of_what_is_stored(
+    tmp_path: Path, bits: int, dtype: torch.dtype, lora: dict[str, Any], scaling: float
+) -> None:
+    source = save_llama(tmp_path / "source", dtype)
+    report = stream(task(source, tmp_path / "out", loftq_bits=bits, **lora))
+    original, base = base_tensors(source), ShardReader(tmp_path / "out")
+    adapter = load_file(tmp_path / "out" / ADAPTER)
+    assert len(report.layers) == 14
     for row in report.layers:
-        full = original.tensor(f"{row.path}.weight").double()
-        stored = codec_for(base.get_submodule(row.path)).read(base.get_submodule(row.path)).double()
+        full = original[f"{row.path}.weight"].double()
+        shape = (full.shape[0], full.shape[1])
+        stored = read_stored(tmp_path / "out", base, f"{row.path}.", shape, report.options).double()
         A, B = (adapter[f"base_model.model.{row.path}.lora_{side}.weight"].double() for side in "AB")
-        left = full - stored - scaling * B @ A
-        assert row.error == pytest.approx(float(left.norm() / full.norm()), rel=1e-5)
-        assert row.quantization_error == pytest.approx(float((full - stored).norm() / full.norm()), rel=1e-5)
+        left = full - stored
+        # The report's sums are in float32.
+        assert float(left.norm() / full.norm()) == pytest.approx(row.quantization_error, rel=1e-4)
+        assert float((left - scaling * B @ A).norm() / full.norm()) == pytest.approx(row.error, rel=1e-4)
         assert row.error < row.zero_error
+        assert row.rank == 4
+        assert not row.note
 
 
-def test_two_bits_are_two_bits_on_disk(llama_dir: Path, tmp_path: Path) -> None:
-    report = streamed(llama_dir, tmp_path / "out", config(2, double_quant=True, blocksize=64))
-    stored = tensors(tmp_path / "out")
-    path = report.layers[0].path
-    own = {name: value for name, value in stored.items() if name.startswith(f"{path}.")}
-    count = original_size = ShardReader(llama_dir).tensor(f"{path}.weight").numel()
-    assert own[f"{path}.weight"].nbytes == count // 4
-    scales = sum(value.nbytes for name, value in own.items() if "scales" in name)
-    assert scales == original_size // 64 + 4 * -(-original_size // 64 // 256) + 4
-    assert report.layers[0].bits == 8 * sum(value.nbytes for value in own.values()) / count
+def test_bits_are_counted_with_their_scales(tmp_path: Path, llama_dir: Path) -> None:
+    """A float32 scale for 64 weights is half a bit more."""
+    report = stream(task(llama_dir, tmp_path / "out", loftq_bits=4, target_modules=["q_proj"]))
+    assert [row.bits for row in report.layers] == pytest.approx([4.5, 4.5], abs=0.1)  # and the table of 16 values
 
 
-def test_other_files_come_along(llama_dir: Path, tmp_path: Path) -> None:
-    source = write(llama(), tmp_path / "source")
-    (source / "chat_template.jinja").write_text("{{ messages }}")
+def test_what_is_not_quantized_is_copied_bit_for_bit(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", torch.bfloat16)
     (source / "tokenizer.json").write_text("{}")
-    (source / "old.bin").write_bytes(b"weights of another format")
-    streamed(source, tmp_path / "out", config(2))
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert (tmp_path / "out" / "tokenizer.json").exists()
-    assert (tmp_path / "out" / "generation_config.json").exists()
-    assert not (tmp_path / "out" / "old.bin").exists()
+    stream(task(source, tmp_path / "out", loftq_bits=2, target_modules=["q_proj"]))
+    found, original = base_tensors(tmp_path / "out"), base_tensors(source)
+    kept = {name: value for name, value in original.items() if "q_proj" not in name}
+    assert_same({name: found[name] for name in kept}, kept)
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    before = json.loads((source / "config.json").read_text())
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    assert {**before, "quantization_config": after["quantization_config"]} == after
 
 
-def test_what_can_t_be_a_source_is_refused(llama_dir: Path, tmp_path: Path) -> None:
-    streamed(llama_dir, tmp_path / "quantized", config(2))
-    with pytest.raises(StorageError, match="found one that is quantized already"):
-        streamed(tmp_path / "quantized", tmp_path / "out", config(2))
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(StorageError, match="expected safetensors files"):
-        streamed(tmp_path / "bare", tmp_path / "out", config(2))
-    other = write(llama(hidden_size=32), tmp_path / "other")
-    (other / "config.json").write_bytes((llama_dir / "config.json").read_bytes())
-    with pytest.raises(StorageError, match="the shards belong to another model"):
-        streamed(other, tmp_path / "out", config(2))
-    assert not (tmp_path / "out").exists()
-
-
-def test_modules_kept_in_float32_by_transformers_stay_dense(tmp_path: Path) -> None:
-    """T5 keeps ``wo`` in float32, and transformers then builds a dense layer whatever the config says."""
-    torch.manual_seed(0)
-    sizes = {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "vocab_size": 128}
-    source = write(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), tmp_path / "source")
-    report = streamed(source, tmp_path / "four", config(4))
-    assert not any(row.path.endswith(".wo") for row in report.layers)
-    assert any(name.endswith("wo.weight") for name in report.left_out)
-    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "four")
-    packed = streamed(source, tmp_path / "two", config(2))
-    assert any(row.path.endswith(".wo") for row in packed.layers)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "two")
-    assert isinstance(model.get_submodule("decoder.block.0.layer.2.DenseReluDense.wo"), PackedLinear)
+def test_progress_counts_every_weight_once(tmp_path: Path, llama_dir: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    made = task(llama_dir, tmp_path / "out", target_modules=["q_proj"])
+    stream(made, progress=lambda unit, weights: seen.append((unit.name, unit.numel, weights)))
+    names = [name for name, _, _ in seen]
+    assert names == sorted(base_tensors(llama_dir))
+    assert {weights for _, _, weights in seen} == {sum(count for _, count, _ in seen)}

@@ -22,7 +22,7 @@ def rounding_norm(ideal: np.ndarray, storage: str) -> float:
         return float(np.linalg.norm(round_to_bits(ideal, SIGNIFICANT_BITS[storage]) - ideal))
     if storage == "int8":
         return float(np.linalg.norm(round_rows_int8(ideal) - ideal))
-    levels = float4() if storage.startswith("fp4") else normal_float(4)
+    levels = float4() if storage.startswith("fp4") else normal_float(3 if "nf3" in storage else 4)
     return float(np.linalg.norm(nearest_error(ideal, levels, 64)))
 
 

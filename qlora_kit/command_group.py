@@ -1,0 +1,47 @@
+"""What the command lines share: a group of commands with ``--version``, and errors without a traceback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from .errors import QLoRAKitError
+
+
+def command_group(help_text: str) -> typer.Typer:
+    """An empty group; a callback keeps it one when it has a single command."""
+    app = typer.Typer(help=help_text, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+    @app.callback()
+    def main(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        pass
+
+    main.__doc__ = help_text
+    return app
+
+
+@contextmanager
+def errors_in_red(command: str) -> Iterator[None]:
+    """Errors of this toolkit end the command with their message alone; others are ours to mend and stay loud."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice is about inference
+    try:
+        yield
+    except QLoRAKitError as error:
+        typer.secho(f"{command}: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from error
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
