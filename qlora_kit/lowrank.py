@@ -43,6 +43,8 @@ COLD_DEPTH, WARM_DEPTH = 6, 2
 _GRAM_FLOOR = 1e-4
 # Products with fewer columns than this cost as much, and more columns hold more energy.
 _LEAST_COLUMNS = 16
+# Columns farther from orthogonal than this aren't a basis.
+_ORTHOGONAL = 1e-3
 # Where the Gram route starts to pay: small matrices are quick in full, and large shares of the spectrum
 # cost the partial eigensolver as much as all of it.
 _GRAM_MIN_SIZE = 128
@@ -103,6 +105,11 @@ def truncated_svd(
     check_matrix(matrix, rank)
     if solver not in SOLVERS:
         raise ConfigError(f"solver: expected one of {', '.join(SOLVERS)}, found {solver!r}; pick one of these")
+    if start is not None and (start.dim() != 2 or start.shape[0] != matrix.shape[0] or not start.isfinite().all()):
+        raise ConfigError(
+            f"start: expected finite columns of {matrix.shape[0]} rows, found {tuple(start.shape)}, or NaN or infinite "
+            "values; pass the U of a similar matrix, or leave it out"
+        )
     work = matrix.detach()
     if work.dtype != torch.float64:
         work = work.float()
@@ -191,6 +198,21 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None
     return U.to(dtype).contiguous(), S.to(dtype), V.T.to(dtype).contiguous()
 
 
+def _new_directions(grown: Tensor, Y: Tensor) -> Tensor:
+    """Orthonormal columns that ``grown`` adds to the span of the orthonormal ``Y``; none where it adds only rounding.
+
+    A matrix whose own rank is used up gives columns that are rounding noise once ``Y`` is taken out of them;
+    normalized, that noise would count as directions, and partly lie in ``Y``'s span again.
+    """
+    block, R = torch.linalg.qr(grown - Y @ (Y.T @ grown))
+    noise = 100 * torch.finfo(grown.dtype).eps * grown.norm(dim=0).max()
+    if R.diagonal().abs().min() <= noise:
+        mixing, sizes, _ = torch.linalg.svd(R)
+        block = block @ mixing[:, sizes > noise]
+    # Once more: what rounding left of Y grew as the block was normalized.
+    return torch.linalg.qr(block - Y @ (Y.T @ block)).Q if block.shape[1] else block
+
+
 def _block_svd(
     matrix: Tensor, rank: int, keep_all: bool, start: Tensor | None, depth: int | None, seed: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -209,14 +231,17 @@ def _block_svd(
     Y = block = torch.linalg.qr(block).Q
     Z = matrix.T @ block
     for _ in range(depth - 1):
-        block = torch.linalg.qr(matrix @ Z[:, -block.shape[1] :]).Q
-        if not keep_all:
-            Y, Z = block, matrix.T @ block
-            continue
-        # Twice: what rounding leaves of the blocks before grows as the block is normalized.
-        for _ in range(2):
-            block = torch.linalg.qr(block - Y @ (Y.T @ block)).Q
-        Y, Z = torch.cat([Y, block], 1), torch.cat([Z, matrix.T @ block], 1)
+        grown = matrix @ Z[:, -block.shape[1] :]
+        if keep_all:
+            block = _new_directions(grown, Y)
+            if block.shape[1] == 0:
+                break
+            Y, Z = torch.cat([Y, block], 1), torch.cat([Z, matrix.T @ block], 1)
+        else:
+            Y = block = torch.linalg.qr(grown).Q
+            Z = matrix.T @ block
+    if ((Y.T @ Y).diagonal_scatter(Y.new_zeros(Y.shape[1])).abs().max() > _ORTHOGONAL) or not Z.isfinite().all():
+        return None
     # Y Y^T M = Y Z^T, whose triplets are those of the thin Z, through its small Gram matrix.
     wide = Z.double()
     values, mixing = torch.linalg.eigh(wide.T @ wide)

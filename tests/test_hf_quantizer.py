@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHead
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, codec_for
 from qlora_kit.codecs.codebooks import scheme
 from qlora_kit.codecs.packed import PackedLinear
+from qlora_kit.config import DEFAULT_TYPES
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.hf_quantizer import PackedConfig, record_quantization_, skipped_modules
 
@@ -197,8 +198,8 @@ def test_modules_of_several_types_are_grouped(tmp_path: Path) -> None:
     record_quantization_(model)
     groups = model.config.quantization_config.groups
     assert [(g["quant_type"], g["blocksize"], g["double_quant"]) for g in groups] == [
-        ("signed2", 64, False),
-        ("signed3", 32, True),
+        (DEFAULT_TYPES[2], 64, False),
+        (DEFAULT_TYPES[3], 32, True),
     ]
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

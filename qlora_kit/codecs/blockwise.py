@@ -112,7 +112,9 @@ def dequantize(
     """
     flat, table = codes.reshape(-1).contiguous(), table.float()
     values = torch.empty(flat.numel(), device=flat.device, dtype=torch.float32) if out is None else out.view(-1)
-    whole = flat.numel() // 2 * 2 if flat.device.type == "cpu" and table.numel() <= _MOST_PAIRED else 0
+    paired = flat.device.type == "cpu" and table.numel() <= _MOST_PAIRED
+    paired = paired and flat.storage_offset() % 2 == values.storage_offset() % 2 == 0  # pairs are read as one number
+    whole = flat.numel() // 2 * 2 if paired else 0
     if whole:  # two codes at a time are one number, and two values one: half as many look-ups
         numbers, doubles, by_number = flat[:whole].view(torch.int16), values[:whole].view(torch.int64), _in_pairs(table)
         for part in _chunks(whole // 2, 1, flat.device):
