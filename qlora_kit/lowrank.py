@@ -204,6 +204,7 @@ def _new_directions(grown: Tensor, Y: Tensor) -> Tensor:
     A matrix whose own rank is used up gives columns that are rounding noise once ``Y`` is taken out of them;
     normalized, that noise would count as directions, and partly lie in ``Y``'s span again.
     """
+    grown = grown / grown.abs().max().clamp_min(torch.finfo(grown.dtype).tiny)  # squares of it must not overflow
     block, R = torch.linalg.qr(grown - Y @ (Y.T @ grown))
     noise = 100 * torch.finfo(grown.dtype).eps * grown.norm(dim=0).max()
     if R.diagonal().abs().min() <= noise:
