@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-VOCAB, CONTEXT = 2048, 256
+VOCAB, CONTEXT, HEAD = 2048, 256, 64
 END = "<|endoftext|>"
 
 
@@ -55,15 +55,15 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor(ids, dtype=torch.int16)
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
+def make_model(seed: int, hidden: int = 256, intermediate: int = 768, layers: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // HEAD,
+        num_key_value_heads=max(1, hidden // HEAD // 2),
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="windows of 256 tokens in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=256, help=f"a multiple of {HEAD}")
+    parser.add_argument("--intermediate", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--every", type=int, default=250)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -123,7 +126,7 @@ def main() -> None:
     train, test = (encode(tokenizer, texts[split]) for split in ("train", "test"))
     print(f"{len(train):,} training tokens, {len(test):,} test tokens", flush=True)
 
-    model = make_model(args.seed).to(args.device)
+    model = make_model(args.seed, args.hidden, args.intermediate, args.layers).to(args.device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
