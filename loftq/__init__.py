@@ -2,7 +2,9 @@
 
 from qlora_kit.codecs.quantized import Quantized
 
-from .alternate import factorize
+from . import calibrated as _calibrated  # noqa: F401  # registers its methods, as the next one does
+from . import principal as _principal  # noqa: F401
+from .factorize import factorize
 from .methods import LoftQResult, Problem, register_method
 from .report import LayerReport, Report, start_report
 

@@ -1,8 +1,12 @@
-"""LoftQ's alternation (Li et al. 2023, arXiv 2310.08659, Algorithm 1): a quantized weight and a low-rank branch
-that together come closest to the full weight W (out, in).
+"""The alternation that all starts share: a quantized weight and a low-rank branch that together come closest to
+the full weight W (out, in), as LoftQ does it (Li et al. 2023, arXiv 2310.08659, Algorithm 1).
 
     B = A = 0
     repeat:  Q = quantize(W - s B A);   s B A = the best rank-r approximation of W - Q
+
+in the plain norm or in one weighted by the layer's inputs (``metric``). With F F^T = R the best correction of W - Q
+for inputs of second moments R is svd_r((W - Q) F) F^-1 (QERA: Zhang et al. 2024, arXiv 2410.06040, which takes the
+symmetric root for F; any F gives the same product).
 
 Points where implementations differ decide whether it helps and what it costs:
 
@@ -10,112 +14,89 @@ Points where implementations differ decide whether it helps and what it costs:
 - Quantization comes first. The first iterate is then the plain quantized weight with its residual's best
   correction, and can't be worse than the zero start of the same weight.
 - Neither half-step knows the other, so the error may rise. The best iterate is returned, and the loop ends at
-  the first step that is no better than the best before it.
+  the first step that is no better than the one before it.
 - The residual changes little from one step to the next, so each decomposition starts from the subspace of the
   one before.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from qlora_kit.errors import ConfigError
-from qlora_kit.lowrank import check_matrix, delta, factor_pair, truncated_svd
+from qlora_kit.codecs.quantized import Quantized
+from qlora_kit.lowrank import factor_pair, truncated_svd
 
-from .methods import LoftQResult, Problem, checked_statistics, method_for, norm, output_norm, register_method
-from .quantizers import quantizer_for
+from .methods import LoftQResult, Problem, norm
+from .metric import Metric
+
+Rounding = Callable[[Tensor], Quantized]
 
 
-@torch.no_grad()
-def factorize(
-    weight: Tensor,
-    rank: int,
-    *,
-    bits: int = 4,
-    quant_type: str | None = None,
-    steps: int = 5,
-    scaling: float = 1.0,
-    statistics: Tensor | None = None,
-    blocksize: int | str | None = 64,
-    double_quant: bool = False,
-    method: str = "loftq",
-    solver: str = "auto",
-    seed: int = 0,
-) -> LoftQResult:
-    """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
+def alternate(problem: Problem, metric: Metric, rounding: Rounding, *, goal: Tensor | None = None) -> LoftQResult:
+    """The best of up to ``problem.steps`` alternations under ``metric``.
 
     Args:
-        weight: (out, in), finite, any floating dtype and device; the arithmetic is float32.
-        rank: between 1 and min(out, in).
-        bits, quant_type, blocksize, double_quant: the quantizer, see ``quantizers.quantizer_for``.
-        steps: the most alternations to run.
-        scaling: the adapter's multiplier s, alpha / rank or alpha / sqrt(rank).
-        statistics: second moments E[x x^T] of the layer's inputs, (in, in), or their diagonal (in,). Every
-            method reports the output error by them; "loftq" doesn't otherwise look at them.
-        method: a registered way to the start: "loftq".
-        solver: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
-        seed: makes runs of solvers that draw random numbers repeatable; the exact ones draw none.
-
-    Raises:
-        ConfigError: an argument can't work; names it.
+        rounding: from float32 (out, in) to its quantized form.
+        goal: what the first step quantizes; None is the weight.
     """
-    check_matrix(weight, rank, "weight")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps: expected an integer of at least 1, found {steps!r}; 5 is a good choice")
-    solve = method_for(method)
-    problem = Problem(
-        weight.detach().float(),
-        rank,
-        scaling,
-        quantizer_for(bits=bits, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant),
-        steps,
-        checked_statistics(statistics, weight),
-        solver,
-        seed,
-    )
-    result = solve(problem)
-    if problem.statistics is None:
-        return result
-    full, stored = problem.weight, result.quantized.dequantize()
-    size = output_norm(full, problem.statistics) or 1.0
-    left = full - stored - delta(result.A, result.B, scaling)
-    zero = full - problem.quantize(full).dequantize()
-    return replace(
-        result,
-        output_error=output_norm(left, problem.statistics) / size,
-        zero_output_error=output_norm(zero, problem.statistics) / size,
-    )
-
-
-@register_method("loftq")
-def loftq(problem: Problem) -> LoftQResult:
-    """As published, but for the points above."""
-    full, quantize = problem.weight, problem.quantize
-    size = norm(full) or 1.0
-    goal, U = full, None
+    full = problem.weight
+    size = norm(metric.weigh(full)) or 1.0
+    plain_size = size if metric.plain else norm(full) or 1.0
+    plainly, U = goal is None and rounding is problem.quantize, None
+    goal = full if goal is None else goal
     history: list[float] = []
     left = torch.empty_like(full)  # one piece of memory for what each half-step leaves
+    zero = 0.0
     while True:
-        quantized = quantize(goal)
+        quantized = rounding(goal)
         torch.sub(full, quantized.dequantize(out=left), out=left)
-        quantization_error = norm(left) / size
+        quantization_error = norm(left) / plain_size
         if not history:
-            zero_error = quantization_error
-        U, S, Vh = truncated_svd(left, problem.rank, solver=problem.solver, start=U, seed=problem.seed)
-        A, B = factor_pair(U, S, Vh, problem.scaling)
+            zero = quantization_error if plainly else norm(full - problem.quantize(full).dequantize()) / plain_size
+        A, B, U = fitted(left, problem, metric, U)
         goal = torch.addmm(full, B, A, alpha=-problem.scaling)
-        history.append(norm(left.add_(goal).sub_(full)) / size)
+        left.add_(goal).sub_(full)
+        history.append(norm(metric.weigh(left)) / size)
         if history[-1] == min(history):
-            best = LoftQResult(quantized, A, B, history, zero_error, quantization_error)
+            error = history[-1] if metric.plain else norm(left) / plain_size
+            best = LoftQResult(quantized, A, B, history, zero, quantization_error, error=error)
         if len(history) == problem.steps or (len(history) > 1 and history[-1] >= history[-2]):
             return best
 
 
+def fitted(
+    residual: Tensor, problem: Problem, metric: Metric, start: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with ``scaling * B @ A`` the closest to ``residual`` (out, in) under ``metric``,
+    and the left singular vectors (out, rank), to start a similar one from."""
+    U, S, Vh = truncated_svd(
+        metric.weigh(residual), problem.rank, solver=problem.solver, start=start, seed=problem.seed
+    )
+    A, B = factor_pair(U, S, Vh, problem.scaling)
+    if metric.plain:
+        return A, B, U
+    A = metric.unweigh(A)
+    # The way back changes the rows' lengths; both sides are to have the same, or one would learn faster.
+    balance = (B.norm(dim=0) / A.norm(dim=1).clamp_min(1e-30)).sqrt()
+    balance = torch.where(balance > 0, balance, torch.ones_like(balance))
+    return A * balance[:, None], B / balance, U
+
+
 def correction(
-    residual: Tensor, rank: int, scaling: float, *, solver: str = "auto", seed: int = 0
+    residual: Tensor,
+    rank: int,
+    scaling: float,
+    *,
+    metric: Metric | None = None,
+    solver: str = "auto",
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) with ``scaling * B @ A`` the closest to ``residual`` (out, in) of that rank."""
-    return factor_pair(*truncated_svd(residual, rank, solver=solver, seed=seed), scaling)
+    from .quantizers import quantizer_for
+
+    problem = Problem(residual, rank, scaling, quantizer_for(), 1, None, solver, seed)
+    A, B, _ = fitted(residual, problem, metric or Metric())
+    return A, B

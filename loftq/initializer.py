@@ -32,7 +32,8 @@ from qlora_kit.initializers import Request, Start, register_initializer
 from qlora_kit.originals import original_weight
 from qlora_kit.quantize import linear_holding
 
-from .alternate import correction, factorize
+from .alternate import correction
+from .factorize import factorize
 from .methods import norm
 from .report import LayerReport
 

@@ -2,10 +2,11 @@
 
 A method takes a ``Problem`` and returns a ``LoftQResult``:
 
-    @register_method("mine")
+    @register_method("mine", statistics="full")
     def mine(problem: Problem) -> LoftQResult: ...
 
-and is then reached as ``factorize(..., method="mine")`` and from everything that calls it.
+and is then reached as ``factorize(..., method="mine")`` and from everything that calls it. What it says of itself
+there is what the callers provide: second moments of the inputs, and inputs of the model as far as it is quantized.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.errors import ConfigError, closest
 
+from .metric import DAMPING
 from .quantizers import Quantizer
 
 
@@ -32,6 +34,10 @@ class Problem:
         quantize: the deployed quantizer.
         steps: the most alternations.
         statistics: float32 second moments of the inputs, (in, in) or their diagonal (in,), or None.
+        cross: float32 (in, in) E[x x^^T], of the inputs x of the original model with those x^ that ``statistics``
+            are of, or None where they are the same.
+        damping: share of the mean square that is added to each input's own, see ``loftq.metric``.
+        scale_search: search the scales, or not; None is the method's own choice.
         solver, seed: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
     """
 
@@ -43,6 +49,9 @@ class Problem:
     statistics: Tensor | None = None
     solver: str = "auto"
     seed: int = 0
+    cross: Tensor | None = None
+    damping: float = DAMPING
+    scale_search: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,12 @@ class LoftQResult:
 
     Attributes:
         quantized: the best iterate's quantized weight.
-        A, B: its factors, float32 (rank, in) and (out, rank), singular values shared evenly.
-        history: relative error ||W - Q - s B A|| / ||W|| (Frobenius) after each step that ran; 0 where W is 0.
-        zero_error: the same of the zero start, ||W - quantize(W)|| / ||W||.
+        A, B: its factors, float32 (rank, in) and (out, rank), row i of A as long as column i of B.
+        history: relative error of W - Q - s B A after each step that ran, in the norm that the method minimizes:
+            Frobenius, or weighted by the inputs; 0 where W is 0.
+        zero_error: ||W - quantize(W)|| / ||W|| (Frobenius), the error of the zero start.
         quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
+        error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
         output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned and of the zero
             start, where statistics R were given.
     """
@@ -67,22 +78,38 @@ class LoftQResult:
     quantization_error: float
     output_error: float | None = None
     zero_output_error: float | None = None
+    error: float = None  # type: ignore[assignment]  # filled in below
 
-    @property
-    def error(self) -> float:
-        """The relative error of what is returned: the least of ``history``."""
-        return min(self.history)
+    def __post_init__(self) -> None:
+        if self.error is None:
+            object.__setattr__(self, "error", min(self.history))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method has to be given: "diagonal" or "full" second moments of the inputs (None: none), and whether
+    of the inputs that the quantized model sees, each layer after the ones before it."""
+
+    statistics: str | None = None
+    sequential: bool = False
 
 
 Method = Callable[[Problem], LoftQResult]
 _registry: dict[str, Method] = {}
+_needs: dict[str, Needs] = {}
 
 
-def register_method(name: str) -> Callable[[Method], Method]:
-    """Decorator: find starts by this function where ``method=name``; the latest registration wins."""
+def register_method(
+    name: str, *, statistics: str | None = None, sequential: bool = False
+) -> Callable[[Method], Method]:
+    """Decorator: find starts by this function where ``method=name``; the latest registration wins.
+
+    Args:
+        statistics, sequential: see ``Needs``.
+    """
 
     def register(method: Method) -> Method:
-        _registry[name] = method
+        _registry[name], _needs[name] = method, Needs(statistics, sequential)
         return method
 
     return register
@@ -102,6 +129,12 @@ def method_for(name: str) -> Method:
     return _registry[name]
 
 
+def needs_of(name: str) -> Needs:
+    """What the registered method has to be given. Raises ConfigError as ``method_for`` does."""
+    method_for(name)
+    return _needs.get(name, Needs())
+
+
 def norm(matrix: Tensor) -> float:
     """The Frobenius norm; rows are summed up in float64, since steps that differ in the seventh digit are compared."""
     return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.float64))
@@ -112,6 +145,19 @@ def output_norm(matrix: Tensor, statistics: Tensor) -> float:
     if statistics.dim() == 1:
         return norm(matrix * statistics.sqrt())
     return float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
+
+
+def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``cross`` in float32 on the weight's device. Raises ConfigError if its shape or values can't be."""
+    if cross is None:
+        return None
+    width = weight.shape[1]
+    if tuple(cross.shape) != (width, width) or not cross.isfinite().all():
+        raise ConfigError(
+            f"cross: expected finite moments E[x x^^T] of shape ({width}, {width}) for a weight {tuple(weight.shape)}, "
+            f"found {tuple(cross.shape)} or values that aren't finite; collect both models' inputs of this layer"
+        )
+    return cross.detach().to(weight.device, torch.float32)
 
 
 def checked_statistics(statistics: Tensor | None, weight: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@ of the layer that will run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,8 +12,28 @@ from qlora_kit.codecs.quantized import Quantized, quantize_matrix
 from qlora_kit.config import DEFAULT_TYPES
 from qlora_kit.errors import CodecError, ConfigError, closest
 
-Quantizer = Callable[[Tensor], Quantized]
 TYPES = (*SCHEMES, "int8")
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Plain rounding to the nearest codes: from a finite float32 (out, in) matrix to its ``Quantized``.
+
+    Attributes:
+        quant_type: a type of ``qlora_kit.codecs.codebooks.SCHEMES`` or "int8".
+        blocksize: values per scale; None for rows.
+        double_quant: scales in 8 bits.
+    """
+
+    quant_type: str
+    blocksize: int | None
+    double_quant: bool = False
+
+    def __call__(self, matrix: Tensor) -> Quantized:
+        try:
+            return quantize_matrix(matrix, self.quant_type, self.blocksize, double_quant=self.double_quant)
+        except CodecError as error:
+            raise ConfigError(str(error)) from error
 
 
 def quantizer_for(
@@ -23,7 +43,7 @@ def quantizer_for(
     blocksize: int | str | None = 64,
     double_quant: bool = False,
 ) -> Quantizer:
-    """The function from a finite float32 (out, in) matrix to its ``Quantized``.
+    """The quantizer of these options, checked.
 
     Args:
         bits: 2, 3, 4 or 8; means ``config.DEFAULT_TYPES`` of it.
@@ -54,12 +74,4 @@ def quantizer_for(
         values = blocksize
     if quant_type == "int8" and double_quant:
         raise ConfigError("double_quant: expected False with int8, which has one scale a row, found True; leave it out")
-    kind = quant_type
-
-    def quantizer(matrix: Tensor) -> Quantized:
-        try:
-            return quantize_matrix(matrix, kind, values, double_quant=double_quant)
-        except CodecError as error:
-            raise ConfigError(str(error)) from error
-
-    return quantizer
+    return Quantizer(quant_type, values, double_quant)

@@ -82,17 +82,25 @@ def linear_holding(base: nn.Module, quantized: Quantized) -> nn.Module:
     linear = _as_linear(base)
     if not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
-    from .codecs.bnb import quantize_linear, quantize_linear_int8
+    from .codecs.bnb import quantize_linear, quantize_linear_int8, take_codes_, take_codes_int8_
 
+    # Where there is a source, bitsandbytes' own kernel rounds it; codes chosen in another way take its place.
+    source = quantized.dequantize() if quantized.source is None else quantized.source
     if quantized.blocksize is None:
-        return quantize_linear_int8(linear, quantized.source)
-    return quantize_linear(
+        int8 = quantize_linear_int8(linear, source)
+        if quantized.source is None:
+            take_codes_int8_(int8, quantized)
+        return int8
+    four_bit = quantize_linear(
         linear,
-        quantized.source,
+        source,
         quant_type=quantized.quant_type,
         blocksize=quantized.blocksize,
         double_quant=quantized.double_quant,
     )
+    if quantized.source is None:
+        take_codes_(four_bit, quantized)
+    return four_bit
 
 
 def _as_linear(base: nn.Module) -> nn.Linear:

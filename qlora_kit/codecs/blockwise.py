@@ -77,8 +77,13 @@ def quantize_range(weight: Tensor, table: Tensor, blocksize: int = 64) -> tuple[
     return nearest_codes(flat, scales, lowest, table, blocksize).reshape(weight.shape), scales, lowest
 
 
-def nearest_codes(flat: Tensor, scales: Tensor, shifts: Tensor | None, table: Tensor, blocksize: int) -> Tensor:
-    """uint8 codes of the entries nearest to (value - shift) / scale, for flat float32 values."""
+def nearest_codes(
+    flat: Tensor, scales: Tensor, shifts: Tensor | None, table: Tensor, blocksize: int, *, clamp: bool = False
+) -> Tensor:
+    """uint8 codes of the entries nearest to (value - shift) / scale, for flat float32 values.
+
+    ``clamp`` is for scales that don't reach over their blocks: what lies beyond takes the table's end.
+    """
     # bitsandbytes multiplies whole blocks by a reciprocal and divides the short one: near a midpoint the two
     # round differently, and codes are to agree exactly.
     safe = _off_zero(scales)
@@ -89,12 +94,19 @@ def nearest_codes(flat: Tensor, scales: Tensor, shifts: Tensor | None, table: Te
     for rows in _chunks(whole, blocksize, flat.device):
         part = flat[rows.start * blocksize : rows.stop * blocksize].view(-1, blocksize)
         part = part - shifts[rows, None] if shifts is not None else part
-        codes[rows.start * blocksize : rows.stop * blocksize] = _search((part * inverse[rows, None]).view(-1), levels)
+        part = (part * inverse[rows, None]).view(-1)
+        codes[rows.start * blocksize : rows.stop * blocksize] = _search(part.clamp_(-1, 1) if clamp else part, levels)
     if whole * blocksize < flat.numel():
         tail = flat[whole * blocksize :]
         tail = tail - shifts[whole:] if shifts is not None else tail
-        codes[whole * blocksize :] = _search(tail / safe[whole:], levels)
+        tail = tail / safe[whole:]
+        codes[whole * blocksize :] = _search(tail.clamp_(-1, 1) if clamp else tail, levels)
     return codes
+
+
+def search_codes(values: Tensor, table: Tensor) -> Tensor:
+    """The uint8 codes of ``table``'s entries nearest to flat float32 ``values``, which lie in [-1, 1]."""
+    return _search(values, tuple(table.tolist()))
 
 
 def dequantize(

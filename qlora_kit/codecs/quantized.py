@@ -69,7 +69,8 @@ class Quantized:
         blocksize: values per scale; None for the rows of int8.
         rows: the blocks were asked for as rows.
         source: float32 (out, in), the matrix that was quantized. Quantizing it again, with the same quantizer,
-            gives these codes, which quantizing ``dequantize()`` only does without double quantization.
+            gives these codes, which quantizing ``dequantize()`` only does without double quantization. None where
+            scales or codes were chosen in another way; codes and scales are then all there is.
     """
 
     quant_type: str
@@ -77,7 +78,7 @@ class Quantized:
     stored_scales: Scales
     stored_shifts: Scales | None
     blocksize: int | None
-    source: Tensor = field(repr=False)
+    source: Tensor | None = field(repr=False)
     rows: bool = False
 
     @property

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
 
-from .four_bit import Codec4bit, kernel_is_right, quantize_linear
-from .int8 import CodecInt8, quantize_linear_int8
+from .four_bit import Codec4bit, kernel_is_right, quantize_linear, take_codes_
+from .int8 import CodecInt8, quantize_linear_int8, take_codes_int8_
 
 __all__ = [
     "Codec4bit",
@@ -17,6 +17,8 @@ __all__ = [
     "linear_from_tensors",
     "quantize_linear",
     "quantize_linear_int8",
+    "take_codes_",
+    "take_codes_int8_",
 ]
 
 

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .. import blockwise
 from ..base import checked_weight, codec_for, described, register_codec
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..lookup import lookup_linear
+from ..quantized import Quantized
 from .common import stock_forward
 from .layout import is_repacked, scales_of, standard_bytes
 
@@ -245,6 +247,22 @@ def quantize_linear(
     take_bias_(module, linear)
     codec_for(module).protect_(module)
     return module
+
+
+@torch.no_grad()
+def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
+    """Put the codes and scales of ``quantized``, of the module's type and blocksize, in the place of the module's."""
+    state: Any = _state(module)
+    codes = quantized.codes.reshape(-1)
+    pairs = F.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+    packed = (pairs[:, 0] << 4) | pairs[:, 1]
+    module.weight.data.view(torch.uint8).view(-1)[: packed.numel()] = packed
+    scales = quantized.stored_scales
+    state.absmax = scales.values.clone()
+    if state.nested:
+        assert scales.absmax is not None and scales.offset is not None
+        state.state2.absmax = scales.absmax.clone()
+        state.offset = scales.offset.reshape(()).clone()
 
 
 def _state(module: Any) -> QuantState | None:

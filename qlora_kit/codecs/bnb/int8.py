@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import CodecError
 from ..base import checked_weight, described, register_codec
 from ..dense import DenseCodec, dense_linear, take_bias_
+from ..quantized import Quantized
 from .common import stock_forward
 
 
@@ -103,6 +104,13 @@ def quantize_linear_int8(
     module.compute_dtype = compute_dtype or linear.weight.dtype  # type: ignore[assignment]
     take_bias_(module, linear)
     return module
+
+
+@torch.no_grad()
+def take_codes_int8_(module: Linear8bitLt, quantized: Quantized) -> None:
+    """Put the codes and row scales of ``quantized`` in the place of the module's."""
+    codes, scales = quantized.codes.clone(), quantized.scales.clone()
+    module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
 def _is_int8(module: Any) -> bool:

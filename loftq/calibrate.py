@@ -1,0 +1,208 @@
+"""Statistics for one group of modules after the other, in the order of the model's forward.
+
+Two ways. Plainly, every module's inputs are those of the original model, and one forward per batch gives all of a
+block's statistics. Sequentially, two copies of each batch go through the model, x as before and x^ with what the
+modules so far have become; within a block too, the modules are done in turns, each group that shares an input after
+the groups before it.
+
+What a module has become is given as D = Q + sBA - W and added to its output by a hook, so the model itself isn't
+touched, and may lie in memory or be read from files while it runs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .statistics import Collector, Moments, inputs_of, rows_of, vocabularies
+from .walk import Run, Walk, stops_for
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a module's inputs.
+
+    Attributes:
+        statistics: float32 E[x x^T] (in, in) or its diagonal (in,), of the quantized model's inputs if sequential.
+        cross: E[x x^^T] if sequential.
+        tokens: how many inputs there were.
+    """
+
+    statistics: Tensor
+    cross: Tensor | None
+    tokens: int
+
+
+@dataclass
+class Stage:
+    """Modules whose turn it is.
+
+    Attributes:
+        paths: of them.
+        replaced: to be filled in, where sequential: D = Q + sBA - W, float32 (out, in), by path.
+    """
+
+    paths: list[str]
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    _collect: Any = None
+    _seen: dict[str, Seen] | None = None
+
+    def seen(self) -> dict[str, Seen]:
+        """By path; a module that no token reached is absent. Collected when first asked for, shared among paths."""
+        if self._seen is None:
+            self._seen = self._collect()
+        return self._seen
+
+
+@torch.no_grad()
+def stages(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    paths: Iterable[str],
+    *,
+    diagonal: bool = False,
+    sequential: bool = False,
+    limit: int = 1 << 30,
+    folder: Path | None = None,
+) -> Iterator[Stage]:
+    """The modules at ``paths`` in the order in which a forward comes to them; those that it never does don't come.
+
+    Args:
+        model: called as ``model(**batch)``, in evaluation mode meanwhile; computed on wherever its hooks say.
+        diagonal: the diagonals are enough; not for ``sequential``.
+        sequential: see the module's text.
+        limit: bytes of activations between blocks that stay in memory; more goes to files.
+        folder: for those files; None is the system's folder for temporary ones.
+    """
+    paths, batches = list(paths), list(batches)
+    stops = stops_for(model, paths)
+    widths = vocabularies(model, paths)
+    was_training = model.training
+    model.eval()
+    try:
+        with ExitStack() as stack:
+            room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            share = limit // (2 if sequential else 1)
+            walk = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room))
+            other = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room)) if sequential else None
+            done: set[str] = set()
+            while len(done) < len(stops) and (place := walk.here()) is not None:
+                stop, runs = place
+                done.add(stop)
+                if other is None:
+                    yield from _plainly(walk, stop, runs, stops[stop], diagonal, widths)
+                else:
+                    yield from _in_turns(walk, other, stop, runs, stops[stop], widths)
+    finally:
+        model.train(was_training)
+
+
+def _plainly(
+    walk: Walk, stop: str, runs: list[Run], paths: list[str], diagonal: bool, widths: Mapping[str, int]
+) -> Iterator[Stage]:
+    """One stage of the modules in ``stop``; the pass that collects is the one that the runs go on from."""
+    outputs: dict[int, Any] = {}
+
+    def collect() -> dict[str, Seen]:
+        for shared in (True, False):
+            collector = Collector(paths, diagonal=diagonal, shared=shared, widths=widths)
+            with inputs_of(walk.model, paths, collector):
+                for run in runs:
+                    collector.begin(run.mask)
+                    outputs[run.index] = run.forward()
+                    collector.end()
+            if not collector.broken:
+                break
+        means: dict[int, Tensor | None] = {}
+        seen = {}
+        for path, moments in collector.found().items():
+            if id(moments) not in means:
+                means[id(moments)] = moments.matrix(path)
+            mean = means[id(moments)]
+            if mean is not None:
+                seen[path] = Seen(mean, None, moments.count)
+        return seen
+
+    yield Stage(paths, _collect=collect)
+    walk.passed.add(stop)
+    for run in runs:
+        output = outputs.pop(run.index) if run.index in outputs else run.forward()
+        walk.go_on(run, output)
+
+
+def _in_turns(
+    walk: Walk, other: Walk, stop: str, runs: list[Run], paths: list[str], widths: Mapping[str, int]
+) -> Iterator[Stage]:
+    """A stage for each group in ``stop`` that shares an input; ``other`` walks through the model as it becomes."""
+    twins = {run.index: other.runs[run.index] for run in runs}
+    order: dict[str, list[str]] = {}
+    with inputs_of(walk.model, paths, collector := Collector(paths, diagonal=True, widths=widths)):
+        for run in runs[:1]:
+            collector.begin(run.mask)
+            run.forward()
+            collector.end()
+    for path, leader in collector.leaders.items():
+        order.setdefault(leader, []).append(path)
+    # A module that the first batch doesn't reach, an expert say, comes last and alone.
+    order.update({path: [path] for path in paths if path not in collector.leaders})
+    replaced: dict[str, Tensor] = {}
+    for leader, group in order.items():
+
+        def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
+            own, cross = Moments(diagonal=leader in widths), Moments()
+            for run in runs:
+                x, seen = _input(walk, run, leader, {}), _input(other, twins[run.index], leader, replaced)
+                for mine, its in zip(seen, x, strict=False):
+                    if leader in widths:
+                        own.add_tokens(mine, widths[leader])
+                    else:
+                        own.add(mine)
+                        if len(mine) == len(its):  # a router may send other tokens here than it used to
+                            cross.add(its, mine)
+            mean = own.matrix(leader)
+            if mean is None:
+                return {}
+            both = cross.matrix(leader) if cross.count == own.count else None
+            return {path: Seen(mean, both, own.count) for path in group}
+
+        stage = Stage(group, _collect=collect)
+        yield stage
+        replaced.update(stage.replaced)
+    walk.passed.add(stop)
+    other.passed.add(stop)
+    for run in runs:
+        walk.go_on(run, run.forward())
+        with _changed(other.model, replaced):
+            output = twins[run.index].forward()
+        other.go_on(twins[run.index], output)
+
+
+def _input(walk: Walk, run: Run, path: str, replaced: Mapping[str, Tensor]) -> list[Tensor]:
+    """The rows that the module at ``path`` is given, call by call, when ``run`` goes through its block."""
+    found: list[Tensor] = []
+    with _changed(walk.model, replaced), inputs_of(walk.model, [path], lambda _, x: found.append(rows_of(x, run.mask))):
+        run.forward()
+    return found
+
+
+def _changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
+    """Inside the block, modules answer with D added to their weight."""
+    stack = ExitStack()
+    for path, change in replaced.items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor, change: Tensor = change) -> Tensor:
+            x = args[0]
+            if not x.is_floating_point():
+                return output + F.embedding(x, change.T).to(output.dtype)
+            return output + F.linear(x.float(), change).to(output.dtype)
+
+        stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+    return stack

@@ -1,0 +1,162 @@
+"""The text that calibrated starts look at: a file, rows of tokens, or text that every Python brings along."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.errors import ConfigError, StorageError
+
+BUILTIN = "builtin"
+# Characters to read for a token that is wanted: no tokenizer needs more on average, for text in its languages.
+_CHARACTERS_PER_TOKEN = 8
+
+
+def batches_for(
+    source: Any, model: nn.Module, *, rows: int, window: int, batch: int = 8, folder: str | os.PathLike[str] | None = None
+) -> list[dict[str, Any]]:
+    """Batches to call ``model`` with, on its device.
+
+    Args:
+        source: "builtin", a text file, token ids (n, window), or an iterable of batches (dictionaries of tensors).
+        rows, window: for text: rows of ``window`` tokens to cut, evenly over the whole of it.
+        batch: rows of a batch.
+        folder: where the tokenizer is; None is the folder that the model came from.
+
+    Raises:
+        ConfigError: a source of another kind, or without a row.
+        StorageError: no such file, or no tokenizer beside the model.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        place = folder or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+        source = token_rows(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
+    if isinstance(source, Tensor):
+        if source.dim() != 2 or source.is_floating_point() or not len(source):
+            raise ConfigError(
+                f"calibration: expected token ids of shape (rows, tokens), found {source.dtype} of shape "
+                f"{tuple(source.shape)}; pass whole numbers, a row for each text"
+            )
+        source = [{"input_ids": part} for part in source.long().split(batch)]
+    if not isinstance(source, Iterable):
+        raise ConfigError(
+            f"calibration: expected 'builtin', a text file, token ids (rows, tokens) or batches, found "
+            f"{type(source).__name__}; pass calibration='builtin'"
+        )
+    batches = list(source)
+    if not batches or not all(isinstance(item, Mapping) for item in batches):
+        raise ConfigError(
+            f"calibration: expected at least one batch, a dictionary of what the model is called with, found "
+            f"{[type(item).__name__ for item in batches[:3]]}; pass {{'input_ids': ...}}"
+        )
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return [_complete(model, {k: _moved(v, device) for k, v in item.items()}) for item in batches]
+
+
+def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, window: int) -> Tensor:
+    """Up to ``rows`` rows of ``window`` token ids, evenly over the text ``source``, int64 (rows, window).
+
+    Raises:
+        StorageError: the file isn't there or isn't text, or has fewer tokens than a row.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    wanted = rows * window * _CHARACTERS_PER_TOKEN
+    texts = builtin_text(wanted) if source == BUILTIN else _file_text(Path(source), wanted)
+    ids = [i for text in texts for i in (*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end)]
+    if len(ids) < window:
+        raise StorageError(
+            f"calibration {source}: expected at least one row of {window} tokens, found {len(ids)} tokens in all; pass "
+            "a longer text or a smaller window"
+        )
+    cut = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    chosen = torch.linspace(0, len(cut) - 1, min(rows, len(cut))).round().long()
+    return cut[chosen]
+
+
+def builtin_text(characters: int) -> Iterator[str]:
+    """At least about ``characters`` of Python's own documentation and sources: prose and code, the same on every
+    machine of one Python version."""
+    from pydoc_data.topics import topics
+
+    prose = [topics[name] for name in sorted(topics)]
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path for path in sorted(root.rglob("*.py")) if "-packages" not in str(path) and "test" not in path.parts]
+    # In an order that mixes the folders, and doesn't move when a file is added.
+    names.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    given = 0
+    for number, path in enumerate(names):
+        for text in (*prose[number : number + 1], path.read_text(encoding="utf-8", errors="replace")):
+            yield text
+            given += len(text)
+        if given >= characters:
+            return
+
+
+def identity(source: Any) -> Any:
+    """What tells one calibration text from another, as a JSON value."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if source != BUILTIN and path.is_file():
+            return f"{path.name}, {path.stat().st_size} bytes, {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        return str(source)
+    return type(source).__name__
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        StorageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"calibration: expected a tokenizer in {str(folder) or 'the folder of the model'!r}, found none "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); put the tokenizer's files beside "
+            "the model, or pass token ids or batches as the calibration"
+        ) from error
+
+
+def _file_text(path: Path, characters: int) -> Sequence[str]:
+    if not path.is_file():
+        raise StorageError(f"calibration {path}: expected a text file or 'builtin', found no such file; correct the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StorageError(f"calibration {path}: expected UTF-8 text, found other bytes ({error}); convert it") from error
+    if len(text) <= characters:
+        return [text]
+    # Pieces from all over the file: its beginning alone may be of one kind.
+    count, piece = 64, characters // 64
+    return [text[start : start + piece] for start in range(0, len(text) - piece, (len(text) - piece) // (count - 1))]
+
+
+def _fitting(model: nn.Module, window: int) -> int:
+    """``window``, or the model's longest context if that is shorter."""
+    config: Any = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
+    # Some encoders count positions from beyond the padding token.
+    return max(1, min(window, longest - (2 if longest <= window else 0)))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """``batch`` with what an encoder-decoder needs besides: its own text to go on from."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and not {"decoder_input_ids", "labels"} & set(batch):
+        batch["decoder_input_ids"] = batch["input_ids"]
+    if hasattr(config, "use_cache") and "use_cache" not in batch:
+        batch["use_cache"] = False
+    return batch

@@ -1,0 +1,245 @@
+"""A model's forward, stopped at chosen modules: the means to go through a model block by block, whatever the model.
+
+Calibration wants to stay at one block with all batches, look, perhaps exchange weights, and only then go on. Models
+differ in what they do between their blocks, and only their own forward knows it. So the forward is not imitated: it
+runs, once per batch, each run in a thread of its own that stands still whenever it enters one of the chosen modules.
+Exactly one thread runs at a time, so nothing is concurrent and results don't depend on timing. A module at which a
+run stands can be computed any number of times, with the arguments that the run has for it; the run then goes on
+with the output that it is given.
+
+While runs stand still, their activations lie in memory, or, over a bound, in files: a tensor's storage is emptied
+and filled again before it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Batch = Mapping[str, Any]
+
+
+class _Abandoned(BaseException):
+    """Unwinds a run that isn't needed any more; no handler of ordinary errors stops it."""
+
+
+class Run:
+    """One batch on its way through the model.
+
+    Attributes:
+        at: path of the module that it stands at, None once it is through.
+    """
+
+    def __init__(self, walk: Walk, batch: Batch, index: int) -> None:
+        self.walk, self.batch, self.index = walk, batch, index
+        self.at: str | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.spilled: list[tuple[Tensor, Path]] = []
+        self._output: Any = None
+        self._error: BaseException | None = None
+        self._leave = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        # Both are kept per thread, and a sum may depend on how many threads it is split over.
+        self._threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.batch.get("attention_mask")
+
+    def start(self) -> None:
+        """Run to the first stop."""
+        self.thread.start()
+        self._go_on()
+
+    def forward(self) -> Any:
+        """The output of the module that the run stands at, for its arguments; can be repeated."""
+        assert self.at is not None
+        self.fill()
+        module = self.walk.model.get_submodule(self.at)
+        # Copies, since a module may work in place, and the next call is to see the same.
+        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (self.args, self.kwargs))
+        return module(*args, **kwargs)
+
+    def resume(self, output: Any) -> None:
+        """Go on to the next stop, with ``output`` of the module that the run stands at."""
+        self.fill()
+        self._output, self.at, self.args, self.kwargs = output, None, (), {}
+        self._go_on()
+
+    def abandon(self) -> None:
+        """Leave the forward where it stands."""
+        if self.thread.is_alive():
+            self._leave = True
+            self._go.release()
+            self.thread.join()
+        self._drop_files()
+
+    def spill(self, folder: Path) -> None:
+        """Move the arguments' activations to files in ``folder``."""
+        foreign = self.walk.foreign(self)
+        stored = {t.untyped_storage().data_ptr(): t for t in self.tensors() if t.untyped_storage().resizable()}
+        own = [tensor for pointer, tensor in stored.items() if pointer and pointer not in foreign]
+        for number, tensor in enumerate(own):
+            path = folder / f"run-{self.walk.number}-{self.index}-{number}.bin"
+            storage = tensor.untyped_storage()
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            # Not through numpy: a storage that it has seen can't be emptied.
+            torch.from_file(str(path), shared=True, size=flat.numel(), dtype=torch.uint8).copy_(flat)
+            self.spilled.append((flat, path))
+            storage.resize_(0)
+
+    def fill(self) -> None:
+        """Bring back what ``spill`` took away."""
+        for flat, path in self.spilled:
+            data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            flat.untyped_storage().resize_(len(data))
+            flat.copy_(data)
+        self._drop_files()
+
+    def tensors(self) -> list[Tensor]:
+        """The floating-point tensors among the arguments."""
+        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor) and v.is_floating_point()]
+
+    def nbytes(self) -> int:
+        """Bytes of activations that the arguments hold in memory."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        return sum(storages.values())
+
+    def stand(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in the run's own thread by a chosen module: wait for the output."""
+        self.at, self.args, self.kwargs = path, args, kwargs
+        self._stopped.release()
+        self._go.acquire()
+        if self._leave:
+            raise _Abandoned
+        output, self._output = self._output, None
+        return output
+
+    def _go_on(self) -> None:
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        self._go.acquire()
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.no_grad():
+                self.walk.model(**self.batch)
+        except _Abandoned:
+            return
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            self._error = error
+        self.at = None
+        self._stopped.release()
+
+    def _drop_files(self) -> None:
+        for _, path in self.spilled:
+            path.unlink(missing_ok=True)
+        self.spilled = []
+
+
+class Walk:
+    """Runs of ``batches`` through ``model``, each stopped at the modules ``stops``; a context manager.
+
+    Args:
+        model: in evaluation mode; called as ``model(**batch)``.
+        stops: paths of modules of which none contains another.
+        limit: bytes of activations that stay in memory while runs stand still; the rest goes to ``folder``.
+    """
+
+    _count = 0
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], stops: Iterable[str], *, limit: int, folder: Path
+    ) -> None:
+        Walk._count += 1
+        self.number = Walk._count
+        self.model, self.stops, self.limit, self.folder = model, list(stops), limit, folder
+        self.runs = [Run(self, batch, index) for index, batch in enumerate(batches)]
+        self._undo: list[Callable[[], None]] = []
+        self.passed: set[str] = set()
+
+    def __enter__(self) -> Walk:
+        for path in self.stops:
+            self._undo.append(self._stop_at(path))
+        for run in self.runs:
+            run.start()
+            self._keep_bound()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for run in self.runs:
+            run.abandon()
+        while self._undo:
+            self._undo.pop()()
+
+    def here(self) -> tuple[str, list[Run]] | None:
+        """The module where the first of the unfinished runs stands, and all runs that stand there."""
+        path = next((run.at for run in self.runs if run.at is not None), None)
+        return None if path is None else (path, [run for run in self.runs if run.at == path])
+
+    def go_on(self, run: Run, output: Any) -> None:
+        """Resume one run; it stops at the next module that hasn't been passed."""
+        run.resume(output)
+        self._keep_bound()
+
+    def foreign(self, own: Run) -> set[int]:
+        """Addresses that don't belong to the run ``own`` alone: the model's, and other runs' arguments."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [tensor for run in self.runs if run is not own for tensor in run.tensors()]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def _keep_bound(self) -> None:
+        held = 0
+        for run in self.runs:
+            if run.at is not None and not run.spilled:
+                held += run.nbytes()
+                if held > self.limit:
+                    held -= run.nbytes()
+                    run.spill(self.folder)
+
+    def _stop_at(self, path: str) -> Callable[[], None]:
+        module = self.model.get_submodule(path)
+        own: Any = vars(module).get("forward")
+        forward = module.forward
+
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            run = next((run for run in self.runs if run.thread is threading.current_thread()), None)
+            if run is None or path in self.passed:  # computed on behalf of a run, or once more in one forward
+                return forward(*args, **kwargs)
+            return run.stand(path, args, kwargs)
+
+        module.forward = stopping  # type: ignore[method-assign]
+
+        def undo() -> None:
+            if own is not None:
+                module.forward = own  # type: ignore[method-assign]
+            else:
+                with suppress(AttributeError):
+                    del module.forward
+
+        return undo
+
+
+def stops_for(model: nn.Module, paths: Iterable[str]) -> dict[str, list[str]]:
+    """Where to stop for the modules at ``paths``: the outermost blocks (members of a ``ModuleList``) that hold them,
+    each with those that it holds; a module outside of blocks is its own."""
+    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    stops: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")
+        ends = (k for k in range(1, len(parts)) if ".".join(parts[:k]) in lists)
+        end = next(ends, None)
+        stops.setdefault(path if end is None else ".".join(parts[: end + 1]), []).append(path)
+    return stops
