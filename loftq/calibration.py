@@ -20,7 +20,13 @@ _CHARACTERS_PER_TOKEN = 8
 
 
 def batches_for(
-    source: Any, model: nn.Module, *, rows: int, window: int, batch: int = 8, folder: str | os.PathLike[str] | None = None
+    source: Any,
+    model: nn.Module,
+    *,
+    rows: int,
+    window: int,
+    batch: int = 8,
+    folder: str | os.PathLike[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Batches to call ``model`` with, on its device.
 
@@ -128,11 +134,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
 def _file_text(path: Path, characters: int) -> Sequence[str]:
     if not path.is_file():
-        raise StorageError(f"calibration {path}: expected a text file or 'builtin', found no such file; correct the path")
+        raise StorageError(
+            f"calibration {path}: expected a text file or 'builtin', found no such file; correct the path"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise StorageError(f"calibration {path}: expected UTF-8 text, found other bytes ({error}); convert it") from error
+        raise StorageError(
+            f"calibration {path}: expected UTF-8 text, found other bytes ({error}); convert it"
+        ) from error
     if len(text) <= characters:
         return [text]
     # Pieces from all over the file: its beginning alone may be of one kind.

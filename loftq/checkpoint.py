@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from qlora_kit.codecs import Codec, codec_for
-from qlora_kit.config import DEFAULT_TYPES, LoftQConfig, LoraConfig
+from qlora_kit.config import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError, StorageError, TargetError
 from qlora_kit.inject import Plan, PlanEntry, make_plan
+from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.quantize import in_bitsandbytes
 from qlora_kit.shards import ShardReader
 

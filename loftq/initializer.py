@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,32 +27,53 @@ from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
-from qlora_kit.config import DEFAULT_TYPES, LoftQConfig
+from qlora_kit.config import LoftQConfig
 from qlora_kit.errors import ConfigError, TargetError
-from qlora_kit.initializers import Request, Start, register_initializer
+from qlora_kit.initializers import Initializer, Request, Start, register_initializer
+from qlora_kit.loftq_config import DEFAULT_TYPES, MIXED_TYPES
 from qlora_kit.originals import original_weight
 from qlora_kit.quantize import linear_holding
+from qlora_kit.targets import pattern_value
 
 from .alternate import correction
+from .calibrate import Seen
 from .factorize import factorize
-from .methods import norm
+from .methods import needs_of, norm, output_norm
+from .metric import Metric
 from .report import LayerReport
 
 # Codecs of modules whose weight is not quantized yet.
 DENSE = ("dense", "conv1d", "embedding")
 
 
-@register_initializer("loftq")
-@torch.no_grad()
+def _prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
+    from .preparation import prepare
+
+    return prepare(model, requests)
+
+
+@register_initializer("loftq", prepare=_prepare)
 def loftq_start(request: Request) -> Start:
-    """The start of one module, from ``request.config.loftq_config`` (its defaults where it is None).
+    """The start of one module on its own, from ``request.config.loftq_config`` (its defaults where it is None).
+
+    Raises:
+        ConfigError: the method needs the inputs of the whole model; besides, see ``start_of``.
+    """
+    options = request.config.loftq_config or LoftQConfig()
+    if needs_of(options.method).statistics:
+        raise ConfigError(
+            f"{request.path}: expected method 'loftq' or 'pissa' for a module on its own, found {options.method!r}, "
+            "which looks at the inputs; start the whole model by apply_lora, or call loftq.factorize with statistics"
+        )
+    return start_of(request, options)
+
+
+def checked(request: Request) -> Request:
+    """``request``, if there is a start for its module.
 
     Raises:
         TargetError: a convolution, or a module whose weight isn't in memory.
-        ConfigError: an option can't work here, or the weight holds a NaN or infinity; names the path.
-        StorageError: the 16-bit weights are missing or belong to another model.
     """
-    options = request.config.loftq_config or LoftQConfig()
     if request.family == "conv":
         raise TargetError(
             f"{request.path}: expected a linear layer or an embedding for init_lora_weights='loftq', found "
@@ -63,41 +85,64 @@ def loftq_start(request: Request) -> Start:
             f"{request.path}: expected a weight in memory for init_lora_weights='loftq', found one on the meta "
             "device; load the model's weights first, or use init_lora_weights=True"
         )
+    return request
+
+
+@torch.no_grad()
+def start_of(request: Request, options: LoftQConfig, seen: Seen | None = None) -> Start:
+    """The start of one module.
+
+    Args:
+        seen: what is known of its inputs; without it, methods that look at them do what "loftq" does.
+
+    Raises:
+        TargetError: see ``checked``.
+        ConfigError: an option can't work here, or the weight holds a NaN or infinity; names the path.
+        StorageError: the 16-bit weights are missing or belong to another model.
+    """
+    checked(request)
     try:
         if request.codec.name in DENSE:
-            return quantized_start(request, options)
-        return _residual_start(request, options)
+            return quantized_start(request, options, seen)
+        return _residual_start(request, options, seen)
     except ConfigError as error:
         raise ConfigError(f"{request.path}: {error}") from error
 
 
-def quantized_start(request: Request, options: LoftQConfig) -> Start:
+def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = None) -> Start:
     """Alternate on a dense weight; the start brings the quantized base and a ``LayerReport``."""
     began = time.monotonic()
     weight = request.codec.read(request.base)
+    kind, packed = storage_of(request.path, options)
     result = factorize(
         weight,
         request.rank,
-        quant_type=options.quant_type or DEFAULT_TYPES[options.loftq_bits],
+        quant_type=kind,
         steps=options.loftq_iter,
         scaling=request.scaling,
         blocksize=options.blocksize,
         double_quant=options.double_quant,
-        method=options.method,
+        method=options.method if seen or not needs_of(options.method).statistics else "loftq",
         seed=options.seed,
+        statistics=None if seen is None else seen.statistics,
+        cross=None if seen is None else seen.cross,
+        damping=options.damping,
+        scale_search=options.scale_search,
     )
-    A, B, base = result.A, result.B, _deployed(request, result.quantized)
+    A, B, base = result.A, result.B, _deployed(request, result.quantized, packed)
     residual = codec_for(base, request.path).read(base)
     agrees = torch.equal(residual, result.quantized.dequantize())
     residual = torch.sub(weight, residual, out=residual)
     if not agrees:
-        A, B = correction(residual, request.rank, request.scaling, seed=options.seed)
+        A, B = correction(residual, request.rank, request.scaling, metric=_metric(options, seen), seed=options.seed)
     report = _measured(
         request,
         base,
         weight,
         residual,
         (A, B),
+        seen,
+        zero_output_error=result.zero_output_error,
         quant_type=result.quantized.quant_type,
         steps=len(result.history),
         zero_error=result.zero_error,
@@ -106,28 +151,53 @@ def quantized_start(request: Request, options: LoftQConfig) -> Start:
     return Start(A, B, base, report)
 
 
+def storage_of(path: str, options: LoftQConfig) -> tuple[str, bool]:
+    """The type that the module at ``path`` is stored in, and whether it is packed by us whatever the type."""
+    if options.bits_pattern:
+        return MIXED_TYPES[pattern_value(path, options.bits_pattern, options.loftq_bits)], True
+    return options.quant_type or DEFAULT_TYPES[options.loftq_bits], False
+
+
+def _metric(options: LoftQConfig, seen: Seen | None) -> Metric:
+    """What the options' method corrects under."""
+    kind = needs_of(options.method).statistics
+    if seen is None or kind is None:
+        return Metric()
+    return Metric.of(seen.statistics, diagonal=kind == "diagonal", damping=options.damping)
+
+
 def _measured(
-    request: Request, base: nn.Module, weight: Tensor, residual: Tensor, factors: tuple[Tensor, Tensor], **known: Any
+    request: Request,
+    base: nn.Module,
+    weight: Tensor,
+    residual: Tensor,
+    factors: tuple[Tensor, Tensor],
+    seen: Seen | None,
+    **known: Any,
 ) -> LayerReport:
     """The errors of what is stored; ``residual``, which is W - Q, is used up."""
     size = norm(weight) or 1.0
     quantization_error = norm(residual) / size
     A, B = factors
+    error = norm(residual.addmm_(B, A, alpha=-request.scaling)) / size
+    if seen is not None:
+        known["output_error"] = output_norm(residual, seen.statistics) / (output_norm(weight, seen.statistics) or 1.0)
+        known["tokens"], known["in_features"] = seen.tokens, weight.shape[1]
     return LayerReport(
         path=request.path,
         bits=8 * codec_for(base).nbytes(base) / weight.numel(),
         rank=request.rank,
         quantization_error=quantization_error,
-        error=norm(residual.addmm_(B, A, alpha=-request.scaling)) / size,
+        error=error,
         **{"zero_error": quantization_error, **known},
     )
 
 
-def _deployed(request: Request, quantized: Quantized) -> nn.Module:
+def _deployed(request: Request, quantized: Quantized, packed: bool) -> nn.Module:
     """The module that holds ``quantized`` in the base's place."""
     base = request.base
     if request.family == "linear":
-        return linear_holding(base, quantized)
+        return linear_holding(base, quantized, packed=packed)
     # A copy with a weight of its own; the memo keeps the old weight from being copied on the way.
     weight: Tensor = base.weight  # type: ignore[assignment]
     fresh = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
@@ -136,7 +206,7 @@ def _deployed(request: Request, quantized: Quantized) -> nn.Module:
     return simulated
 
 
-def _residual_start(request: Request, options: LoftQConfig) -> Start:
+def _residual_start(request: Request, options: LoftQConfig, seen: Seen | None) -> Start:
     """One decomposition of W - Q; the base stays."""
     if options.weights is None:
         raise ConfigError(
@@ -148,8 +218,13 @@ def _residual_start(request: Request, options: LoftQConfig) -> Start:
     stored = request.codec.read(request.base)
     full = original_weight(options.weights, request.path, stored)
     residual = torch.sub(full, stored, out=stored)
-    A, B = correction(residual, request.rank, request.scaling, seed=options.seed)
+    metric, known = _metric(options, seen), dict[str, Any]()
+    if seen is not None:
+        size = output_norm(full, seen.statistics) or 1.0
+        known["zero_output_error"] = output_norm(residual, seen.statistics) / size
+    A, B = correction(residual, request.rank, request.scaling, metric=metric, seed=options.seed)
     seconds = time.monotonic() - began
     kind = getattr(request.base.weight, "quant_type", None) or getattr(request.base, "quant_type", request.codec.name)
-    report = _measured(request, request.base, full, residual, (A, B), quant_type=kind, steps=1, seconds=seconds)
+    known.update(quant_type=kind, steps=1, seconds=seconds)
+    report = _measured(request, request.base, full, residual, (A, B), seen, **known)
     return Start(A, B, report=report)

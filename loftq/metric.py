@@ -72,8 +72,8 @@ class Metric:
                 return cls(lower.flip(0, 1).float().contiguous(), order)
             shift = max(10 * shift, 1e-7 * mean)
         raise ConfigError(
-            "statistics: expected second moments E[x x^T], which are positive semidefinite, found a matrix that damping "
-            f"of {float(shift / mean):.3g} times its mean square doesn't make so; collect them from inputs"
+            "statistics: expected second moments E[x x^T], which are positive semidefinite, found a matrix that "
+            f"damping of {float(shift / mean):.3g} times its mean square doesn't make so; collect them from inputs"
         )
 
     @property

@@ -7,8 +7,9 @@ from typing import Any
 
 from qlora_kit.codecs.codebooks import SCHEMES
 from qlora_kit.codecs.packing import packed_bytes
-from qlora_kit.config import DEFAULT_TYPES, LoftQConfig
+from qlora_kit.config import LoftQConfig
 from qlora_kit.inject import PlanEntry
+from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.quantize import in_bitsandbytes
 
 from .checkpoint import Checkpoint

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qlora_kit.codecs.codebooks import SCHEMES
 from qlora_kit.codecs.quantized import Quantized, quantize_matrix
-from qlora_kit.config import DEFAULT_TYPES
 from qlora_kit.errors import CodecError, ConfigError, closest
+from qlora_kit.loftq_config import DEFAULT_TYPES
 
 TYPES = (*SCHEMES, "int8")
 

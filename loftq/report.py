@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class LayerReport:
         steps: alternations that ran.
         output_error, zero_output_error: the same of the output, by second moments of the inputs; None without.
         seconds: all that was done for the layer.
+        tokens: inputs that the second moments are of; None without.
+        in_features: the layer's width, where there are tokens.
     """
 
     path: str
@@ -43,6 +45,8 @@ class LayerReport:
     output_error: float | None = None
     zero_output_error: float | None = None
     seconds: float = 0.0
+    tokens: int | None = None
+    in_features: int | None = None
 
     @property
     def captured(self) -> float:
@@ -59,12 +63,12 @@ class LayerReport:
                 f"worse than no start: output error {self.output_error:.4f} against {self.zero_output_error:.4f}; the "
                 "alternation follows the weight's error, and these inputs weigh it differently"
             )
-        if self.error >= self.zero_error:
+        if self.error >= self.zero_error and self.output_error is None:
             return (
                 f"worse than no start: {self.error:.4f} against {self.zero_error:.4f}; storing rounded the result "
                 "again by more than the adapter makes up for"
             )
-        if self.captured < 0.01:
+        if self.captured < 0.01 and self.output_error is None:
             return f"hardly better than no start: rank {self.rank} holds {self.captured:.1%} of the rounding error"
         return ""
 
@@ -123,6 +127,8 @@ class Report:
             f"{len(self.layers)} layers: error {self.total('zero_error'):.4f} quantized plainly, "
             f"{self.total('error'):.4f} with LoftQ (root mean square), {self.seconds:.1f} s"
         )
+        if short := short_calibration(self.layers):
+            lines.append(f"note: {short}")
         lines += [f"note: {layer.path}: {layer.note}" for layer in self.layers if layer.note]
         lines += [
             f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
@@ -178,6 +184,19 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)
+
+
+def short_calibration(layers: Sequence[LayerReport]) -> str:
+    """What to say of inputs too few for the layers' widths; empty where they suffice."""
+    short = [row for row in layers if row.tokens is not None and row.tokens < (row.in_features or 0)]
+    if not short:
+        return ""
+    worst = max(short, key=lambda row: row.in_features or 0)
+    return (
+        f"calibration: expected at least as many tokens as a layer has inputs, found {worst.tokens:,} for the "
+        f"{worst.in_features:,} of {worst.path} ({len(short)} of {len(layers)} layers): their second moments are "
+        "rank-deficient, and damping stands in for what the text doesn't show; calibrate on more text"
+    )
 
 
 def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:

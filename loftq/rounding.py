@@ -135,7 +135,12 @@ def _searched(matrix: Tensor, plain: Quantized, importance: Tensor) -> tuple[Ten
         weights = torch.zeros_like(part)
         weights[: stop - start] = importance[torch.arange(start, stop, device=flat.device) % width]
         found = _best(
-            part.view(-1, size), weights.view(-1, size), scales[rows], None if shifts is None else shifts[rows], table, kind
+            part.view(-1, size),
+            weights.view(-1, size),
+            scales[rows],
+            None if shifts is None else shifts[rows],
+            table,
+            kind,
         )
         scales[rows] = found[0]
         if shifts is not None:

@@ -67,9 +67,7 @@ def inputs_of(model: nn.Module, paths: Iterable[str], receive: Receiver) -> Iter
     with ExitStack() as stack:
         for path in paths:
 
-            def hook(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path
-            ) -> None:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
                 receive(path, args[0] if args else next(iter(kwargs.values())))
 
             handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
@@ -97,7 +95,12 @@ class Collector:
     """
 
     def __init__(
-        self, paths: Iterable[str], *, diagonal: bool = False, shared: bool = True, widths: Mapping[str, int] | None = None
+        self,
+        paths: Iterable[str],
+        *,
+        diagonal: bool = False,
+        shared: bool = True,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         self.paths, self.diagonal, self.shared = list(paths), diagonal, shared
         self.widths = dict(widths or {})

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.packed import PackedLinear
-from qlora_kit.config import DEFAULT_TYPES
 from qlora_kit.errors import StorageError
+from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.shards import ShardReader
 
 

@@ -91,7 +91,7 @@ class Run:
         for number, tensor in enumerate(own):
             path = folder / f"run-{self.walk.number}-{self.index}-{number}.bin"
             storage = tensor.untyped_storage()
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             # Not through numpy: a storage that it has seen can't be emptied.
             torch.from_file(str(path), shared=True, size=flat.numel(), dtype=torch.uint8).copy_(flat)
             self.spilled.append((flat, path))
@@ -138,7 +138,7 @@ class Run:
                 self.walk.model(**self.batch)
         except _Abandoned:
             return
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+        except BaseException as error:
             self._error = error
         self.at = None
         self._stopped.release()
@@ -220,11 +220,11 @@ class Walk:
                 return forward(*args, **kwargs)
             return run.stand(path, args, kwargs)
 
-        module.forward = stopping  # type: ignore[method-assign]
+        module.forward = stopping
 
         def undo() -> None:
             if own is not None:
-                module.forward = own  # type: ignore[method-assign]
+                module.forward = own
             else:
                 with suppress(AttributeError):
                     del module.forward

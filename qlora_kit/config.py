@@ -11,13 +11,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .checks import check_bool, check_choice, check_int, check_names, check_positive, check_regex, failure
 from .errors import ConfigError, closest
 from .files import write_atomically
+from .loftq_config import LoftQConfig
 from .peft_json import fields_from_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -28,77 +30,8 @@ INIT_NAMES: set[str] = {"gaussian", "loftq"}
 # PEFT's names of what the base model is for.
 TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
-# What a number of bits means where no type is named. benchmarks/RESULTS.md has the comparison behind it.
-DEFAULT_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "int8"}
-# The types of qlora_kit.codecs.codebooks, and bitsandbytes' int8; each name ends in its bits.
-QUANT_TYPES = (
-    *("nf2", "nf3", "nf4", "fp4", "int8", "signed2", "signed3", "lloyd2", "lloyd3"),
-    *(f"{family}{bits}" for family in ("uniform", "affine") for bits in (2, 3, 4, 8)),
-)
-
 # Written even at their defaults: readers other than PEFT ask for them.
 _ALWAYS_WRITTEN = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
-
-
-@dataclass
-class LoftQConfig:
-    """How ``init_lora_weights="loftq"`` quantizes the targeted weights and starts the adapters.
-
-    Attributes:
-        loftq_bits: bits per weight: 2, 3, 4 or 8.
-        loftq_iter: alternating steps (Li et al. 2023, Algorithm 1); the best iterate is kept.
-        quant_type: a type of ``qlora_kit.codecs.codebooks`` ("nf4", "nf2", "signed2", "affine3", ...) or "int8";
-            None takes ``DEFAULT_TYPES`` of the bits.
-        blocksize: weights that share a scale, or "row".
-        double_quant: quantize the scales too.
-        weights: a folder with the 16-bit safetensors of a model that is already quantized; the adapters then
-            start from the difference.
-        method: how the start is found: "loftq", or a name registered with ``loftq.register_method``.
-        seed: of the decomposition's random start, for large weights.
-
-    Raises:
-        ConfigError: a field has a value that can't work.
-    """
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1
-    quant_type: str | None = None
-    blocksize: int | str = 64
-    double_quant: bool = False
-    weights: str | None = None
-    method: str = "loftq"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.loftq_bits, bool) or self.loftq_bits not in (2, 3, 4, 8):
-            raise failure("loftq_bits", "2, 3, 4 or 8", self.loftq_bits, "pass loftq_bits=4")
-        check_int("loftq_iter", self.loftq_iter, 1, "pass loftq_iter=1 or more; 5 is a good choice")
-        if self.quant_type is not None:
-            check_choice("quant_type", self.quant_type, QUANT_TYPES, "leave quant_type out")
-            if int(self.quant_type[-1]) != self.loftq_bits:
-                fix = f"pass loftq_bits={self.quant_type[-1]} or leave quant_type out"
-                raise failure("quant_type", f"a type of {self.loftq_bits} bits", self.quant_type, fix)
-        if self.blocksize != "row":
-            check_int("blocksize", self.blocksize, 1, "pass blocksize=64, or 'row'")
-        check_bool("double_quant", self.double_quant)
-        if not isinstance(self.method, str):
-            raise failure("method", "the name of a method", self.method, "pass method='loftq'")
-        check_int("seed", self.seed, 0, "pass seed=0")
-        if self.weights is not None:
-            if not isinstance(self.weights, (str, os.PathLike)):
-                raise failure("weights", "a folder", self.weights, "pass the path of the 16-bit model")
-            self.weights = os.fspath(self.weights)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LoftQConfig:
-        """From PEFT's dictionary form. Raises ConfigError for a key that isn't a field."""
-        own = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in own:
-                near = closest(key, own, count=1)
-                fix = f"did you mean {near[0]!r}?" if near else "remove it"
-                raise failure("loftq_config", f"the keys {own}", key, fix)
-        return cls(**data)
 
 
 @dataclass
@@ -176,9 +109,13 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's JSON form: the fields that all readers ask for, then those not at their default, by name."""
-        values = asdict(self)
+        values = {spec.name: deepcopy(getattr(self, spec.name)) for spec in fields(self) if spec.name != "loftq_config"}
         if self.loftq_config is not None:
             values["loftq_config"] = _without_defaults(self.loftq_config, keep=("loftq_bits", "loftq_iter"))
+            if not isinstance(self.loftq_config.calibration, str):
+                values["loftq_config"].pop("calibration", None)  # tensors have no place in JSON
+            if not isinstance(self.loftq_config.calibration, str):
+                values["loftq_config"].pop("calibration", None)  # tensors have no place in JSON
         changed = _without_defaults(self, keep=_ALWAYS_WRITTEN)
         rest = sorted(set(changed) - set(_ALWAYS_WRITTEN))
         return {name: values[name] for name in (*_ALWAYS_WRITTEN, *rest)}
@@ -327,6 +264,7 @@ def _without_defaults(config: Any, keep: tuple[str, ...]) -> dict[str, Any]:
     for spec in fields(config):
         default = spec.default if spec.default_factory is MISSING else spec.default_factory()
         value = getattr(config, spec.name)
-        if spec.name in keep or value != default:
+        # What can't be compared may be a tensor.
+        if spec.name in keep or (value != default if spec.compare else value is not default):
             written[spec.name] = value
     return written

@@ -9,6 +9,9 @@ computes is base + scaling * B @ A. A start of one's own is a function and a nam
 
     LoraConfig(init_lora_weights="mine")
 
+A start that has to see the whole model first, to run text through it say, registers with ``prepare``: that is
+called with the model and all requests before the first module, and gives the function of the module.
+
 ``True`` and ``"gaussian"`` leave the model's function as it is, since one factor is zero. The distributions
 are PEFT's (and so Microsoft's loralib's): linear and convolution draw A and zero B; an embedding zeros A, the
 factor that is looked up, and draws B from a standard normal.
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +31,41 @@ from .errors import AdapterError, ConfigError, closest
 from .inject import Request, Start
 
 Initializer = Callable[[Request], Start]
+Prepare = Callable[[nn.Module, Sequence[Request]], Initializer]
 _registry: dict[bool | str, Initializer] = {}
+_preparations: dict[bool | str, Prepare] = {}
 # Starts that live in packages above this one, imported when first asked for.
 _on_demand = {"loftq": "loftq.initializer"}
 INIT_NAMES.update(_on_demand.keys())
 
 
-def register_initializer(name: bool | str) -> Callable[[Initializer], Initializer]:
-    """Decorator: ``LoraConfig(init_lora_weights=name)`` starts adapters with this function.
+def register_initializer(name: bool | str, *, prepare: Prepare | None = None) -> Callable[[Initializer], Initializer]:
+    """Decorator: ``LoraConfig(init_lora_weights=name)`` starts adapters with this function, or where ``prepare`` is
+    given with the one that it returns for a model.
 
     A later registration of a name replaces the earlier one.
     """
 
     def register(function: Initializer) -> Initializer:
         _registry[name] = function
+        _preparations.pop(name, None)
+        if prepare is not None:
+            _preparations[name] = prepare
         if isinstance(name, str):
             INIT_NAMES.add(name)
         return function
 
     return register
+
+
+def prepared(model: nn.Module, requests: Sequence[Request]) -> Initializer:
+    """The function that starts ``requests``, all of one configuration, in ``model``; see ``start_for``."""
+    name = requests[0].config.init_lora_weights if requests else True
+    _known(name)
+    if name not in _preparations:
+        return start_for
+    function = _preparations[name](model, requests)
+    return lambda request: _checked(function(request), request)
 
 
 def start_for(request: Request) -> Start:
@@ -56,7 +75,10 @@ def start_for(request: Request) -> Start:
         ConfigError: no start of that name; lists the known ones.
         AdapterError: a registered start returned factors of another shape.
     """
-    name = request.config.init_lora_weights
+    return _checked(_known(request.config.init_lora_weights)(request), request)
+
+
+def _known(name: bool | str) -> Initializer:
     if name not in _registry and name in _on_demand:
         importlib.import_module(_on_demand[str(name)])
     if name not in _registry:
@@ -65,13 +87,17 @@ def start_for(request: Request) -> Start:
             f"init_lora_weights: expected one of {', '.join(known)}, found {name!r}; nearest: "
             f"{closest(str(name), known)}, or add it with qlora_kit.initializers.register_initializer"
         )
-    start = _registry[name](request)
+    return _registry[name]
+
+
+def _checked(start: Start, request: Request) -> Start:
     out_features, in_features = request.shape
     expected = (request.rank, in_features), (out_features, request.rank)
     found = tuple(start.A.shape), tuple(start.B.shape)
     if found != expected:
         raise AdapterError(
-            f"{request.path}: expected factors A {expected[0]} and B {expected[1]} from the start {name!r}, "
+            f"{request.path}: expected factors A {expected[0]} and B {expected[1]} from the start "
+            f"{request.config.init_lora_weights!r}, "
             f"found {found[0]} and {found[1]}; return them in the codec's (out, in) orientation"
         )
     start.A = start.A.detach().to(request.device, request.dtype)

@@ -218,6 +218,23 @@ def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
             )
 
 
+def request_for(model: nn.Module, entry: PlanEntry, config: LoraConfig, dtype: torch.dtype | None = None) -> Request:
+    """What a start is told of ``entry``; ``dtype`` as in ``inject_``."""
+    base = base_of(model.get_submodule(entry.path))
+    codec = codec_for(base, entry.path)
+    return Request(
+        path=entry.path,
+        base=base,
+        codec=codec,
+        family=entry.family,
+        rank=entry.rank,
+        scaling=config.scaling_of(entry.rank, entry.alpha),
+        config=config,
+        dtype=dtype or adapter_dtype(codec.compute_dtype(base)),
+        device=_device(codec.device(base), base),
+    )
+
+
 def _build(
     model: nn.Module,
     entry: PlanEntry,
@@ -228,23 +245,8 @@ def _build(
     injection: Injection,
 ) -> AdapterLayer:
     existing = model.get_submodule(entry.path)
-    base = base_of(existing)
-    codec = codec_for(base, entry.path)
-    factor_dtype = dtype or adapter_dtype(codec.compute_dtype(base))
-    scaling = config.scaling_of(entry.rank, entry.alpha)
-    begun = start(
-        Request(
-            path=entry.path,
-            base=base,
-            codec=codec,
-            family=entry.family,
-            rank=entry.rank,
-            scaling=scaling,
-            config=config,
-            dtype=factor_dtype,
-            device=_device(codec.device(base), base),
-        )
-    )
+    request = request_for(model, entry, config, dtype)
+    begun = start(request)
     if begun.base is not None and isinstance(existing, AdapterLayer) and existing.adapter_names():
         raise AdapterError(
             f"{entry.path}: init_lora_weights={config.init_lora_weights!r} would requantize the weight under the "
@@ -254,12 +256,12 @@ def _build(
         layer = existing
         injection.on_undo(lambda: layer.delete_adapter(name))
     else:
-        module = base if begun.base is None else with_hooks_of(base, begun.base)
+        module = request.base if begun.base is None else with_hooks_of(request.base, begun.base)
         layer = layer_family_for(module, entry.path)(module)
     layer.add_adapter(
         name,
-        begun.A.to(factor_dtype),
-        begun.B.to(factor_dtype),
+        begun.A.to(request.dtype),
+        begun.B.to(request.dtype),
         alpha=entry.alpha,
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,

@@ -18,8 +18,8 @@ from .biases import KeptBiases, bias_parameters
 from .codecs import protect_storage_
 from .config import LoraConfig
 from .errors import AdapterError, MergeError
-from .initializers import start_for
-from .inject import Plan, inject_, make_plan, swap_
+from .initializers import prepared
+from .inject import Plan, inject_, make_plan, request_for, swap_
 from .kbit import count_parameters
 from .layers import AdapterLayer, ModulesToSave
 from .merging import merge, merge_in_place_
@@ -77,7 +77,10 @@ class LoraModel(Persistence):
         """
         self._check_new(adapter_name, config)
         plan = make_plan(self.model, config)
-        injection = inject_(self.model, plan, config, adapter_name, start_for, dtype=self.adapter_dtype)
+        requests = [request_for(self.model, entry, config, self.adapter_dtype) for entry in plan.entries]
+        start = prepared(self.model, requests)
+        del requests
+        injection = inject_(self.model, plan, config, adapter_name, start, dtype=self.adapter_dtype)
         try:
             config = self._recorded(config, plan)
         except BaseException:

@@ -15,9 +15,10 @@ from torch import nn
 from .codecs import codec_for
 from .codecs.packed import pack_linear
 from .codecs.quantized import Quantized, quantize_matrix
-from .config import DEFAULT_TYPES, LoraConfig
+from .config import LoraConfig
 from .errors import TargetError
 from .inject import Injection, make_plan, swap_, with_hooks_of
+from .loftq_config import DEFAULT_TYPES
 
 # What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
 BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -77,10 +78,11 @@ def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
     return quant_type == "int8" or (quant_type in ("nf4", "fp4") and blocksize in BNB_BLOCKSIZES)
 
 
-def linear_holding(base: nn.Module, quantized: Quantized) -> nn.Module:
-    """A module that computes with ``quantized`` in the place of ``base``, a dense linear or ``Conv1D``."""
+def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = False) -> nn.Module:
+    """A module that computes with ``quantized`` in the place of ``base``, a dense linear or ``Conv1D``; with
+    ``packed`` one of ours, whatever the type."""
     linear = _as_linear(base)
-    if not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
+    if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
     from .codecs.bnb import quantize_linear, quantize_linear_int8, take_codes_, take_codes_int8_
 

@@ -27,6 +27,7 @@ ORDER = [
         "qlora_kit.architectures",
         "qlora_kit.on_import",
     ],
+    ["qlora_kit.loftq_config"],
     ["qlora_kit.config"],
     ["qlora_kit.lowrank", "qlora_kit.codecs"],
     ["qlora_kit.layers"],

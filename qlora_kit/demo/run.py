@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..config import DEFAULT_TYPES, LoftQConfig, LoraConfig
+from ..config import LoftQConfig, LoraConfig
 from ..hf_quantizer import record_quantization_
 from ..inject import make_plan
 from ..kbit import memory_bill, prepare_model_for_kbit_training
+from ..loftq_config import DEFAULT_TYPES
 from ..merging import merge
 from ..model import LoraModel, apply_lora
 from ..quantize import quantize_

@@ -14,8 +14,8 @@ from reference.lowrank import best_approximation
 from loftq import factorize
 from loftq.quantizers import quantizer_for
 from qlora_kit.codecs.quantized import dynamic_map
-from qlora_kit.config import DEFAULT_TYPES
 from qlora_kit.errors import ConfigError
+from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.lowrank import delta
 
 SHAPES = [(24, 32), (17, 29), (40, 13)]

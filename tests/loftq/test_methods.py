@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loftq import LoftQResult, Problem, factorize, methods, register_method
-from qlora_kit.config import QUANT_TYPES
 from qlora_kit.errors import ConfigError
+from qlora_kit.loftq_config import QUANT_TYPES
 from qlora_kit.lowrank import delta
 
 # The library's errors are sums over some hundred float32 products.
@@ -105,7 +105,7 @@ def test_the_start_of_an_adapter_takes_registered_methods() -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_closest() -> None:
-    message = r"method: expected one of .*'loftq'.*, found 'lofqt'; the closest are \['loftq'\]"
+    message = r"method: expected one of .*'loftq'.*, found 'lofqt'; the closest are \['loftq'"
     with pytest.raises(ConfigError, match=message):
         factorize(weight(), 3, method="lofqt")
 

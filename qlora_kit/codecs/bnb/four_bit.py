@@ -260,7 +260,8 @@ def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
     scales = quantized.stored_scales
     state.absmax = scales.values.clone()
     if state.nested:
-        assert scales.absmax is not None and scales.offset is not None
+        assert scales.absmax is not None
+        assert scales.offset is not None
         state.state2.absmax = scales.absmax.clone()
         state.offset = scales.offset.reshape(()).clone()
 

@@ -1,0 +1,68 @@
+"""Starts that look at the model's inputs, in memory: text runs through the model once, and each module's start is
+found when its turn comes; the modules are exchanged when all are there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.codecs import codec_for
+from qlora_kit.initializers import Initializer
+from qlora_kit.inject import Request, Start
+from qlora_kit.loftq_config import LoftQConfig
+from qlora_kit.lowrank import delta
+
+from .calibrate import stages
+from .calibration import batches_for
+from .initializer import checked, start_of
+from .methods import needs_of
+from .report import short_calibration
+
+# Bytes of activations in memory between blocks, before they go to files.
+_LIMIT = 4 << 30
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
+    """The starts of ``requests``, found in the order of the model's forward.
+
+    Raises:
+        ConfigError, StorageError, TargetError: see ``loftq.initializer`` and ``loftq.calibration``.
+    """
+    options = requests[0].config.loftq_config or LoftQConfig()
+    needs = needs_of(options.method)
+    if needs.statistics is None:
+        return lambda request: start_of(request, options)
+    by_path = {checked(request).path: request for request in requests}
+    batches = batches_for(options.calibration, model, rows=options.calibration_rows, window=options.calibration_tokens)
+    starts: dict[str, Start] = {}
+    walk = stages(
+        model,
+        batches,
+        by_path,
+        diagonal=needs.statistics == "diagonal",
+        sequential=needs.sequential,
+        limit=_LIMIT,
+    )
+    for stage in walk:
+        for path in stage.paths:
+            starts[path] = start_of(by_path[path], options, stage.seen().get(path))
+            if needs.sequential:
+                stage.replaced[path] = change(by_path[path], starts[path])
+    for path in by_path.keys() - starts.keys():
+        starts[path] = start_of(by_path[path], options)
+    if message := short_calibration([starts[path].report for path in by_path]):
+        warnings.warn(message, stacklevel=2)
+    return lambda request: starts.pop(request.path)
+
+
+def change(request: Request, start: Start) -> Tensor:
+    """D = Q + sBA - W, float32 (out, in): what the start does to the module."""
+    D = delta(start.A, start.B, request.scaling)
+    if start.base is not None:
+        D += codec_for(start.base).read(start.base)
+        D -= request.codec.read(request.base)
+    return D
