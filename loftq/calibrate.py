@@ -12,7 +12,7 @@ touched, and may lie in memory or be read from files while it runs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,7 @@ def stages(
     sequential: bool = False,
     limit: int = 1 << 30,
     folder: Path | None = None,
-) -> Iterator[Stage]:
+) -> Generator[Stage]:
     """The modules at ``paths`` in the order in which a forward comes to them; those that it never does don't come.
 
     Args:

@@ -20,7 +20,7 @@ from torch import nn
 
 from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.config import LoftQConfig, LoraConfig
-from qlora_kit.errors import ConfigError, StorageError, TargetError
+from qlora_kit.errors import StorageError, TargetError
 from qlora_kit.inject import Plan, PlanEntry, make_plan
 from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.quantize import in_bitsandbytes
@@ -144,7 +144,7 @@ def _kept_by_bitsandbytes(model: nn.Module, config: LoraConfig) -> list[str]:
     """Patterns of modules that transformers leaves dense in a bitsandbytes model whatever its config says: those
     that it keeps in float32, T5's ``wo`` for one."""
     loftq = config.loftq_config if isinstance(config.loftq_config, LoftQConfig) else LoftQConfig()
-    if not in_bitsandbytes(loftq.quant_type or DEFAULT_TYPES[loftq.loftq_bits], loftq.blocksize):
+    if loftq.bits_pattern or not in_bitsandbytes(loftq.quant_type or DEFAULT_TYPES[loftq.loftq_bits], loftq.blocksize):
         return []
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
@@ -201,12 +201,6 @@ def locate(model: str | os.PathLike[str]) -> Path:
             f"--model {model}: expected a folder or a repository on the Hub, found neither "
             f"({str(error).splitlines()[0]}); correct the name, or download it first"
         ) from error
-
-
-def check_bits(bits: int) -> None:
-    """Refuse bits that nothing is stored in."""
-    if bits not in (2, 3, 4, 8):
-        raise ConfigError(f"--bits: expected 2, 3, 4 or 8, found {bits}; pass --bits 4")
 
 
 def _sampled_hash(file: Path, samples: int = 64, length: int = 4096) -> str:

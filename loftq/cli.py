@@ -9,6 +9,7 @@ import typer
 
 from qlora_kit.command_group import command_group, errors_in_red
 from qlora_kit.config import LoftQConfig, LoraConfig
+from qlora_kit.errors import ConfigError
 
 app = command_group("Quantize a model and start its adapters together, a tensor at a time, from folder to folder.")
 OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_default=False)]
@@ -18,7 +19,7 @@ OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_d
 def init(
     model: Annotated[str, typer.Option(help="Folder, or name on the Hub, of the 16-bit model.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the quantized model and its adapter go.", show_default=False)],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    bits: Annotated[float, typer.Option(help="2, 3, 4 or 8; a mean between them chooses each layer's.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="The most alternations.")] = 5,
     # typer evaluates these annotations, and on Python 3.10 it wants Optional spelled out.
@@ -28,19 +29,41 @@ def init(
     blocksize: Annotated[str, typer.Option(help="Weights that share a scale, or row.")] = "64",
     double_quant: Annotated[bool, typer.Option(help="Keep the scales in 8 bits.")] = False,
     targets: Annotated[str, typer.Option(help="all-linear, names with commas between, or a regex.")] = "all-linear",
-    method: Annotated[str, typer.Option(help="How the start is found.")] = "loftq",
+    memory: Annotated[Optional[str], typer.Option(help="Bytes of model and adapters, 4GiB say, to fit in.")] = None,  # noqa: UP045
+    ranks: Annotated[Optional[str], typer.Option(help="Ranks to choose from under a budget: 8,16,32.")] = None,  # noqa: UP045
+    allocation: Annotated[str, typer.Option(help="Under a budget: milp, or first-layers (4 bits, then 2).")] = "milp",
+    method: Annotated[str, typer.Option(help="loftq, qera-diag, qera, pissa, srr, cloq or aligned.")] = "loftq",
+    calibration: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Text to look at the inputs with: a file, or builtin. Default: builtin if needed."),
+    ] = None,
+    calibration_rows: Annotated[int, typer.Option(min=1, help="Rows to cut from the text.")] = 128,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 512,
+    activations: Annotated[str, typer.Option(help="Memory for activations; more goes to the disk.")] = "2GiB",
+    scale_search: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--scale-search/--no-scale-search", help="Search each block's scale. Default: as the method."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decomposition's random start.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one.")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Tensors worked on at a time; more take more memory.")] = 1,
     shard_size: Annotated[float, typer.Option(min=0.001, help="GB a shard of the output.")] = 5.0,
 ) -> None:
     """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on."""
-    from .checkpoint import check_bits, locate
+    from .budget import Budget, parse_bytes
+    from .checkpoint import locate
     from .progress import bar
     from .stream import Task, stream
 
     with errors_in_red("loftq init"):
-        check_bits(bits)
+        budget = None
+        if memory is not None or ranks is not None or allocation != "milp" or bits not in (2, 3, 4, 8):
+            budget = Budget(
+                bits=None if memory is not None else bits,
+                memory=None if memory is None else parse_bytes(memory),
+                ranks=_numbers(ranks),
+                rule=allocation,
+            )
         if targets != "all-linear" and ("," in targets or targets.replace("_", "").isalnum()):
             target_modules: list[str] | str = [name.strip() for name in targets.split(",")]
         else:
@@ -52,16 +75,30 @@ def init(
             target_modules=target_modules,
             init_lora_weights="loftq",
             loftq_config=LoftQConfig(
-                loftq_bits=bits,
+                loftq_bits=4 if budget is not None else int(bits),
                 loftq_iter=steps,
                 quant_type=quant_type,
                 blocksize=int(blocksize) if blocksize.isdigit() else blocksize,
                 double_quant=double_quant,
                 method=method,
                 seed=seed,
+                calibration=calibration or "builtin",
+                calibration_rows=calibration_rows,
+                calibration_tokens=calibration_tokens,
+                scale_search=scale_search,
             ),
         )
-        task = Task(locate(model), out, lora, int(shard_size * 1e9), _device(device), workers)
+        task = Task(
+            locate(model),
+            out,
+            lora,
+            int(shard_size * 1e9),
+            _device(device),
+            workers,
+            outputs=calibration is not None,
+            budget=budget,
+            activation_bytes=parse_bytes(activations),
+        )
         with bar() as progress:
             report = stream(task, progress=progress)
     typer.echo(str(report))
@@ -89,6 +126,14 @@ def verify(
     with errors_in_red("loftq verify"):
         for line in check(out, against, layers=layers):
             typer.echo(line)
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    """``"8,16,32"`` as numbers."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"--ranks: expected whole numbers with commas between, found {text!r}; pass --ranks 8,16,32")
+    return tuple(int(part) for part in parts)
 
 
 def _device(name: str) -> str:

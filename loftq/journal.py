@@ -28,6 +28,7 @@ class Journal:
 
     Attributes:
         done: the lines of finished units, in their order.
+        measured: what was noted by ``note``, by path.
 
     Raises:
         StorageError: another task's output is in ``out`` (with what differs), another process is writing
@@ -52,12 +53,18 @@ class Journal:
         except StorageError:
             self._lock.close()
             raise
-        self.done: list[dict[str, Any]] = lines[1:]
+        self.measured = {line["path"]: line["measured"] for line in lines[1:] if "measured" in line}
+        self.done: list[dict[str, Any]] = [line for line in lines[1:] if "measured" not in line]
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 - closed by close
         self._file.truncate(whole)
         self._file.seek(whole)
         if not lines:
             self.add(head, done=False)
+
+    def note(self, path: str, measured: list[dict[str, Any]]) -> None:
+        """Note what a module's choices would cost and leave."""
+        self.add({"path": path, "measured": measured}, done=False)
+        self.measured[path] = measured
 
     def add(self, line: Mapping[str, Any], *, done: bool = True) -> None:
         """Note a finished unit; it is on the disk when this returns."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
-from qlora_kit.codecs.codebooks import SCHEMES
 from qlora_kit.codecs.packing import packed_bytes
 from qlora_kit.config import LoftQConfig
 from qlora_kit.inject import PlanEntry
-from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.quantize import in_bitsandbytes
 
 from .checkpoint import Checkpoint
+from .initializer import storage_of
 
 # Every name that some storage has beside a module's weight, for the room that a header may need.
 _SUFFIXES = (
@@ -40,19 +41,23 @@ def stored_names(checkpoint: Checkpoint) -> Iterator[str]:
 
 def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
     """Bytes of the output, to a few per mille."""
-    kind = options.quant_type or DEFAULT_TYPES[options.loftq_bits]
     total = 0
     for unit in checkpoint.units:
         if unit.entry is None or unit.entry.family == "embedding":
             total += unit.nbytes
         else:
-            total += packed_bytes(unit.numel, options.loftq_bits)
-            blocksize = unit.shape[-1] if kind == "int8" or options.blocksize == "row" else int(options.blocksize)
-            a_scale = (1 if options.double_quant else 4) * (2 if kind.startswith("affine") else 1)
-            total += a_scale * -(-unit.numel // blocksize)
+            total += module_bytes(unit.shape, storage_of(unit.entry.path, options)[0], options)
         if unit.entry is not None:
             total += 4 * unit.entry.trainable_parameters
     return total
+
+
+def module_bytes(shape: tuple[int, ...], kind: str, options: LoftQConfig) -> int:
+    """Bytes of a weight's codes and scales in the type ``kind``, to a few per mille."""
+    count = prod(shape)
+    blocksize = shape[-1] if kind == "int8" or options.blocksize == "row" else int(options.blocksize)
+    a_scale = (1 if options.double_quant else 4) * (2 if kind.startswith("affine") else 1)
+    return packed_bytes(count, int(kind[-1])) + a_scale * -(-count // blocksize)
 
 
 def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[str, Any] | None:
@@ -62,15 +67,16 @@ def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[st
     linears = [entry for entry in checkpoint.plan.entries if entry.family == "linear"]
     if not linears:
         return None
-    paths = [path for entry in linears for path in (entry.path, *entry.aliases)]
-    kind = options.quant_type or DEFAULT_TYPES[options.loftq_bits]
-    if in_bitsandbytes(kind, options.blocksize):
+    groups: dict[str, list[str]] = defaultdict(list)
+    for entry in linears:
+        kind, packed = storage_of(entry.path, options)
+        groups[kind] += [entry.path, *entry.aliases]
+    if not packed and in_bitsandbytes(kind, options.blocksize):
         dtype = checkpoint.dtypes[linears[0].path]
-        skip = skipped_modules(checkpoint.model, set(paths))
-        config = bitsandbytes_config(kind, dtype, skip, double_quant=options.double_quant)
-    else:
-        assert kind in SCHEMES
-        blocksize = None if options.blocksize == "row" else options.blocksize
-        group = {"quant_type": kind, "blocksize": blocksize, "double_quant": options.double_quant, "modules": paths}
-        config = PackedConfig([group])
-    return config.to_dict()
+        skip = skipped_modules(checkpoint.model, set(groups[kind]))
+        return bitsandbytes_config(kind, dtype, skip, double_quant=options.double_quant).to_dict()
+    shared = {
+        "blocksize": None if options.blocksize == "row" else options.blocksize,
+        "double_quant": options.double_quant,
+    }
+    return PackedConfig([{"quant_type": kind, "modules": paths, **shared} for kind, paths in groups.items()]).to_dict()

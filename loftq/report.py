@@ -14,6 +14,7 @@ from qlora_kit.model import LoraModel
 
 JSON_NAME = "loftq_report.json"
 PLOT_NAME = "loftq_report.png"
+_WEIGHT_ERRORS = ("error", "zero_error", "error")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Report:
 
     def total(self, name: str) -> float:
         """Root of the layers' mean square of an error, each layer counting alike."""
-        values = [getattr(layer, name) for layer in self.layers]
+        values = [getattr(layer, name) or 0.0 for layer in self.layers]
         return (sum(value**2 for value in values) / max(1, len(values))) ** 0.5
 
     @property
@@ -123,9 +124,10 @@ class Report:
             if outputs:
                 line += f" {layer.output_error or 0:>7.4f} {layer.zero_output_error or 0:>7.4f}"
             lines.append(line + f" {layer.seconds:>6.2f}")
+        what, zero, error = ("output error", "zero_output_error", "output_error") if outputs else _WEIGHT_ERRORS
         lines.append(
-            f"{len(self.layers)} layers: error {self.total('zero_error'):.4f} quantized plainly, "
-            f"{self.total('error'):.4f} with LoftQ (root mean square), {self.seconds:.1f} s"
+            f"{len(self.layers)} layers: {what} {self.total(zero):.4f} quantized plainly, {self.total(error):.4f} with "
+            f"{self.options.get('method', 'loftq')} (root mean square), {self.seconds:.1f} s"
         )
         if short := short_calibration(self.layers):
             lines.append(f"note: {short}")

@@ -12,30 +12,38 @@ from torch import Tensor, nn
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.packed import PackedLinear
 from qlora_kit.errors import StorageError
-from qlora_kit.loftq_config import DEFAULT_TYPES
 from qlora_kit.shards import ShardReader
 
 
 def read_stored(
-    folder: Path, reader: ShardReader, stem: str, shape: tuple[int, int], options: Mapping[str, Any]
+    folder: Path, reader: ShardReader, stem: str, shape: tuple[int, int], kind: str, options: Mapping[str, Any]
 ) -> Tensor:
-    """float32 (out, in): what the tensors whose names begin with ``stem`` say.
+    """float32 (out, in): what the tensors whose names begin with ``stem`` say; see ``weight_of``."""
+    tensors = {name.removeprefix(stem): reader.tensor(name) for name in reader if name.startswith(stem)}
+    return weight_of(tensors, shape, kind, options, f"{folder}: {stem}")
+
+
+def weight_of(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], kind: str, options: Mapping[str, Any], where: str
+) -> Tensor:
+    """float32 (out, in): what the state of one module says.
 
     Args:
-        options: of the report: how the weights were quantized.
+        tensors: by their names in the module.
+        kind: the type that packed codes are of.
+        options: how the weights were quantized: "blocksize" and "double_quant".
+        where: begins messages.
 
     Raises:
         StorageError: the tensors aren't of a storage known here.
     """
-    tensors = {name.removeprefix(stem): reader.tensor(name) for name in reader if name.startswith(stem)}
-    tensors.pop("bias", None)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "bias"}
     out_features, in_features = shape
     weight = tensors["weight"]
     if weight.is_floating_point():
         return weight.float() if tuple(weight.shape) == shape else weight.float().T
     if "codebook" in tensors:
         blocksize = in_features if options["blocksize"] == "row" else options["blocksize"]
-        kind = options["quant_type"] or DEFAULT_TYPES[options["loftq_bits"]]
         packed = PackedLinear(
             in_features,
             out_features,
@@ -51,6 +59,6 @@ def read_stored(
 
     module: nn.Module | None = linear_from_tensors(tensors, in_features, out_features)
     if module is None:
-        raise StorageError(f"{folder}: {stem}weight: expected a storage known here, found {sorted(tensors)}")
+        raise StorageError(f"{where}weight: expected a storage known here, found {sorted(tensors)}")
     with torch.no_grad():
         return codec_for(module).read(module)

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, locate
 from .methods import norm
 from .report import LayerReport, Report
 from .stored import read_stored
-from .stream import ADAPTER_FOLDER
+from .writers import ADAPTER_FOLDER
 
 # The report's errors were measured before saving; on another machine sums are added in another order.
 _SLACK = 1e-4
@@ -71,7 +71,7 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
         full = codec.read(module)
         A, B = _factors(adapter, row)
         scaling = config.scaling_of(unit.entry.rank, unit.entry.alpha)
-        left = full - read_stored(out, base, names[row.path], codec.shape(module), report.options)
+        left = full - read_stored(out, base, names[row.path], codec.shape(module), row.quant_type, report.options)
         size = norm(full) or 1.0
         measured = norm(left) / size, norm(left.addmm_(B, A, alpha=-scaling)) / size
         reported = row.quantization_error, row.error

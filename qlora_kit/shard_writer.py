@@ -32,6 +32,18 @@ def header_room(names: Iterable[str], metadata_bytes: int = 256) -> int:
     return -(-size // 8) * 8
 
 
+def read_appended(path: Path, room: int, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor of a file that a writer with this ``room`` has begun, whether it is finished or not."""
+    start, stop = entry["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(8 + room + start)
+        data = bytearray(file.read(stop - start))
+    dtype = next(dtype for dtype, name in FORMAT_NAMES.items() if name == entry["dtype"])
+    return (
+        torch.frombuffer(data, dtype=dtype).view(entry["shape"]) if data else torch.empty(entry["shape"], dtype=dtype)
+    )
+
+
 class ShardWriter:
     """Appends tensors to ``path``, which becomes a safetensors file with ``finish``.
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loftq.report import Report
-from loftq.stream import ADAPTER_FOLDER, Task, stream
+from loftq.stream import stream
+from loftq.task import Task
+from loftq.writers import ADAPTER_FOLDER
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 from qlora_kit.hf_quantizer import record_quantization_
 

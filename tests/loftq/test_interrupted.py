@@ -14,10 +14,11 @@ import pytest
 from disk_models import config, contents, streamed, write
 from tiny_llama import llama
 
-import loftq.stream
+import loftq.writers
 from loftq.checkpoint import Unit
 from loftq.journal import WORK_FOLDER, Journal
-from loftq.stream import Task, stream
+from loftq.stream import stream
+from loftq.task import Task
 from qlora_kit.errors import StorageError
 
 OPTIONS = {"shard_bytes": 20_000}
@@ -85,7 +86,7 @@ def test_a_cut_while_finishing(
         raise CutError
 
     with monkeypatch.context() as patched:
-        patched.setattr(loftq.stream, place, cut)
+        patched.setattr(loftq.writers, place, cut)
         with pytest.raises(CutError):
             streamed(llama_dir, tmp_path / "out", config(2), **OPTIONS)
     assert not (tmp_path / "out" / "config.json").exists()

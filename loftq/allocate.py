@@ -1,0 +1,162 @@
+"""How many bits each layer gets: what every choice would leave of its output, measured, and then ``budget.choose``.
+
+The error of a choice is what remains after the low-rank correction, E ||(W - Q - sBA) x||^2 as a share of
+E ||W x||^2 (of ||W||^2 where there are no statistics). Shares, since a layer's scale says nothing of its weight in
+the model's output: norms and residual sums come between. benchmarks/RESULTS.md compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.config import LoraConfig
+from qlora_kit.inject import Request, make_plan, request_for
+from qlora_kit.loftq_config import MIXED_TYPES, LoftQConfig
+
+from .budget import Budget, Choice, choose, mean_bits
+from .calibrate import Seen, stages
+from .calibration import batches_for
+from .factorize import factorize
+from .initializer import checked
+from .methods import needs_of
+from .output import module_bytes
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        config: the LoraConfig that carries it out: ``loftq_config.bits_pattern`` and ``rank_pattern`` by path.
+        choices: each layer's choice by path, in the model's order.
+        bits: mean bits of a code.
+        nbytes: of the whole model with its adapters.
+        error: the choices' total.
+    """
+
+    config: LoraConfig
+    choices: Mapping[str, Choice]
+    bits: float
+    nbytes: int
+    error: float
+
+    def __str__(self) -> str:
+        width = max([len(path) for path in self.choices] + [6])
+        lines = [f"{'module':{width}}  bits  rank  error"]
+        lines += [f"{path:{width}}  {c.bits:>4}  {c.rank:>4}  {c.error**0.5:.4f}" for path, c in self.choices.items()]
+        return "\n".join([*lines, f"{self.bits:.3f} bits a code, {self.nbytes:,} bytes in all"])
+
+
+@torch.no_grad()
+def allocate(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    bits: float | None = None,
+    memory: int | None = None,
+    ranks: Sequence[int] = (),
+    rule: str = "milp",
+) -> Allocation:
+    """Bits (2, 3, 4 or 8), and ranks if asked, of the modules that ``config`` targets; ``model`` isn't changed.
+
+    Args:
+        config: with ``init_lora_weights="loftq"``; its ``loftq_config`` says how starts are found and calibrated.
+        bits, memory, ranks, rule: see ``loftq.budget.Budget``.
+
+    Raises:
+        ConfigError: the budget can't be met; says the smallest possible.
+        TargetError, StorageError: see ``loftq.preparation.prepare``.
+    """
+    budget = Budget(bits, memory, tuple(ranks), rule)
+    options = config.loftq_config or LoftQConfig()
+    plan = make_plan(model, config)
+    requests = {entry.path: checked(request_for(model, entry, config)) for entry in plan.entries}
+    found: dict[str, list[Choice]] = {}
+
+    def measure(path: str, seen: Seen | None) -> None:
+        request = requests[path]
+        found[path] = measured(request.codec.read(request.base), request, options, budget, seen)
+
+    if needs_of(options.method).statistics is None:
+        for path in requests:
+            measure(path, None)
+    else:
+        batches = batches_for(
+            options.calibration, model, rows=options.calibration_rows, window=options.calibration_tokens
+        )
+        for stage in stages(model, batches, requests):
+            for path in stage.paths:
+                measure(path, stage.seen().get(path))
+        for path in requests.keys() - found.keys():
+            measure(path, None)
+    choices = {path: found[path] for path in requests}
+    targeted = {id(request.base.weight) for request in requests.values()}
+    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)
+    sizes = {path: request.shape[0] * request.shape[1] for path, request in requests.items()}
+    return allocation(config, choices, sizes, budget, fixed, {entry.path: entry.rank for entry in plan.entries})
+
+
+def allocation(
+    config: LoraConfig,
+    choices: Mapping[str, Sequence[Choice]],
+    sizes: Mapping[str, int],
+    budget: Budget,
+    fixed: int,
+    rank_of: Mapping[str, int],
+) -> Allocation:
+    """Choose, and write the choice into ``config``."""
+    chosen = choose(choices, sizes, budget, fixed=fixed, rank_of=rank_of)
+    # Patterns match the ends of paths too: longer ones first, so that each path meets its own.
+    order = sorted(chosen, key=len, reverse=True)
+    loftq = replace(
+        config.loftq_config or LoftQConfig(), quant_type=None, bits_pattern={path: chosen[path].bits for path in order}
+    )
+    ranks: dict[str, int] = {path: chosen[path].rank for path in order} if budget.ranks else dict(config.rank_pattern)
+    # Scaling stays what it was meant to be: alpha follows the rank.
+    alphas = dict(config.alpha_pattern)
+    if budget.ranks:
+        alphas = {path: config.lora_alpha * chosen[path].rank / config.r for path in order}
+    return Allocation(
+        replace(config, init_lora_weights="loftq", loftq_config=loftq, rank_pattern=ranks, alpha_pattern=alphas),
+        chosen,
+        mean_bits(chosen, sizes),
+        fixed + sum(choice.nbytes for choice in chosen.values()),
+        sum(choice.error for choice in chosen.values()),
+    )
+
+
+def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Budget, seen: Seen | None) -> list[Choice]:
+    """What one layer's choices cost and leave; each is started in one step, which orders them as more steps would."""
+    needs = needs_of(options.method)
+    method = options.method if seen is not None or not needs.statistics else "loftq"
+    if needs.sequential:
+        method = "cloq" if seen is not None else "loftq"  # what earlier layers become isn't known yet
+    ranks = sorted({min(rank, min(weight.shape)) for rank in budget.ranks} | {request.rank})
+    out_features, in_features = weight.shape
+    choices = []
+    for bits, kind in MIXED_TYPES.items():
+        for rank in ranks:
+            result = factorize(
+                weight,
+                rank,
+                quant_type=kind,
+                steps=1,
+                statistics=None if seen is None else seen.statistics,
+                blocksize=options.blocksize,
+                double_quant=options.double_quant,
+                method=method,
+                seed=options.seed,
+                damping=options.damping,
+                scale_search=options.scale_search,
+            )
+            error = result.error if result.output_error is None else result.output_error
+            factors = 4 * rank * (out_features + in_features)
+            nbytes = module_bytes((out_features, in_features), kind, options)
+            if request.family == "embedding":  # simulated: stored as it was
+                nbytes = request.codec.nbytes(request.base)
+            choices.append(Choice(bits, rank, nbytes + factors, error**2))
+    return choices
