@@ -68,6 +68,8 @@ class Budget:
             raise ConfigError(
                 f"budget: expected either bits or memory, found bits={self.bits} and memory={self.memory}; pass one"
             )
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits: expected a mean from 2 to 8, found {self.bits:g}; pass bits=2.5")
         if self.rule not in ("milp", "first-layers"):
             raise ConfigError(f"rule: expected 'milp' or 'first-layers', found {self.rule!r}; leave it out")
         if self.rule == "first-layers" and (self.memory is not None or self.ranks):

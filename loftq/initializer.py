@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.config import LoftQConfig
 from qlora_kit.errors import ConfigError, TargetError
-from qlora_kit.initializers import Initializer, Request, Start, register_initializer
+from qlora_kit.initializers import Request, Start
 from qlora_kit.loftq_config import DEFAULT_TYPES, MIXED_TYPES
 from qlora_kit.originals import original_weight
 from qlora_kit.quantize import linear_holding
@@ -46,13 +45,6 @@ from .report import LayerReport
 DENSE = ("dense", "conv1d", "embedding")
 
 
-def _prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
-    from .preparation import prepare
-
-    return prepare(model, requests)
-
-
-@register_initializer("loftq", prepare=_prepare)
 def loftq_start(request: Request) -> Start:
     """The start of one module on its own, from ``request.config.loftq_config`` (its defaults where it is None).
 

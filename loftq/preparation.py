@@ -1,5 +1,5 @@
-"""Starts that look at the model's inputs, in memory: text runs through the model once, and each module's start is
-found when its turn comes; the modules are exchanged when all are there."""
+"""``init_lora_weights="loftq"`` on a whole model in memory. Methods that look at the inputs have text run through the
+model once, and find each module's start when its turn comes; the modules are exchanged when all are there."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for
-from qlora_kit.initializers import Initializer
+from qlora_kit.initializers import Initializer, register_initializer
 from qlora_kit.inject import Request, Start
 from qlora_kit.loftq_config import LoftQConfig
 from qlora_kit.lowrank import delta
 
 from .calibrate import stages
 from .calibration import batches_for
-from .initializer import checked, start_of
+from .initializer import checked, loftq_start, start_of
 from .methods import needs_of
 from .report import short_calibration
 
@@ -66,3 +66,6 @@ def change(request: Request, start: Start) -> Tensor:
         D += codec_for(start.base).read(start.base)
         D -= request.codec.read(request.base)
     return D
+
+
+register_initializer("loftq", prepare=prepare)(loftq_start)

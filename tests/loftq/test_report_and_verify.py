@@ -147,7 +147,8 @@ def test_the_three_commands(llama_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--bits", "5"], "expected 2, 3, 4 or 8, found 5"),
+        (["--bits", "9"], "bits: expected a mean from 2 to 8, found 9"),
+        (["--bits", "1.5"], "bits: expected a mean from 2 to 8, found 1.5"),
         (["--quant-type", "nf9"], "quant_type: expected one of"),
         (["--quant-type", "nf4", "--bits", "2"], "quant_type: expected a type of 2 bits"),
         (["--blocksize", "many"], "blocksize: expected an integer"),
