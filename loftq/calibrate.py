@@ -7,11 +7,15 @@ the groups before it.
 
 What a module has become is given as D = Q + sBA - W and added to its output by a hook, so the model itself isn't
 touched, and may lie in memory or be read from files while it runs.
+
+A row of text goes ahead, to see which blocks a forward enters. What it calls more than once, as models do that share
+layers, comes last, with the original model's inputs of all calls: at a first call nothing is known of the later ones.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .statistics import Collector, Moments, inputs_of, rows_of, vocabularies
+from qlora_kit.targets import base_of
+
+from .statistics import Collector, Moments, collected, counted_statistics, evaluating, inputs_of, rows_of, vocabularies
 from .walk import Run, Walk, stops_for
 
 
@@ -55,9 +61,18 @@ class Stage:
     _collect: Any = None
     _seen: dict[str, Seen] | None = None
 
+    @torch.no_grad()
     def seen(self) -> dict[str, Seen]:
-        """By path; a module that no token reached is absent. Collected when first asked for, shared among paths."""
+        """By path; a module that no token reached is absent. Collected when first asked for, shared among paths.
+
+        Raises:
+            RuntimeError: not asked for before the next stage was.
+        """
         if self._seen is None:
+            if self._collect is None:
+                raise RuntimeError(
+                    f"stage of {self.paths[0]}: the model has gone on; call seen() before the next stage"
+                )
             self._seen = self._collect()
         return self._seen
 
@@ -81,61 +96,87 @@ def stages(
         sequential: see the module's text.
         limit: bytes of activations between blocks that stay in memory; more goes to files.
         folder: for those files; None is the system's folder for temporary ones.
+
+    Raises:
+        ConfigError: an input isn't finite; names the module.
     """
     paths, batches = list(paths), list(batches)
-    stops = stops_for(model, paths)
     widths = vocabularies(model, paths)
-    was_training = model.training
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-            share = limit // (2 if sequential else 1)
-            walk = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room))
-            other = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room)) if sequential else None
-            done: set[str] = set()
-            while len(done) < len(stops) and (place := walk.here()) is not None:
-                stop, runs = place
-                done.add(stop)
-                if other is None:
-                    yield from _plainly(walk, stop, runs, stops[stop], diagonal, widths)
-                else:
-                    yield from _in_turns(walk, other, stop, runs, stops[stop], widths)
-    finally:
-        model.train(was_training)
+    with evaluating(model), ExitStack() as stack:
+        stops, repeated = _scouted(model, batches, paths)
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        share = limit // (2 if sequential else 1)
+        walk = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room))
+        other = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room)) if sequential else None
+        done: set[str] = set()
+        while len(done) < len(stops) and (place := walk.here()) is not None:
+            stop, runs = place
+            done.add(stop)
+            if other is None:
+                yield from _plainly(walk, stop, runs, stops[stop], diagonal, widths)
+            else:
+                yield from _in_turns(walk, other, stop, runs, stops[stop], widths)
+    if repeated:
+
+        def collect() -> dict[str, Seen]:
+            seen = counted_statistics(model, batches, repeated, diagonal=diagonal)
+            return {path: Seen(mean, None, count) for path, (mean, count) in seen.items()}
+
+        yield from _turn(Stage(repeated, _collect=collect))
+
+
+def _turn(stage: Stage) -> Iterator[Stage]:
+    """``stage``, which can't be asked afterwards."""
+    yield stage
+    stage._collect = None
+
+
+def _scouted(
+    model: nn.Module, batches: list[Mapping[str, Any]], paths: list[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Where to stop for which of ``paths``, and those of them that are called more than once in a forward.
+
+    A block whose parts are called without itself is no place to stop; its modules are their own.
+    """
+    stops = stops_for(model, paths)
+    calls: Counter[str] = Counter()
+    with inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path])):
+        for batch in batches[:1]:
+            model(**_one_row(batch))
+    entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
+    entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
+    again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]
+    return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again
+
+
+def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first row of ``batch``, or all of it where that isn't rows."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if len({value.shape[:1] for value in tensors}) != 1 or any(value.dim() == 0 for value in tensors):
+        return batch
+    return {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _plainly(
     walk: Walk, stop: str, runs: list[Run], paths: list[str], diagonal: bool, widths: Mapping[str, int]
 ) -> Iterator[Stage]:
     """One stage of the modules in ``stop``; the pass that collects is the one that the runs go on from."""
-    outputs: dict[int, Any] = {}
+
+    def through(collector: Collector) -> None:
+        with inputs_of(walk.model, paths, collector):
+            for run in runs:
+                collector.begin(run.mask)
+                run.forward(keep=True)
+                collector.end()
 
     def collect() -> dict[str, Seen]:
-        for shared in (True, False):
-            collector = Collector(paths, diagonal=diagonal, shared=shared, widths=widths)
-            with inputs_of(walk.model, paths, collector):
-                for run in runs:
-                    collector.begin(run.mask)
-                    outputs[run.index] = run.forward()
-                    collector.end()
-            if not collector.broken:
-                break
-        means: dict[int, Tensor | None] = {}
-        seen = {}
-        for path, moments in collector.found().items():
-            if id(moments) not in means:
-                means[id(moments)] = moments.matrix(path)
-            mean = means[id(moments)]
-            if mean is not None:
-                seen[path] = Seen(mean, None, moments.count)
-        return seen
+        collector = collected(through, paths, diagonal=diagonal, widths=widths)
+        return {path: Seen(mean, None, count) for path, (mean, count) in collector.means().items()}
 
-    yield Stage(paths, _collect=collect)
+    yield from _turn(Stage(paths, _collect=collect))
     walk.passed.add(stop)
     for run in runs:
-        output = outputs.pop(run.index) if run.index in outputs else run.forward()
-        walk.go_on(run, output)
+        walk.go_on(run, run.forward() if run.kept is None else run.kept)
 
 
 def _in_turns(
@@ -174,7 +215,7 @@ def _in_turns(
             return {path: Seen(mean, both, own.count) for path in group}
 
         stage = Stage(group, _collect=collect)
-        yield stage
+        yield from _turn(stage)
         replaced.update(stage.replaced)
     walk.passed.add(stop)
     other.passed.add(stop)
@@ -198,11 +239,15 @@ def _changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
     stack = ExitStack()
     for path, change in replaced.items():
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor, change: Tensor = change) -> Tensor:
-            x = args[0]
-            if not x.is_floating_point():
-                return output + F.embedding(x, change.T).to(output.dtype)
-            return output + F.linear(x.float(), change).to(output.dtype)
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, change: Tensor = change
+        ) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.is_floating_point():
+                return output + F.linear(x.float(), change).to(output.dtype)
+            rows = F.embedding(x, change.T)
+            scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
+            return output + (rows if scale is None else rows * scale).to(output.dtype)
 
-        stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
     return stack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qlora_kit.errors import ConfigError, StorageError
 
 BUILTIN = "builtin"
 # Characters to read for a token that is wanted: no tokenizer needs more on average, for text in its languages.
 _CHARACTERS_PER_TOKEN = 8
+# Where a file is longer than needed, at most so many pieces of at least so many characters are taken of it.
+_PIECES, _PIECE = 64, 256
 
 
 def batches_for(
@@ -44,7 +48,7 @@ def batches_for(
         place = folder or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         source = token_rows(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
     if isinstance(source, Tensor):
-        if source.dim() != 2 or source.is_floating_point() or not len(source):
+        if source.dim() != 2 or source.is_floating_point() or not source.numel():
             raise ConfigError(
                 f"calibration: expected token ids of shape (rows, tokens), found {source.dtype} of shape "
                 f"{tuple(source.shape)}; pass whole numbers, a row for each text"
@@ -59,7 +63,7 @@ def batches_for(
     if not batches or not all(isinstance(item, Mapping) for item in batches):
         raise ConfigError(
             f"calibration: expected at least one batch, a dictionary of what the model is called with, found "
-            f"{[type(item).__name__ for item in batches[:3]]}; pass {{'input_ids': ...}}"
+            f"{[type(item).__name__ for item in batches[:3]]}; pass [{{'input_ids': ...}}]"
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     return [_complete(model, {k: _moved(v, device) for k, v in item.items()}) for item in batches]
@@ -92,12 +96,13 @@ def builtin_text(characters: int) -> Iterator[str]:
 
     prose = [topics[name] for name in sorted(topics)]
     root = Path(sysconfig.get_path("stdlib"))
-    names = [path for path in sorted(root.rglob("*.py")) if "-packages" not in str(path) and "test" not in path.parts]
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = [name for name in names if not {"site-packages", "dist-packages", "test", "tests"} & set(name.parts)]
     # In an order that mixes the folders, and doesn't move when a file is added.
-    names.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     given = 0
-    for number, path in enumerate(names):
-        for text in (*prose[number : number + 1], path.read_text(encoding="utf-8", errors="replace")):
+    for number, name in enumerate(names):
+        for text in (*prose[number : number + 1], (root / name).read_text(encoding="utf-8", errors="replace")):
             yield text
             given += len(text)
         if given >= characters:
@@ -105,12 +110,20 @@ def builtin_text(characters: int) -> Iterator[str]:
 
 
 def identity(source: Any) -> Any:
-    """What tells one calibration text from another, as a JSON value."""
+    """What tells one calibration text from another, as a JSON value: it changes with the contents."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if source != BUILTIN and path.is_file():
             return f"{path.name}, {path.stat().st_size} bytes, {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         return str(source)
+    if isinstance(source, (Tensor, list, tuple)):
+        digest = hashlib.sha256()
+        for value in tree_leaves(source):
+            if isinstance(value, Tensor):
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            digest.update(value if isinstance(value, bytes) else repr(value).encode())
+        return f"{type(source).__name__}, {digest.hexdigest()[:16]}"
     return type(source).__name__
 
 
@@ -146,8 +159,10 @@ def _file_text(path: Path, characters: int) -> Sequence[str]:
     if len(text) <= characters:
         return [text]
     # Pieces from all over the file: its beginning alone may be of one kind.
-    count, piece = 64, characters // 64
-    return [text[start : start + piece] for start in range(0, len(text) - piece, (len(text) - piece) // (count - 1))]
+    count = max(1, min(_PIECES, characters // _PIECE))
+    piece = characters // count
+    starts = [(len(text) - piece) * number // max(1, count - 1) for number in range(count)]
+    return [text[start : start + piece] for start in starts]
 
 
 def _fitting(model: nn.Module, window: int) -> int:
@@ -163,10 +178,12 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """``batch`` with what an encoder-decoder needs besides: its own text to go on from."""
+    """``batch`` with what an encoder-decoder needs besides: its own text to go on from. No cache is built."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and not {"decoder_input_ids", "labels"} & set(batch):
+    takes = inspect.signature(model.forward).parameters
+    decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes
+    if decodes and "input_ids" in batch and not any("decoder" in key or key == "labels" for key in batch):
         batch["decoder_input_ids"] = batch["input_ids"]
-    if hasattr(config, "use_cache") and "use_cache" not in batch:
-        batch["use_cache"] = False
+    if hasattr(config, "use_cache") and "use_cache" in takes:
+        batch["use_cache"] = False  # a block that is computed twice would add to its cache twice
     return batch

@@ -52,8 +52,15 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
             starts[path] = start_of(by_path[path], options, stage.seen().get(path))
             if needs.sequential:
                 stage.replaced[path] = change(by_path[path], starts[path])
-    for path in by_path.keys() - starts.keys():
-        starts[path] = start_of(by_path[path], options)
+    unseen = [path for path in by_path if path not in starts or starts[path].report.tokens is None]
+    starts |= {path: start_of(by_path[path], options) for path in unseen if path not in starts}
+    if unseen:
+        warnings.warn(
+            f"calibration: expected text that reaches every targeted module, found none of it at {unseen[0]} "
+            f"({len(unseen)} of {len(by_path)}); they start as with method 'loftq'; calibrate on more text, or leave "
+            "out what the model doesn't call",
+            stacklevel=2,
+        )
     if message := short_calibration([starts[path].report for path in by_path]):
         warnings.warn(message, stacklevel=2)
     return lambda request: starts.pop(request.path)

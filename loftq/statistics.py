@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora_kit.errors import ConfigError
 
 # Gets a module's path and what it is called with.
-Receiver = Callable[[str, Tensor], None]
+Receiver = Callable[[str, Any], None]
 
 
 class Moments:
@@ -68,18 +68,33 @@ def inputs_of(model: nn.Module, paths: Iterable[str], receive: Receiver) -> Iter
         for path in paths:
 
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-                receive(path, args[0] if args else next(iter(kwargs.values())))
+                receive(path, args[0] if args else next(iter(kwargs.values()), None))
 
             handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode; afterwards each module is in the one that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
 def rows_of(value: Tensor, mask: Tensor | None) -> Tensor:
-    """An input (..., in) as rows (n, in), or token ids (n,), without those that ``mask`` (batch, tokens) hides."""
+    """An input (..., in) as rows (n, in), or token ids (n,), without those that ``mask`` (batch, tokens) hides.
+
+    Routers and some feed-forward layers are given all tokens in one row of them, which the mask fits as well.
+    """
     lead = value.shape if not value.is_floating_point() else value.shape[:-1]
     rows = value.detach().reshape(-1, *value.shape[len(lead) :])
-    if mask is not None and tuple(mask.shape) == tuple(lead):
+    if mask is not None and tuple(lead) in (tuple(mask.shape), (mask.numel(),)):
         rows = rows[mask.reshape(-1).to(rows.device) != 0]
     return rows
 
@@ -106,27 +121,38 @@ class Collector:
         self.widths = dict(widths or {})
         self.leaders: dict[str, str] = {}
         self.moments: dict[str, Moments] = {}
-        self.broken = False
         self.mask: Tensor | None = None
-        self._seen: list[tuple[Tensor, int, str]] = []
+        self._seen: list[tuple[Tensor, int, int | None, str]] = []
+        # By path, the distinct inputs that it was given, as numbers.
+        self._given: dict[str, list[int]] = {}
+        self._moved, self._distinct = False, 0
 
     def begin(self, mask: Tensor | None) -> None:
         """A forward of another batch comes; ``mask`` (batch, tokens) is 0 where padding is."""
-        self.mask, self._seen = mask, []
+        self.mask = mask
 
     def end(self) -> None:
         """The forward is over."""
+        self._distinct += len(self._seen)
         self._seen = []
 
+    @property
+    def broken(self) -> bool:
+        """Whether modules that were to share a matrix had different inputs: one was called without the other, say."""
+        return self._moved or any(self._given[path] != self._given[leader] for path, leader in self.leaders.items())
+
     def __call__(self, path: str, value: Tensor) -> None:
-        # In-place changes between two calls would make one tensor two inputs; they show in the version.
-        first = next((p for t, version, p in self._seen if t is value and version == value._version), None)
-        if first is None:
-            first = path
-            self._seen.append((value, value._version, path))
-        leader = first if self.shared else path
+        # In-place changes between two calls would make one tensor two inputs; they show in the version. Token ids
+        # are as many inputs as there are vocabularies.
+        width = self.widths.get(path)
+        same = (k for k, (t, *rest, _) in enumerate(self._seen) if t is value and rest == [value._version, width])
+        number = next(same, len(self._seen))
+        if number == len(self._seen):
+            self._seen.append((value, value._version, width, path))
+        leader = self._seen[number][-1] if self.shared else path
+        self._given.setdefault(path, []).append(self._distinct + number)
         if self.leaders.setdefault(path, leader) != leader:
-            self.broken = True
+            self._moved = True
         if leader == path:
             moments = self.moments.setdefault(path, Moments(diagonal=self.diagonal or path in self.widths))
             rows = rows_of(value, self.mask)
@@ -135,9 +161,30 @@ class Collector:
             else:
                 moments.add(rows)
 
-    def found(self) -> dict[str, Moments]:
-        """The moments of every module that was called, shared ones as the same object."""
-        return {path: self.moments[leader] for path, leader in self.leaders.items() if leader in self.moments}
+    def means(self) -> dict[str, tuple[Tensor, int]]:
+        """The mean, and of how many inputs, for every module that got any; shared ones as the same tensor.
+
+        Raises:
+            ConfigError: an input isn't finite; names the module.
+        """
+        own = {path: (moments.matrix(path), moments.count) for path, moments in self.moments.items()}
+        found = {path: own[leader] for path, leader in self.leaders.items()}
+        return {path: (mean, count) for path, (mean, count) in found.items() if mean is not None}
+
+
+def collected(collect: Callable[[Collector], None], paths: Iterable[str], **options: Any) -> Collector:
+    """A collector of ``paths`` to which ``collect`` has handed the inputs; a second time where sharing broke.
+
+    Args:
+        collect: hands all inputs over, and may be called again.
+        options: of the ``Collector``.
+    """
+    paths = list(paths)
+    for shared in (True, False):
+        collect(collector := Collector(paths, shared=shared, **options))
+        if not collector.broken:
+            break
+    return collector
 
 
 @torch.no_grad()
@@ -158,31 +205,26 @@ def collect_statistics(
     Raises:
         ConfigError: an input isn't finite; names the module.
     """
+    found = counted_statistics(model, batches, paths, diagonal=diagonal)
+    return {path: mean for path, (mean, _) in found.items()}
+
+
+def counted_statistics(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], paths: Iterable[str], *, diagonal: bool = False
+) -> dict[str, tuple[Tensor, int]]:
+    """``collect_statistics``, and of how many inputs each mean is."""
     paths, batches = list(paths), list(batches)
     widths = vocabularies(model, paths)
-    was_training = model.training
-    model.eval()
-    try:
-        for shared in (True, False):
-            collector = Collector(paths, diagonal=diagonal, shared=shared, widths=widths)
-            with inputs_of(model, paths, collector):
-                for batch in batches:
-                    collector.begin(batch.get("attention_mask"))
-                    model(**batch)
-                    collector.end()
-            if not collector.broken:
-                break
-    finally:
-        model.train(was_training)
-    means: dict[int, Tensor | None] = {}
-    result = {}
-    for path, moments in collector.found().items():
-        if id(moments) not in means:
-            means[id(moments)] = moments.matrix(path)
-        mean = means[id(moments)]
-        if mean is not None:
-            result[path] = mean
-    return result
+
+    def collect(collector: Collector) -> None:
+        with inputs_of(model, paths, collector):
+            for batch in batches:
+                collector.begin(batch.get("attention_mask"))
+                model(**batch)
+                collector.end()
+
+    with evaluating(model):
+        return collected(collect, paths, diagonal=diagonal, widths=widths).means()
 
 
 def vocabularies(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:

@@ -5,17 +5,19 @@ differ in what they do between their blocks, and only their own forward knows it
 runs, once per batch, each run in a thread of its own that stands still whenever it enters one of the chosen modules.
 Exactly one thread runs at a time, so nothing is concurrent and results don't depend on timing. A module at which a
 run stands can be computed any number of times, with the arguments that the run has for it; the run then goes on
-with the output that it is given.
+with the output that it is given. Hooks that hang on it run once, in the run's own call.
 
 While runs stand still, their activations lie in memory, or, over a bound, in files: a tensor's storage is emptied
-and filled again before it is used.
+and filled again before it is used. What the caller or the model holds too is left alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 Batch = Mapping[str, Any]
+# Where a module keeps its hooks, and bytes that are copied to or from a file at a time.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_PIECE = 1 << 24
 
 
 class _Abandoned(BaseException):
@@ -35,6 +40,7 @@ class Run:
 
     Attributes:
         at: path of the module that it stands at, None once it is through.
+        kept: that module's output, if it was to be kept until the run goes on.
     """
 
     def __init__(self, walk: Walk, batch: Batch, index: int) -> None:
@@ -42,6 +48,7 @@ class Run:
         self.at: str | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
+        self.kept: Any = None
         self.spilled: list[tuple[Tensor, Path]] = []
         self._output: Any = None
         self._error: BaseException | None = None
@@ -60,19 +67,36 @@ class Run:
         self.thread.start()
         self._go_on()
 
-    def forward(self) -> Any:
-        """The output of the module that the run stands at, for its arguments; can be repeated."""
+    def forward(self, *, keep: bool = False) -> Any:
+        """The output of the module that the run stands at, for its arguments; can be repeated.
+
+        Args:
+            keep: keep the output, within the walk's bound, as ``kept``.
+        """
         assert self.at is not None
         self.fill()
         module = self.walk.model.get_submodule(self.at)
-        # Copies, since a module may work in place, and the next call is to see the same.
-        args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (self.args, self.kwargs))
-        return module(*args, **kwargs)
+        # Copies, since a module may work in place, and the next call is to see the same; what came as one tensor
+        # twice is one tensor still.
+        copies: dict[int, Tensor] = {}
+
+        def copy(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return copies[id(value)] if id(value) in copies else copies.setdefault(id(value), value.clone())
+
+        args, kwargs = tree_map(copy, (self.args, self.kwargs))
+        with self.walk.without_hooks(self.at):
+            output = module(*args, **kwargs)
+        if keep:
+            self.kept = output
+        self.walk.keep_bound()
+        return output
 
     def resume(self, output: Any) -> None:
         """Go on to the next stop, with ``output`` of the module that the run stands at."""
         self.fill()
-        self._output, self.at, self.args, self.kwargs = output, None, (), {}
+        self._output, self.at, self.args, self.kwargs, self.kept = output, None, (), {}, None
         self._go_on()
 
     def abandon(self) -> None:
@@ -84,7 +108,7 @@ class Run:
         self._drop_files()
 
     def spill(self, folder: Path) -> None:
-        """Move the arguments' activations to files in ``folder``."""
+        """Move the activations that it holds to files in ``folder``."""
         foreign = self.walk.foreign(self)
         stored = {t.untyped_storage().data_ptr(): t for t in self.tensors() if t.untyped_storage().resizable()}
         own = [tensor for pointer, tensor in stored.items() if pointer and pointer not in foreign]
@@ -92,30 +116,35 @@ class Run:
             path = folder / f"run-{self.walk.number}-{self.index}-{number}.bin"
             storage = tensor.untyped_storage()
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            # Not through numpy: a storage that it has seen can't be emptied.
-            torch.from_file(str(path), shared=True, size=flat.numel(), dtype=torch.uint8).copy_(flat)
+            with path.open("wb") as file:
+                for part in flat.split(_PIECE):
+                    # A copy: a storage that numpy has seen can't be emptied.
+                    file.write(part.clone().cpu().numpy())
             self.spilled.append((flat, path))
             storage.resize_(0)
 
     def fill(self) -> None:
         """Bring back what ``spill`` took away."""
         for flat, path in self.spilled:
-            data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-            flat.untyped_storage().resize_(len(data))
-            flat.copy_(data)
+            flat.untyped_storage().resize_(flat.numel())
+            with path.open("rb") as file:
+                for part in flat.split(_PIECE):
+                    part.copy_(torch.frombuffer(bytearray(file.read(part.numel())), dtype=torch.uint8))
         self._drop_files()
 
     def tensors(self) -> list[Tensor]:
-        """The floating-point tensors among the arguments."""
-        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor) and v.is_floating_point()]
+        """The floating-point tensors among the arguments and in what is kept."""
+        return floats((self.args, self.kwargs, self.kept))
 
     def nbytes(self) -> int:
-        """Bytes of activations that the arguments hold in memory."""
+        """Bytes of activations that it holds in memory."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
         return sum(storages.values())
 
     def stand(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called in the run's own thread by a chosen module: wait for the output."""
+        if self._leave:
+            raise _Abandoned
         self.at, self.args, self.kwargs = path, args, kwargs
         self._stopped.release()
         self._go.acquire()
@@ -169,13 +198,18 @@ class Walk:
         self.runs = [Run(self, batch, index) for index, batch in enumerate(batches)]
         self._undo: list[Callable[[], None]] = []
         self.passed: set[str] = set()
+        self._hooks: dict[str, set[int]] = {}
 
     def __enter__(self) -> Walk:
-        for path in self.stops:
-            self._undo.append(self._stop_at(path))
-        for run in self.runs:
-            run.start()
-            self._keep_bound()
+        try:
+            for path in self.stops:
+                self._undo.append(self._stop_at(path))
+            for run in self.runs:
+                run.start()
+                self.keep_bound()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -192,15 +226,31 @@ class Walk:
     def go_on(self, run: Run, output: Any) -> None:
         """Resume one run; it stops at the next module that hasn't been passed."""
         run.resume(output)
-        self._keep_bound()
+        self.keep_bound()
 
     def foreign(self, own: Run) -> set[int]:
-        """Addresses that don't belong to the run ``own`` alone: the model's, and other runs' arguments."""
+        """Addresses that don't belong to the run ``own`` alone: the model's, the caller's, and other runs'."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [v for module in self.model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
+        tensors += [tensor for run in self.runs for tensor in floats(dict(run.batch))]
         tensors += [tensor for run in self.runs if run is not own for tensor in run.tensors()]
         return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    def _keep_bound(self) -> None:
+    @contextmanager
+    def without_hooks(self, path: str) -> Iterator[None]:
+        """Inside the block, the hooks that the module at ``path`` had before the walk don't run."""
+        module = self.model.get_submodule(path)
+        before = {name: getattr(module, name) for name in _HOOKS}
+        for name, hooks in before.items():
+            setattr(module, name, OrderedDict((k, v) for k, v in hooks.items() if k not in self._hooks[path]))
+        try:
+            yield
+        finally:
+            for name, hooks in before.items():
+                setattr(module, name, hooks)
+
+    def keep_bound(self) -> None:
+        """Move to files what is more than ``limit``."""
         held = 0
         for run in self.runs:
             if run.at is not None and not run.spilled:
@@ -211,6 +261,7 @@ class Walk:
 
     def _stop_at(self, path: str) -> Callable[[], None]:
         module = self.model.get_submodule(path)
+        self._hooks[path] = {number for name in _HOOKS for number in getattr(module, name)}
         own: Any = vars(module).get("forward")
         forward = module.forward
 
@@ -232,14 +283,21 @@ class Walk:
         return undo
 
 
+def floats(tree: Any) -> list[Tensor]:
+    """The floating-point tensors in ``tree``."""
+    return [v for v in tree_leaves(tree) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
 def stops_for(model: nn.Module, paths: Iterable[str]) -> dict[str, list[str]]:
-    """Where to stop for the modules at ``paths``: the outermost blocks (members of a ``ModuleList``) that hold them,
-    each with those that it holds; a module outside of blocks is its own."""
-    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    """Where to stop for the modules at ``paths``: the outermost blocks (members of a ``ModuleList`` that aren't mere
+    containers themselves) that hold them, each with those that it holds; a module outside of blocks is its own."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lists = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
+    containers = {path for path, module in modules.items() if isinstance(module, (nn.ModuleList, nn.ModuleDict))}
     stops: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split(".")
-        ends = (k for k in range(1, len(parts)) if ".".join(parts[:k]) in lists)
-        end = next(ends, None)
-        stops.setdefault(path if end is None else ".".join(parts[: end + 1]), []).append(path)
+        heads = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
+        blocks = (head for at, head in pairwise(heads) if at in lists and head not in containers)
+        stops.setdefault(next(blocks, path), []).append(path)
     return stops
