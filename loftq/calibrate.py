@@ -198,20 +198,22 @@ def _in_turns(
     for leader, group in order.items():
 
         def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
-            own, cross = Moments(diagonal=leader in widths), Moments()
+            own, cross, paired = Moments(diagonal=leader in widths), Moments(), leader not in widths
             for run in runs:
                 x, seen = _input(walk, run, leader, {}), _input(other, twins[run.index], leader, replaced)
-                for mine, its in zip(seen, x, strict=False):
+                for mine in seen:
                     if leader in widths:
                         own.add_tokens(mine, widths[leader])
                     else:
                         own.add(mine)
-                        if len(mine) == len(its):  # a router may send other tokens here than it used to
-                            cross.add(its, mine)
+                # A router may send other tokens here than it used to.
+                paired = paired and [len(rows) for rows in seen] == [len(rows) for rows in x]
+                for mine, its in zip(seen, x, strict=True) if paired else ():
+                    cross.add(its, mine)
             mean = own.matrix(leader)
             if mean is None:
                 return {}
-            both = cross.matrix(leader) if cross.count == own.count else None
+            both = cross.matrix(leader) if paired else None
             return {path: Seen(mean, both, own.count) for path in group}
 
         stage = Stage(group, _collect=collect)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from qlora_kit.errors import ConfigError, StorageError
 
@@ -117,8 +117,9 @@ def identity(source: Any) -> Any:
             return f"{path.name}, {path.stat().st_size} bytes, {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         return str(source)
     if isinstance(source, (Tensor, list, tuple)):
-        digest = hashlib.sha256()
-        for value in tree_leaves(source):
+        leaves, structure = tree_flatten(source)
+        digest = hashlib.sha256(str(structure).encode())
+        for value in leaves:
             if isinstance(value, Tensor):
                 digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
                 value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
