@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.config import LoraConfig
-from qlora_kit.inject import Request, make_plan, request_for
+from qlora_kit.errors import ConfigError, TargetError
+from qlora_kit.inject import PlanEntry, Request, make_plan, request_for
 from qlora_kit.loftq_config import MIXED_TYPES, LoftQConfig
 
-from .budget import Budget, Choice, choose, mean_bits
+from .budget import Budget, Choice, check_possible, choose, mean_bits
 from .calibrate import Seen, stages
 from .calibration import batches_for
 from .factorize import factorize
-from .initializer import checked
+from .initializer import DENSE, checked
 from .methods import needs_of
 from .output import module_bytes
 
@@ -68,13 +70,21 @@ def allocate(
         bits, memory, ranks, rule: see ``loftq.budget.Budget``.
 
     Raises:
-        ConfigError: the budget can't be met; says the smallest possible.
-        TargetError, StorageError: see ``loftq.preparation.prepare``.
+        ConfigError: the budget can't be met (says the smallest possible), or ``config`` has types or bits already.
+        TargetError: a module is quantized already; besides, as StorageError, see ``loftq.preparation.prepare``.
     """
     budget = Budget(bits, memory, tuple(ranks), rule)
-    options = config.loftq_config or LoftQConfig()
+    options = undecided(config.loftq_config or LoftQConfig())
     plan = make_plan(model, config)
-    requests = {entry.path: checked(request_for(model, entry, config)) for entry in plan.entries}
+    requests = {entry.path: _dense(checked(request_for(model, entry, config))) for entry in plan.entries}
+    targeted = {id(request.base.weight) for request in requests.values()}
+    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)
+    # Those are copied beside the adapter.
+    fixed += sum(p.nbytes for path in plan.modules_to_save for p in model.get_submodule(path).parameters())
+    sizes = {path: request.shape[0] * request.shape[1] for path, request in requests.items()}
+    costs = {path: costs_of(request, options, budget) for path, request in requests.items()}
+    rank_of = {entry.path: entry.rank for entry in plan.entries}
+    check_possible(costs, sizes, budget, fixed=fixed, rank_of=rank_of)
     found: dict[str, list[Choice]] = {}
 
     def measure(path: str, seen: Seen | None) -> None:
@@ -93,11 +103,7 @@ def allocate(
                 measure(path, stage.seen().get(path))
         for path in requests.keys() - found.keys():
             measure(path, None)
-    choices = {path: found[path] for path in requests}
-    targeted = {id(request.base.weight) for request in requests.values()}
-    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)
-    sizes = {path: request.shape[0] * request.shape[1] for path, request in requests.items()}
-    return allocation(config, choices, sizes, budget, fixed, {entry.path: entry.rank for entry in plan.entries})
+    return allocation(config, {path: found[path] for path in requests}, sizes, budget, fixed, plan.entries)
 
 
 def allocation(
@@ -106,20 +112,22 @@ def allocation(
     sizes: Mapping[str, int],
     budget: Budget,
     fixed: int,
-    rank_of: Mapping[str, int],
+    entries: Sequence[PlanEntry],
 ) -> Allocation:
-    """Choose, and write the choice into ``config``."""
-    chosen = choose(choices, sizes, budget, fixed=fixed, rank_of=rank_of)
+    """Choose, and write the choice into ``config``, by which ``entries`` were planned."""
+    chosen = choose(choices, sizes, budget, fixed=fixed, rank_of={entry.path: entry.rank for entry in entries})
     # Patterns match the ends of paths too: longer ones first, so that each path meets its own.
     order = sorted(chosen, key=len, reverse=True)
     loftq = replace(
         config.loftq_config or LoftQConfig(), quant_type=None, bits_pattern={path: chosen[path].bits for path in order}
     )
     ranks: dict[str, int] = {path: chosen[path].rank for path in order} if budget.ranks else dict(config.rank_pattern)
-    # Scaling stays what it was meant to be: alpha follows the rank.
     alphas = dict(config.alpha_pattern)
     if budget.ranks:
-        alphas = {path: config.lora_alpha * chosen[path].rank / config.r for path in order}
+        # Each scaling stays what it was meant to be: alpha follows the rank as the scaling does.
+        more = {entry.path: chosen[entry.path].rank / entry.rank for entry in entries}
+        alpha_of = {e.path: e.alpha * (sqrt(more[e.path]) if config.use_rslora else more[e.path]) for e in entries}
+        alphas = {path: alpha_of[path] for path in order}
     return Allocation(
         replace(config, init_lora_weights="loftq", loftq_config=loftq, rank_pattern=ranks, alpha_pattern=alphas),
         chosen,
@@ -129,21 +137,58 @@ def allocation(
     )
 
 
+def undecided(options: LoftQConfig) -> LoftQConfig:
+    """``options``, if they leave types and bits to the budget. Raises ConfigError otherwise."""
+    for name in ("quant_type", "bits_pattern"):
+        if value := getattr(options, name):
+            raise ConfigError(
+                f"{name}: expected none with a budget, which gives each layer one of "
+                f"{', '.join(MIXED_TYPES.values())}, found {value!r}; leave it out, or the budget"
+            )
+    return options
+
+
+def _dense(request: Request) -> Request:
+    if request.codec.name not in DENSE:
+        raise TargetError(
+            f"{request.path}: expected a weight in 16 or 32 bits to choose bits for, found one that is quantized "
+            f"already ({request.codec.name}); load the model in 16 bits"
+        )
+    return request
+
+
+def costs_of(request: Request, options: LoftQConfig, budget: Budget) -> list[Choice]:
+    """One layer's choices, and what they take; errors are left 0. The weight may be on the meta device."""
+    out_features, in_features = request.shape
+    own = (request.rank,) if not budget.ranks else budget.ranks
+    choices = []
+    for bits, kind in MIXED_TYPES.items():
+        for rank in sorted({min(rank, out_features, in_features) for rank in own}):
+            factors = 4 * rank * (out_features + in_features)
+            nbytes = module_bytes((out_features, in_features), kind, options)
+            if request.family == "embedding":  # simulated: stored as it was
+                nbytes = request.codec.nbytes(request.base)
+            choices.append(Choice(bits, rank, nbytes + factors, 0.0, factors))
+    return choices
+
+
 def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Budget, seen: Seen | None) -> list[Choice]:
-    """What one layer's choices cost and leave; each is started in one step, which orders them as more steps would."""
+    """What one layer's choices cost and leave; each is started in one step, which orders them as more steps would.
+
+    Raises:
+        ConfigError: see ``factorize``; names the path.
+    """
     needs = needs_of(options.method)
     method = options.method if seen is not None or not needs.statistics else "loftq"
     if needs.sequential:
         method = "cloq" if seen is not None else "loftq"  # what earlier layers become isn't known yet
-    ranks = sorted({min(rank, min(weight.shape)) for rank in budget.ranks} | {request.rank})
-    out_features, in_features = weight.shape
     choices = []
-    for bits, kind in MIXED_TYPES.items():
-        for rank in ranks:
+    for choice in costs_of(request, options, budget):
+        try:
             result = factorize(
                 weight,
-                rank,
-                quant_type=kind,
+                choice.rank,
+                quant_type=MIXED_TYPES[choice.bits],
                 steps=1,
                 statistics=None if seen is None else seen.statistics,
                 blocksize=options.blocksize,
@@ -153,10 +198,8 @@ def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Bud
                 damping=options.damping,
                 scale_search=options.scale_search,
             )
-            error = result.error if result.output_error is None else result.output_error
-            factors = 4 * rank * (out_features + in_features)
-            nbytes = module_bytes((out_features, in_features), kind, options)
-            if request.family == "embedding":  # simulated: stored as it was
-                nbytes = request.codec.nbytes(request.base)
-            choices.append(Choice(bits, rank, nbytes + factors, error**2))
+        except ConfigError as fault:
+            raise ConfigError(f"{request.path}: {fault}") from fault
+        left = result.error if result.output_error is None else result.output_error
+        choices.append(replace(choice, error=left**2))
     return choices

@@ -12,9 +12,11 @@ adapters.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -25,6 +27,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 # Seconds after which the best solution so far is taken; a model of hundreds of layers needs about one.
 _SECONDS = 120.0
 _GAP = 1e-4
+# By how much the solver may overdraw a limit (of 1) and still call it kept.
+_OVERDRAFT = 2e-6
+# Of a limit that is a product of floats.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,14 @@ class Choice:
         bits, rank: of its weight's codes and its adapter.
         nbytes: of codes, scales and float32 factors.
         error: what it costs, to be summed up over layers.
+        factors: of ``nbytes``, those of the factors.
     """
 
     bits: int
     rank: int
     nbytes: int
     error: float
+    factors: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,11 @@ class Budget:
             raise ConfigError(f"bits: expected a mean from 2 to 8, found {self.bits:g}; pass bits=2.5")
         if self.rule not in ("milp", "first-layers"):
             raise ConfigError(f"rule: expected 'milp' or 'first-layers', found {self.rule!r}; leave it out")
-        if self.rule == "first-layers" and (self.memory is not None or self.ranks):
-            raise ConfigError("rule: 'first-layers' knows mean bits alone, found memory or ranks beside it; use 'milp'")
+        if self.rule == "first-layers" and (self.bits is None or self.bits > 4 or self.ranks):
+            raise ConfigError(
+                f"rule: expected bits of at most 4 and nothing else with 'first-layers', found bits={self.bits}, "
+                f"memory={self.memory}, ranks={self.ranks}; use 'milp'"
+            )
         if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in self.ranks):
             raise ConfigError(f"ranks: expected integers of at least 1, found {self.ranks}; pass ranks=(8, 16, 32)")
 
@@ -81,16 +92,19 @@ class Budget:
         return {**asdict(self), "ranks": list(self.ranks)}
 
 
-def parse_bytes(text: str) -> int:
-    """``"4GiB"``, ``"500MB"`` or plain bytes as a number.
+def parse_bytes(text: str, what: str = "size") -> int:
+    """``"4GiB"``, ``"500MB"`` or plain bytes as a number, parts of a byte cut off.
+
+    Args:
+        what: begins the message.
 
     Raises:
         ConfigError: it is none of these.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
-        raise ConfigError(f"size: expected a number with B, KB, MB, GB, KiB, MiB or GiB, found {text!r}; pass 4GiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+        raise ConfigError(f"{what}: expected a number with B, KB, MB, GB, KiB, MiB or GiB, found {text!r}; pass 4GiB")
+    return int(Fraction(found[1]) * _UNITS[found[2].upper()])  # in floats, 1.005KB would be 1004 bytes
 
 
 def choose(
@@ -112,20 +126,46 @@ def choose(
     Raises:
         ConfigError: even the smallest choices don't fit; says what would.
     """
+    check_possible(choices, weights, budget, fixed=fixed, rank_of=rank_of)
     if budget.rule == "first-layers":
         return _first_layers(choices, weights, budget, rank_of)
+    rows, limits = _limits(choices, weights, budget, fixed, rank_of)
+    taken = _solved(choices, rows, limits)
+    if _over(taken, rows, limits):  # within the solver's tolerance
+        taken = _solved(choices, rows, [limit * (1 - _OVERDRAFT) for limit in limits])
+    if taken is None or _over(taken, rows, limits):
+        taken = _least(choices, rows)
     flat = [(path, choice) for path, own in choices.items() for choice in own]
-    owner = {path: row for row, path in enumerate(choices)}
-    one_each = np.zeros((len(owner), len(flat)))
-    for column, (path, _) in enumerate(flat):
-        one_each[owner[path], column] = 1
-    rows, limits = _limits(flat, weights, budget, fixed, rank_of)
-    least = sum(min(rows[0][k] for k, (path, _) in enumerate(flat) if path == layer) for layer in owner)
-    if least > limits[0] * (1 + 1e-9):
-        raise ConfigError(_impossible(budget, least, fixed, sum(weights.values())))
-    errors = np.array([choice.error for _, choice in flat])
+    return {path: choice for (path, choice), one in zip(flat, taken, strict=True) if one}
+
+
+def check_possible(
+    choices: Mapping[str, Sequence[Choice]],
+    weights: Mapping[str, int],
+    budget: Budget,
+    *,
+    fixed: int,
+    rank_of: Mapping[str, int],
+) -> None:
+    """Raises ConfigError as ``choose`` does, which the errors of ``choices`` have no part in."""
+    rows, limits = _limits(choices, weights, budget, fixed, rank_of)
+    for number, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+        least = float(_least(choices, [row]) @ row)
+        if least > limit * (1 + _ROUNDING):
+            raise ConfigError(_impossible(budget, least, limit, fixed, sum(weights.values()), of_ranks=number > 0))
+
+
+def _solved(
+    choices: Mapping[str, Sequence[Choice]], rows: Sequence[np.ndarray], limits: Sequence[float]
+) -> np.ndarray | None:
+    """1 for each choice that is taken, 0 for the others, one layer's after the other's; None if there is no way."""
+    flat = [choice for own in choices.values() for choice in own]
+    one_each = np.repeat(np.eye(len(choices)), [len(own) for own in choices.values()], axis=1)
+    errors = np.array([choice.error for choice in flat])
+    # The solver stops at 1e-6 from the best too, which is to be little beside the sum and not beside its largest term.
+    size = max(sum(min(choice.error for choice in own) for own in choices.values()), 1e-6 * errors.max()) or 1.0
     solution = milp(
-        errors / (errors.max() or 1.0),
+        errors / size,
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[
@@ -135,9 +175,23 @@ def choose(
         ],
         options={"time_limit": _SECONDS, "mip_rel_gap": _GAP},
     )
-    if solution.x is None:
-        raise ConfigError(f"budget: expected one that the solver can meet, found none ({solution.message}); raise it")
-    return {path: choice for (path, choice), taken in zip(flat, solution.x, strict=True) if taken > 0.5}
+    return None if solution.x is None else np.round(solution.x)
+
+
+def _least(choices: Mapping[str, Sequence[Choice]], rows: Sequence[np.ndarray]) -> np.ndarray:
+    """As ``_solved``: of each layer the choice that takes least of the first row, then of the next, then errs least."""
+    taken, start = np.zeros(len(rows[0])), 0
+    for own in choices.values():
+        costs = [(*(row[start + k] for row in rows), choice.error) for k, choice in enumerate(own)]
+        taken[start + costs.index(min(costs))] = 1
+        start += len(own)
+    return taken
+
+
+def _over(taken: np.ndarray | None, rows: Sequence[np.ndarray], limits: Sequence[float]) -> bool:
+    if taken is None:
+        return False
+    return any(float(taken @ row) > limit * (1 + _ROUNDING) for row, limit in zip(rows, limits, strict=True))
 
 
 def mean_bits(chosen: Mapping[str, Choice], weights: Mapping[str, int]) -> float:
@@ -146,31 +200,24 @@ def mean_bits(chosen: Mapping[str, Choice], weights: Mapping[str, int]) -> float
 
 
 def _limits(
-    flat: Sequence[tuple[str, Choice]],
+    choices: Mapping[str, Sequence[Choice]],
     weights: Mapping[str, int],
     budget: Budget,
     fixed: int,
     rank_of: Mapping[str, int],
-) -> tuple[list[list[float]], list[float]]:
+) -> tuple[list[np.ndarray], list[float]]:
     """What every choice takes of each limit, and the limits; the first is the one that was asked for."""
+    flat = [(path, choice) for path, own in choices.items() for choice in own]
     if budget.memory is not None:
-        return [[float(choice.nbytes) for _, choice in flat]], [max(1.0, float(budget.memory - fixed))]
+        return [np.array([float(choice.nbytes) for _, choice in flat])], [max(1.0, float(budget.memory - fixed))]
     assert budget.bits is not None
-    rows = [[float(choice.bits * weights[path]) for path, choice in flat]]
+    rows = [np.array([float(choice.bits * weights[path]) for path, choice in flat])]
     limits = [budget.bits * sum(weights.values())]
     if budget.ranks:
-        # A layer's share of adapter bytes is its rank times what one rank takes there.
-        by_path = {path: next(c for p, c in flat if p == path) for path, _ in flat}
-        of_codes = {path: _bytes_per_rank([c for p, c in flat if p == path]) for path in by_path}
-        rows.append([of_codes[path] * choice.rank for path, choice in flat])
-        limits.append(sum(of_codes[path] * rank_of[path] for path in by_path))
+        rows.append(np.array([float(choice.factors) for _, choice in flat]))
+        # A layer's factors are of its rank times what one rank takes there.
+        limits.append(sum(own[0].factors / own[0].rank * rank_of[path] for path, own in choices.items()))
     return rows, limits
-
-
-def _bytes_per_rank(choices: Sequence[Choice]) -> float:
-    same = [choice for choice in choices if choice.bits == choices[0].bits]
-    least, most = min(same, key=lambda c: c.rank), max(same, key=lambda c: c.rank)
-    return (most.nbytes - least.nbytes) / (most.rank - least.rank) if most.rank > least.rank else 0.0
 
 
 def _first_layers(
@@ -179,9 +226,6 @@ def _first_layers(
     """4 bits for as many of the first modules as the budget allows, 2 for the rest (Li et al. 2023, section 4)."""
     assert budget.bits is not None
     left = (budget.bits - 2) * sum(weights.values())
-    if left < 0:
-        least = 2.0 * sum(weights.values())
-        raise ConfigError(_impossible(budget, least, 0, sum(weights.values())))
     chosen, full = {}, True
     for path, own in choices.items():
         full = full and 2 * weights[path] <= left
@@ -191,11 +235,18 @@ def _first_layers(
     return chosen
 
 
-def _impossible(budget: Budget, least: float, fixed: int, weights: int) -> str:
+def _impossible(budget: Budget, least: float, limit: float, fixed: int, weights: int, *, of_ranks: bool) -> str:
+    if of_ranks:
+        return (
+            f"ranks: expected some that add up to no more than the {limit:,.0f} bytes of factors that the "
+            f"configuration's own rank takes, found {least:,.0f} with the smallest of {budget.ranks}; add a smaller "
+            "one, or raise the rank"
+        )
     if budget.memory is not None:
         return (
-            f"memory: expected at least {least + fixed:,.0f} bytes, which is what the smallest choices take with "
-            f"{fixed:,} bytes of what isn't quantized, found {budget.memory:,}; raise it, lower the rank, target more "
+            f"memory: expected at least {least + fixed:.0f} bytes, which is what the smallest choices take with "
+            f"{fixed} bytes of what isn't quantized, found {budget.memory}; raise it, lower the rank, target more "
             "modules, or pass double_quant"
         )
-    return f"bits: expected at least {least / weights:.2f}, the smallest choices' mean, found {budget.bits}; raise it"
+    smallest = math.ceil(least / weights * 1e4) / 1e4
+    return f"bits: expected at least {smallest:g}, the smallest choices' mean, found {budget.bits:g}; raise it"

@@ -28,6 +28,8 @@ from qlora_kit.shards import ShardReader
 
 # Weights of a 16-bit checkpoint in other formats, and the index that the output gets anew.
 NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*")
+# What turns a text into tokens, in whatever of transformers' formats.
+_TOKENIZER = re.compile(r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.*\.(model|tiktoken)$")
 # Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
 _MATRIX = 2
 
@@ -109,6 +111,7 @@ class Checkpoint:
     def identity(self) -> dict[str, str]:
         """What tells this checkpoint from another or a changed one: each file's size and a hash of samples."""
         files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
+        files += [file for file in self.other_files() if _TOKENIZER.match(file.name)]
         return {file.name: f"{file.stat().st_size} bytes, {_sampled_hash(file)}" for file in files}
 
     def other_files(self) -> list[Path]:

@@ -19,10 +19,13 @@ OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_d
 def init(
     model: Annotated[str, typer.Option(help="Folder, or name on the Hub, of the 16-bit model.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the quantized model and its adapter go.", show_default=False)],
-    bits: Annotated[float, typer.Option(help="2, 3, 4 or 8; a mean between them chooses each layer's.")] = 4,
+    # typer evaluates these annotations, and on Python 3.10 it wants Optional spelled out.
+    bits: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="2, 3, 4 or 8; a mean between them chooses each layer's. Default: 4."),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="The most alternations.")] = 5,
-    # typer evaluates these annotations, and on Python 3.10 it wants Optional spelled out.
     alpha: Annotated[Optional[float], typer.Option(help="lora_alpha. Default: the rank.")] = None,  # noqa: UP045
     rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(rank).")] = False,
     quant_type: Annotated[Optional[str], typer.Option(help="nf4, signed2, affine3, ...")] = None,  # noqa: UP045
@@ -56,14 +59,15 @@ def init(
     from .stream import Task, stream
 
     with errors_in_red("loftq init"):
-        budget = None
-        if memory is not None or ranks is not None or allocation != "milp" or bits not in (2, 3, 4, 8):
-            budget = Budget(
-                bits=None if memory is not None else bits,
-                memory=None if memory is None else parse_bytes(memory),
-                ranks=_numbers(ranks),
-                rule=allocation,
+        if allocation not in ("milp", "first-layers"):
+            raise ConfigError(
+                f"--allocation: expected milp or first-layers, found {allocation!r}; leave it out for milp"
             )
+        budget = None
+        if memory is not None:
+            budget = Budget(bits, parse_bytes(memory, "--memory"), _numbers(ranks), allocation)
+        elif ranks is not None or allocation != "milp" or bits not in (None, 2, 3, 4, 8):
+            budget = Budget(4 if bits is None else bits, None, _numbers(ranks), allocation)
         if targets != "all-linear" and ("," in targets or targets.replace("_", "").isalnum()):
             target_modules: list[str] | str = [name.strip() for name in targets.split(",")]
         else:
@@ -75,14 +79,14 @@ def init(
             target_modules=target_modules,
             init_lora_weights="loftq",
             loftq_config=LoftQConfig(
-                loftq_bits=4 if budget is not None else int(bits),
+                loftq_bits=4 if budget is not None or bits is None else int(bits),
                 loftq_iter=steps,
                 quant_type=quant_type,
                 blocksize=int(blocksize) if blocksize.isdigit() else blocksize,
                 double_quant=double_quant,
                 method=method,
                 seed=seed,
-                calibration=calibration or "builtin",
+                calibration="builtin" if calibration is None else calibration,
                 calibration_rows=calibration_rows,
                 calibration_tokens=calibration_tokens,
                 scale_search=scale_search,
@@ -97,7 +101,7 @@ def init(
             workers,
             outputs=calibration is not None,
             budget=budget,
-            activation_bytes=parse_bytes(activations),
+            activation_bytes=parse_bytes(activations, "--activations"),
         )
         with bar() as progress:
             report = stream(task, progress=progress)
@@ -130,8 +134,10 @@ def verify(
 
 def _numbers(text: str | None) -> tuple[int, ...]:
     """``"8,16,32"`` as numbers."""
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() for part in parts):
         raise ConfigError(f"--ranks: expected whole numbers with commas between, found {text!r}; pass --ranks 8,16,32")
     return tuple(int(part) for part in parts)
 

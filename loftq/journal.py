@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ class Journal:
         except StorageError:
             self._lock.close()
             raise
+        # What a killed run kept there of activations, which can be large.
+        for left in (entry for entry in self.folder.iterdir() if entry.is_dir()):
+            shutil.rmtree(left)
         self.measured = {line["path"]: line["measured"] for line in lines[1:] if "measured" in line}
         self.done: list[dict[str, Any]] = [line for line in lines[1:] if "measured" not in line]
         self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 - closed by close

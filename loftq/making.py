@@ -4,8 +4,9 @@ looks at the inputs."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from qlora_kit.initializers import Request
 
 from .calibrate import Seen
 from .checkpoint import Checkpoint, Unit
-from .initializer import quantized_start
+from .initializer import start_of
 from .methods import needs_of
 from .output import adapter_names
 from .preparation import change
@@ -27,8 +28,12 @@ from .writers import Writers
 
 
 def in_forward_order(
-    task: Task, checkpoint: Checkpoint, units: list[Unit], writers: Writers
-) -> Iterator[tuple[Unit, Made]]:
+    task: Task,
+    checkpoint: Checkpoint,
+    units: list[Unit],
+    writers: Writers,
+    batches: Sequence[Mapping[str, Any]],
+) -> Generator[tuple[Unit, Made]]:
     """Each unit's result: calibrated ones block by block as a forward comes to them, then all others.
 
     The model's own weights stay in its shards; each module reads its own while it computes. After an interruption
@@ -37,7 +42,7 @@ def in_forward_order(
     needs = needs_of(task.loftq.method)
     waiting = {unit.entry.path: unit for unit in units if unit.entry is not None}
     entries = {entry.path: entry for entry in checkpoint.plan.entries}
-    with streamed_stages(task, checkpoint, writers.work, wanted=bool(waiting)) as walk:
+    with streamed_stages(task, checkpoint, writers.work, batches, wanted=bool(waiting)) as walk:
         for stage in walk:
             now = [waiting.pop(path) for path in stage.paths if path in waiting]
             finished = set(stage.paths) - {unit.entry.path for unit in now if unit.entry is not None}
@@ -55,7 +60,7 @@ def in_forward_order(
 
 def computed(
     task: Task, checkpoint: Checkpoint, units: list[Unit], seen: Mapping[str, Seen] | None = None
-) -> Iterator[tuple[Unit, Made]]:
+) -> Generator[tuple[Unit, Made]]:
     """Each unit's result, in order: one tensor is read ahead while ``workers`` are computed."""
     waiting: deque[tuple[Unit, Future[Made]]] = deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(task.workers) as pool:
@@ -90,7 +95,7 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor, seen: S
     module._parameters["weight"] = nn.Parameter(tensor.to(task.device), requires_grad=False)
     scaling = task.lora.scaling_of(entry.rank, entry.alpha)
     request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
-    start = quantized_start(request, task.loftq, seen)
+    start = start_of(request, task.loftq, seen)
     assert start.base is not None
     changed = change(request, start) if needs_of(task.loftq.method).sequential and seen is not None else None
     base = start.base.state_dict()

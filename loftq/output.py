@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from qlora_kit.codecs.packing import packed_bytes
+from qlora_kit.codecs.quantized import SCALES_BLOCKSIZE
 from qlora_kit.config import LoftQConfig
 from qlora_kit.inject import PlanEntry
 from qlora_kit.quantize import in_bitsandbytes
@@ -53,11 +54,12 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
 
 
 def module_bytes(shape: tuple[int, ...], kind: str, options: LoftQConfig) -> int:
-    """Bytes of a weight's codes and scales in the type ``kind``, to a few per mille."""
-    count = prod(shape)
-    blocksize = shape[-1] if kind == "int8" or options.blocksize == "row" else int(options.blocksize)
-    a_scale = (1 if options.double_quant else 4) * (2 if kind.startswith("affine") else 1)
-    return packed_bytes(count, int(kind[-1])) + a_scale * -(-count // blocksize)
+    """Bytes of a weight (out, in) in the type ``kind``: codes, scales and table, exactly so in ``PackedLinear``."""
+    count, bits = prod(shape), int(kind[-1])
+    blocks = -(-count // (shape[-1] if kind == "int8" or options.blocksize == "row" else int(options.blocksize)))
+    scales = blocks + 4 * (-(-blocks // SCALES_BLOCKSIZE) + 1) if options.double_quant else 4 * blocks
+    table = 0 if kind == "int8" else 4 * 2**bits
+    return packed_bytes(count, bits) + scales * (2 if kind.startswith("affine") else 1) + table
 
 
 def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[str, Any] | None:

@@ -91,8 +91,8 @@ class Report:
     left_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def total(self, name: str) -> float:
-        """Root of the layers' mean square of an error, each layer counting alike."""
-        values = [getattr(layer, name) or 0.0 for layer in self.layers]
+        """Root of the layers' mean square of an error, each layer that it is known of counting alike."""
+        values = [value for layer in self.layers if (value := getattr(layer, name)) is not None]
         return (sum(value**2 for value in values) / max(1, len(values))) ** 0.5
 
     @property
@@ -122,7 +122,8 @@ class Report:
                 f"{layer.zero_error:>7.4f} {layer.quantization_error:>7.4f} {layer.error:>7.4f} {layer.captured:>8.1%}"
             )
             if outputs:
-                line += f" {layer.output_error or 0:>7.4f} {layer.zero_output_error or 0:>7.4f}"
+                known = (layer.output_error, layer.zero_output_error)
+                line += "".join(f" {'-':>7}" if error is None else f" {error:>7.4f}" for error in known)
             lines.append(line + f" {layer.seconds:>6.2f}")
         what, zero, error = ("output error", "zero_output_error", "output_error") if outputs else _WEIGHT_ERRORS
         lines.append(

@@ -40,8 +40,8 @@ def weight_of(
     tensors = {name: tensor for name, tensor in tensors.items() if name != "bias"}
     out_features, in_features = shape
     weight = tensors["weight"]
-    if weight.is_floating_point():
-        return weight.float() if tuple(weight.shape) == shape else weight.float().T
+    if weight.is_floating_point():  # an embedding's, which is stored (in, out)
+        return weight.float().T
     if "codebook" in tensors:
         blocksize = in_features if options["blocksize"] == "row" else options["blocksize"]
         packed = PackedLinear(

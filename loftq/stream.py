@@ -3,8 +3,8 @@
 Memory. A tensor is read, worked on and written before the next but one is touched: the peak is a small multiple
 of the largest tensor, whatever the model's size. Reading ahead, computing and writing overlap in threads.
 
-Bits. Each module goes through the very function that starts it in memory (``initializer.quantized_start``), with
-the same number of threads inside torch, so base and adapter are bitwise those of the in-memory path.
+Bits. Each module goes through the very function that starts it in memory (``initializer.start_of``), with the same
+number of threads inside torch, so base and adapter are bitwise those of the in-memory path.
 
 Interruptions. Results are appended in a fixed order, and noted in the journal once they are on the disk. The same
 command goes on from there and ends with the same bytes. The index and config.json come last: a folder that was
@@ -21,13 +21,14 @@ import torch
 
 from qlora_kit.errors import StorageError
 
-from .allocated import allocated, provisional
+from .allocated import allocated, check_budget, provisional
 from .checkpoint import Checkpoint, Unit
 from .journal import Journal
 from .making import computed, in_forward_order
 from .methods import needs_of
 from .output import expected_bytes
 from .report import Report
+from .streamed import calibration_batches
 from .task import Task
 from .writers import Writers, clear
 
@@ -44,11 +45,15 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
 
     Raises:
         StorageError, TargetError, ConfigError: source, targets or options can't work, the output holds another
-            task, or the disk is too small; nothing is written then.
+            task, the budget is impossible, there is no calibration text, or the disk is too small; nothing is
+            written then.
     """
     asked, task = task, provisional(task)
     checkpoint = Checkpoint(task.source, task.lora)
     _check_disk(task, checkpoint)
+    check_budget(task, checkpoint)
+    calibrated = task.outputs or needs_of(task.loftq.method).statistics is not None
+    batches = calibration_batches(task, checkpoint) if calibrated else []
     weights = sum(unit.numel for unit in checkpoint.units)
     tell = progress or (lambda unit, weights: None)
     with closing(Journal(task.out, {"options": asked.options(), "source": checkpoint.identity()})) as journal:
@@ -56,7 +61,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
             clear(task.out)
             return Report.load(task.out)
-        task = allocated(task, checkpoint, journal)
+        task = allocated(task, checkpoint, journal, batches)
         if task.budget is not None:
             checkpoint = Checkpoint(task.source, task.lora)  # ranks may differ now
             _check_disk(task, checkpoint)
@@ -65,11 +70,11 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
             for unit in checkpoint.units:
                 if unit.name in finished:
                     tell(unit, weights)
-            calibrated = task.outputs or needs_of(task.loftq.method).statistics is not None
-            in_order = in_forward_order(task, checkpoint, left, writers) if calibrated else None
-            for unit, made in in_order or computed(task, checkpoint, left):
-                journal.add(writers.write(unit, made))
-                tell(unit, weights)
+            walk = in_forward_order(task, checkpoint, left, writers, batches) if calibrated else None
+            with closing(walk or computed(task, checkpoint, left)) as results:
+                for unit, made in results:
+                    journal.add(writers.write(unit, made))
+                    tell(unit, weights)
             return writers.finish(checkpoint)
 
 

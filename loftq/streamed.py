@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,27 @@ from .methods import needs_of
 from .task import Task
 
 
+def calibration_batches(task: Task, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What to call the model with, from ``task``'s calibration text. Raises as ``calibration.batches_for`` does."""
+    options = task.loftq
+    return batches_for(
+        options.calibration,
+        checkpoint.model,
+        rows=options.calibration_rows,
+        window=options.calibration_tokens,
+        folder=task.source,
+    )
+
+
 @contextmanager
 def streamed_stages(
-    task: Task, checkpoint: Checkpoint, folder: Path, *, wanted: bool = True, measuring: bool = False
+    task: Task,
+    checkpoint: Checkpoint,
+    folder: Path,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    wanted: bool = True,
+    measuring: bool = False,
 ) -> Iterator[Iterable[Stage]]:
     """The stages of ``checkpoint``'s targeted modules, see ``calibrate.stages``; none if they aren't ``wanted``.
 
@@ -31,20 +49,13 @@ def streamed_stages(
     if not wanted:
         yield ()
         return
-    needs, options = needs_of(task.loftq.method), task.loftq
+    needs = needs_of(task.loftq.method)
     with offloaded(checkpoint, folder) as model:
-        batches = batches_for(
-            options.calibration,
-            model,
-            rows=options.calibration_rows,
-            window=options.calibration_tokens,
-            folder=task.source,
-        )
         walk = stages(
             model,
             batches,
             [entry.path for entry in checkpoint.plan.entries],
-            diagonal=needs.statistics == "diagonal",
+            diagonal=needs.statistics == "diagonal" and not measuring,
             sequential=needs.sequential and not measuring,
             limit=task.activation_bytes,
             folder=folder,
