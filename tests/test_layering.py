@@ -33,6 +33,7 @@ ORDER = [
     ["qlora_kit.layers"],
     ["qlora_kit.targets", "qlora_kit.inject", "qlora_kit.proxy", "qlora_kit.biases"],
     ["qlora_kit.initializers"],
+    ["qlora_kit.algebra"],
     [
         "qlora_kit.model",
         "qlora_kit.backbone",
