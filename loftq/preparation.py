@@ -33,7 +33,7 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
         ConfigError, StorageError, TargetError: see ``loftq.initializer`` and ``loftq.calibration``.
     """
     options = requests[0].config.loftq_config or LoftQConfig()
-    needs = needs_of(options.method)
+    needs = needs_of(options.chosen_method)
     if needs.statistics is None:
         return lambda request: start_of(request, options)
     by_path = {checked(request).path: request for request in requests}
@@ -61,7 +61,9 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
             "out what the model doesn't call",
             stacklevel=2,
         )
-    if message := short_calibration([starts[path].report for path in by_path]):
+    # Of a diagonal, and of tokens' frequencies, no more is asked than that they be finite.
+    full = [path for path, request in by_path.items() if needs.statistics == "full" and request.family != "embedding"]
+    if message := short_calibration([starts[path].report for path in full]):
         warnings.warn(message, stacklevel=2)
     return lambda request: starts.pop(request.path)
 

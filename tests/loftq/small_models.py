@@ -192,6 +192,7 @@ def captured(
     """Per path, batch and call the input (copied), through a forward put in the place of the module's own."""
     found: dict[str, list[list[Tensor]]] = {path: [] for path in paths}
     modules = {path: model.get_submodule(path) for path in paths}
+    own = {path: vars(module).get("forward") for path, module in modules.items()}
     for path, module in modules.items():
 
         def noting(x: Tensor, path: str = path, forward: Any = module.forward) -> Tensor:
@@ -205,8 +206,10 @@ def captured(
                 calls.append([])
             model(**batch)
     finally:
-        for module in modules.values():
+        for path, module in modules.items():
             del module.forward
+            if own[path] is not None:
+                module.forward = own[path]  # type: ignore[method-assign]
     return found
 
 
