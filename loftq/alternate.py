@@ -80,8 +80,9 @@ def fitted(
         return A, B, U
     A = metric.unweigh(A)
     # The way back changes the rows' lengths; both sides are to have the same, or one would learn faster.
-    balance = (B.norm(dim=0) / A.norm(dim=1).clamp_min(1e-30)).sqrt()
-    balance = torch.where(balance > 0, balance, torch.ones_like(balance))
+    lengths = (torch.linalg.vector_norm(side, dim=dim, dtype=torch.float64) for side, dim in ((B, 0), (A, 1)))
+    balance = torch.div(*lengths).sqrt().to(A.dtype)
+    balance = torch.where(balance.isfinite() & (balance > 0), balance, torch.ones_like(balance))
     return A * balance[:, None], B / balance, U
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .alternate import Rounding, alternate
 from .methods import LoftQResult, Problem, norm, register_method
-from .metric import Metric
+from .metric import LEAST_DAMPING, Metric
 from .rounding import round_with_feedback
 
 
@@ -57,7 +57,8 @@ def aligned(problem: Problem) -> LoftQResult:
 def aligned_weight(weight: Tensor, statistics: Tensor, cross: Tensor, damping: float) -> Tensor:
     """W (C + mu I)(R^ + mu I)^-1, float32 (out, in), with mu ``damping`` times the mean of R^'s diagonal."""
     moments = statistics.double()
-    shift = damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64, device=weight.device)
+    mu = max(damping, LEAST_DAMPING) * moments.diagonal().mean()
+    shift = mu * torch.eye(len(moments), dtype=torch.float64, device=weight.device)
     return torch.linalg.solve(moments + shift, weight.double() @ (cross.double() + shift), left=False).float()
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qlora_kit.checks import check_positive
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import check_matrix, delta
 
@@ -70,6 +71,7 @@ def factorize(
     check_matrix(weight, rank, "weight")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps: expected an integer of at least 1, found {steps!r}; 5 is a good choice")
+    check_positive("damping", damping, "pass damping=0.01")
     solve = method_for(method)
     if needs_of(method).statistics and statistics is None:
         raise ConfigError(

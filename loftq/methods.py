@@ -20,7 +20,7 @@ from torch import Tensor
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.errors import ConfigError, closest
 
-from .metric import DAMPING
+from .metric import DAMPING, check_moments
 from .quantizers import Quantizer
 
 
@@ -94,6 +94,10 @@ class Needs:
     sequential: bool = False
 
 
+# Norms between these have lost nothing to the squares that float32 can't hold; others are taken again in float64,
+# which is several times slower.
+_SAFE = 1e-12, 1e15
+
 Method = Callable[[Problem], LoftQResult]
 _registry: dict[str, Method] = {}
 _needs: dict[str, Needs] = {}
@@ -137,14 +141,21 @@ def needs_of(name: str) -> Needs:
 
 def norm(matrix: Tensor) -> float:
     """The Frobenius norm; rows are summed up in float64, since steps that differ in the seventh digit are compared."""
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.float64))
+    found = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.float64))
+    if _SAFE[0] < found < _SAFE[1]:
+        return found
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def output_norm(matrix: Tensor, statistics: Tensor) -> float:
     """sqrt(E ||matrix @ x||^2) = sqrt(tr(matrix R matrix^T)) for inputs of second moments R, or its diagonal."""
     if statistics.dim() == 1:
         return norm(matrix * statistics.sqrt())
-    return float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
+    found = float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
+    if not _SAFE[0] < found < _SAFE[1]:
+        matrix = matrix.double()
+        found = float(((matrix @ statistics.double()) * matrix).sum().clamp_min(0).sqrt())
+    return found
 
 
 def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -152,7 +163,7 @@ def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
     if cross is None:
         return None
     width = weight.shape[1]
-    if tuple(cross.shape) != (width, width) or not cross.isfinite().all():
+    if tuple(cross.shape) != (width, width) or not cross.float().isfinite().all():
         raise ConfigError(
             f"cross: expected finite moments E[x x^^T] of shape ({width}, {width}) for a weight {tuple(weight.shape)}, "
             f"found {tuple(cross.shape)} or values that aren't finite; collect both models' inputs of this layer"
@@ -175,10 +186,5 @@ def checked_statistics(statistics: Tensor | None, weight: Tensor) -> Tensor | No
             f"weight {tuple(weight.shape)}, found {tuple(statistics.shape)}; collect them from this layer's inputs"
         )
     moments = statistics.detach().to(weight.device, torch.float32)
-    diagonal = moments if moments.dim() == 1 else moments.diagonal()
-    if not moments.isfinite().all() or (diagonal < 0).any():
-        raise ConfigError(
-            "statistics: expected finite second moments with a diagonal of at least 0, found NaN, infinity or a "
-            "negative mean square; collect them in float32 or better"
-        )
+    check_moments(moments)
     return moments

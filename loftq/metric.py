@@ -11,7 +11,7 @@ rounded first and the others make up for them. The same factor then serves the l
 
 Damping. R of few or dependent inputs is singular, and directions that the calibration text never showed are not
 free: R + damping * mean(diag R) * I is used in R's place, with more damping where that is still not positive in
-float64 (which only rounding errors of R can cause).
+float64, up to what rounding R's entries to bfloat16 can have caused. What needs more never was E[x x^T].
 """
 
 from __future__ import annotations
@@ -25,7 +25,24 @@ from qlora_kit.errors import ConfigError
 
 # The share of the mean square that is added to every input's own: what GPTQ and CLoQ take.
 DAMPING = 0.01
-_MOST_ATTEMPTS = 8
+# Less isn't told from none in float32, and an input that is always zero has to get some.
+LEAST_DAMPING = 1e-7
+# Rounding its entries to bfloat16 moves no eigenvalue of R by more than half of this times R's Frobenius norm.
+_ROUNDING = 2.0**-8
+
+
+def check_moments(moments: Tensor) -> None:
+    """Refuse what can be no second moments (in, in), nor their diagonal (in,), at a glance.
+
+    Raises:
+        ConfigError: an entry isn't finite, or one of the diagonal is negative.
+    """
+    diagonal = moments if moments.dim() == 1 else moments.diagonal()
+    if not moments.isfinite().all() or (diagonal < 0).any():
+        raise ConfigError(
+            "statistics: expected finite second moments with a diagonal of at least 0, found NaN, infinity or a "
+            "negative mean square; collect them in float32 or better"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,35 +63,41 @@ class Metric:
 
         Args:
             diagonal: use no more than the diagonal.
-            damping: share of the mean of R's diagonal that is added to it.
+            damping: share of the mean of R's diagonal that is added to it, ``LEAST_DAMPING`` at least.
 
         Raises:
-            ConfigError: the moments aren't positive semidefinite.
+            ConfigError: the moments aren't finite or aren't positive semidefinite.
         """
         if statistics is None:
             return cls()
         moments = statistics.double()
         squares = moments if moments.dim() == 1 else moments.diagonal()
+        check_moments(moments)
         mean = squares.mean()
-        if not mean > 0:
+        if mean == 0:
             return cls()
+        shift = max(damping, LEAST_DAMPING) * float(mean)
         if moments.dim() == 1 or diagonal:
-            return cls((squares + damping * mean).sqrt().float())
+            return cls((squares + shift).sqrt().float())
         order = torch.argsort(squares, descending=True, stable=True)
         # The last column first: the Cholesky factor of the reversed matrix, reversed, is upper triangular.
         backward = order.flip(0)
         matrix = moments[backward][:, backward]
         matrix = (matrix + matrix.T) / 2
-        shift = damping * mean
-        for _ in range(_MOST_ATTEMPTS):
-            lower, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(order), device=matrix.device))
+        most = float(_ROUNDING * matrix.norm())
+        while True:
+            damped = matrix.clone()
+            damped.diagonal().add_(shift)
+            lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 return cls(lower.flip(0, 1).float().contiguous(), order)
-            shift = max(10 * shift, 1e-7 * mean)
-        raise ConfigError(
-            "statistics: expected second moments E[x x^T], which are positive semidefinite, found a matrix that "
-            f"damping of {float(shift / mean):.3g} times its mean square doesn't make so; collect them from inputs"
-        )
+            if shift >= most:
+                raise ConfigError(
+                    "statistics: expected second moments E[x x^T], which are positive semidefinite, found a matrix "
+                    f"that damping of {shift / float(mean):.3g} times its mean square doesn't make so; collect them "
+                    "from inputs"
+                )
+            shift = min(10 * shift, most)
 
     @property
     def plain(self) -> bool:

@@ -17,6 +17,8 @@ ones. Here the scales are fixed beforehand, as stored, and any table of levels w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,14 @@ from qlora_kit.codecs.blockwise import nearest_codes, search_codes
 from qlora_kit.codecs.codebooks import scheme
 from qlora_kit.codecs.quantized import Quantized, Scales
 
+from .methods import norm
 from .metric import Metric
 from .quantizers import Quantizer
 
 # Tried in the place of 1: the largest magnitude as the scale.
 _GRID = tuple(0.30 + 0.05 * step for step in range(19))
+# Where a smaller range lies in the block's: values need not be as many, nor matter as much, at both of its ends.
+_PLACES = (0.0, 0.5, 1.0)
 _REFITS = 3
 # Weights that are searched at a time: the temporaries are a dozen as many floats.
 _CHUNK = 1 << 20
@@ -39,16 +44,23 @@ _BLOCK = 128
 @torch.no_grad()
 def round_by_search(matrix: Tensor, quantizer: Quantizer, metric: Metric) -> Quantized:
     """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes."""
-    plain = quantizer(matrix)
+    # Searched from the magnitudes themselves; the search's result is what goes through 8 bits.
+    plain = replace(quantizer, double_quant=False)(matrix)
     if plain.blocksize is None:
         return plain
-    scales, shifts = _searched(matrix, plain, _importance(metric, matrix))
-    stored = Scales.of(scales, plain.double_quant)
-    stored_shifts = None if shifts is None else Scales.of(shifts, plain.double_quant)
+    importance = _importance(metric, matrix)
+    scales, shifts = _searched(matrix, plain, importance)
+    stored = Scales.of(scales, quantizer.double_quant)
+    stored_shifts = None if shifts is None else Scales.of(shifts, quantizer.double_quant)
     read, read_shifts = stored.read(), None if stored_shifts is None else stored_shifts.read()
     codes = nearest_codes(matrix.reshape(-1), read, read_shifts, plain.table(), plain.blocksize, clamp=True)
     codes = codes.view(matrix.shape)
-    return Quantized(plain.quant_type, codes, stored, stored_shifts, plain.blocksize, None, plain.rows)
+    found = Quantized(plain.quant_type, codes, stored, stored_shifts, plain.blocksize, None, plain.rows)
+    if quantizer.double_quant:  # 8 bits may take more from the found scales than the search gave
+        unsearched, weights = quantizer(matrix), importance.sqrt()
+        lost, kept = (norm((matrix - one.dequantize()) * weights) for one in (found, unsearched))
+        return found if lost <= kept else unsearched
+    return found
 
 
 @torch.no_grad()
@@ -67,7 +79,7 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
         levels = torch.arange(-127, 128, device=matrix.device) / 127.0
         labels, blocksize, shifts = torch.arange(-127, 128, device=matrix.device).to(torch.int8), width, None
     else:
-        levels, labels = scaled.table().sort()
+        levels, labels = scaled.table().sort(stable=True)
         labels, blocksize, shifts = labels.to(torch.uint8), scaled.blocksize, scaled.shifts
     scales = scaled.scales
     midpoints = (levels[:-1] + levels[1:]) / 2
@@ -156,6 +168,7 @@ def _best(
     unit = torch.where(scales == 0, torch.ones_like(scales), scales)
     origin = torch.zeros_like(scales) if shifts is None else shifts
     part = (part - origin[:, None]) / unit[:, None]
+    weights = weights / weights.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     best = torch.ones_like(scales), torch.zeros_like(scales)
     least = torch.full_like(scales, torch.inf)
 
@@ -163,16 +176,18 @@ def _best(
         nonlocal best, least
         read = table[search_codes(((part - shift[:, None]) / scale[:, None]).clamp_(-1, 1).view(-1), table).int()]
         read = read.view_as(part)
-        weighed = weights * read
-        products, squares = (weighed * part).sum(1), (weighed * read).sum(1)
         if shifts is None:
-            fitted = products / squares.clamp_min(1e-30)
+            weighed = weights * read
+            fitted = (weighed * part).sum(1) / (weighed * read).sum(1).clamp_min(1e-30)
             moved = shift
         else:
-            total, levels, values = weights.sum(1), weighed.sum(1), (weights * part).sum(1)
-            spread = (squares * total - levels**2).clamp_min(1e-30)
-            fitted = (products * total - levels * values) / spread
-            moved = (values - fitted * levels) / total.clamp_min(1e-30)
+            # About the means: where few inputs matter, differences of the sums would be rounding alone.
+            total = weights.sum(1)
+            level, value = (weights * read).sum(1) / total, (weights * part).sum(1) / total
+            centred = read - level[:, None]
+            weighed = weights * centred
+            fitted = (weighed * (part - value[:, None])).sum(1) / (weighed * centred).sum(1).clamp_min(1e-30)
+            moved = value - fitted * level
         # Codes that all read as 0, or as one level, say nothing of the scale.
         told = fitted.isfinite() & moved.isfinite() & (fitted.abs() > 1e-6)
         fitted, moved = torch.where(told, fitted, scale), torch.where(told, moved, shift)
@@ -186,11 +201,13 @@ def _best(
     for multiplier in _GRID:
         size = torch.full_like(scales, multiplier)
         if shifts is not None:
-            consider(size, (1 - size) / 2)
+            for place in _PLACES:
+                consider(size, (1 - size) * place)
         else:
             consider(size, zero)
             if kind == "signed":
                 consider(-size, zero)
     for _ in range(_REFITS):
         consider(*best)
-    return best[0] * unit, best[1] * unit + origin
+    # A block of equal values has the scale 0, and is met by it: a table without a 0 has nothing as near.
+    return torch.where(scales == 0, scales, best[0] * unit), torch.where(scales == 0, origin, best[1] * unit + origin)
