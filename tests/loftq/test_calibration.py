@@ -151,7 +151,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         (torch.zeros(0, 3, dtype=torch.int64), r"found torch.int64 of shape \(0, 3\)"),
         (torch.zeros(2, 0, dtype=torch.int64), r"found torch.int64 of shape \(2, 0\)"),
         (5, r"'builtin', a text file, token ids \(rows, tokens\) or batches, found int; pass calibration="),
-        (None, r"or batches, found NoneType"),
+        (3.5, r"or batches, found float"),
         ([], r"at least one batch, .* found \[\]; pass \[\{'input_ids': ...\}\]"),
         ([[1, 2, 3]], r"a dictionary of what the model is called with, found \['list'\]"),
         ({"input_ids": torch.zeros(1, 2)}, r"found \['str'\]; pass \[\{'input_ids': ...\}\]"),
