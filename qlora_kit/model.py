@@ -16,6 +16,7 @@ from torch import nn
 
 from .biases import KeptBiases, bias_parameters
 from .codecs import protect_storage_
+from .combining import Combining
 from .config import LoraConfig
 from .errors import AdapterError, MergeError
 from .initializers import prepared
@@ -23,11 +24,10 @@ from .inject import Plan, inject_, make_plan, request_for, swap_
 from .kbit import count_parameters
 from .layers import AdapterLayer, ModulesToSave
 from .merging import merge, merge_in_place_
-from .persistence import Persistence
 from .targets import base_of, modules_of, shortest_names
 
 
-class LoraModel(Persistence):
+class LoraModel(Combining):
     """``model`` with adapter ``adapter_name`` injected in place, active and trainable; all else is frozen.
 
     Args:
