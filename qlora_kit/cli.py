@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .command_group import command_group, errors_in_red
+from .errors import ConfigError
 
 app = command_group("Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.")
 
@@ -37,3 +38,72 @@ def demo(
     show(result)
     for path in write_reports(result, out):
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+def combine(
+    sources: Annotated[
+        list[str], typer.Argument(help="Adapters' folders and weights: DIR=0.7 DIR2=0.3", metavar="DIR=WEIGHT...")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the combined adapter goes.", show_default=False)],
+    kind: Annotated[str, typer.Option("--type", help="svd, exact, cat, ties, dare_linear, knots, iso_c, ...")] = "svd",
+    rank: Annotated[Optional[int], typer.Option(help="Of the result. Default: the sources' largest, or all.")] = None,  # noqa: UP045
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Instead of --rank, for svd and exact: the share of the sum to keep in each module."),
+    ] = None,
+    density: Annotated[Optional[float], typer.Option(help="Share of entries that pruning keeps.")] = None,  # noqa: UP045
+    majority_sign: Annotated[str, typer.Option(help="How TIES elects: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(min=0, help="Of DARE's masks.")] = 0,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Don't check that the base models are one.")] = False,
+) -> None:
+    """Combine stored adapters into a new one; the base model isn't needed."""
+    from .combine_files import combine_folders
+
+    with errors_in_red("qlora-kit combine"):
+        folders, weights = zip(*map(_weighted, sources), strict=True)
+        report = combine_folders(
+            folders,
+            weights,
+            out,
+            kind,
+            rank,
+            density=density,
+            majority_sign_method=majority_sign,
+            energy=energy,
+            seed=seed,
+            check_backbone=not any_base,
+        )
+    typer.echo(str(report))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def compress(
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the smaller adapter goes.", show_default=False)],
+    rank: Annotated[Optional[int], typer.Option(help="Of every module, where it isn't lower already.")] = None,  # noqa: UP045
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Instead of --rank: the share of each module's delta to keep, 0.99 say."),
+    ] = None,
+) -> None:
+    """Lower a stored adapter's ranks, and show what it costs; the base model isn't needed."""
+    from .combine_files import compress_folder
+
+    with errors_in_red("qlora-kit compress"):
+        report = compress_folder(folder, out, rank, energy=energy)
+    typer.echo(str(report))
+    typer.echo(f"wrote {out}")
+
+
+def _weighted(source: str) -> tuple[str, float]:
+    """``"DIR=0.7"`` as a folder and its weight."""
+    folder, _, weight = source.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        folder = ""
+    if not folder:
+        raise ConfigError(f"{source}: expected a folder and its weight, found another text; pass DIR=0.7, say")
+    return folder, number

@@ -317,9 +317,7 @@ def test_whole_modules_and_biases_that_cannot_be_combined() -> None:
     with pytest.raises(AdapterError, match=r"head: expected at most one .*modules_to_save\), found \['a0', 'a1'\]"):
         lora.add_weighted_adapter(["a0", "a1"], [1, 1], "new")
     lora = ours({"target_modules": ["fc", "head"]}, {"target_modules": ["fc"], "modules_to_save": ["head"]})
-    with pytest.raises(
-        AdapterError, match=r"head: expected a module that one adapter trains whole .*'a1'.* found both"
-    ):
+    with pytest.raises(AdapterError, match=r"head: expected a module that one adapter trains .*'a1'.*found both"):
         lora.add_weighted_adapter(["a0", "a1"], [1, 1], "new")
     lora = ours({"target_modules": ["fc"], "bias": "all"}, {"target_modules": ["fc"]})
     with pytest.raises(AdapterError, match=r"adapter 'a0': expected bias='none', found 'all'"):
