@@ -134,7 +134,7 @@ class Caching(nn.Module):
         if self.mask is None:
             self.mask = torch.linspace(-1, 1, x.shape[1])
         for block in self.blocks:
-            x = block(x + 0, self.mask)
+            x = block(x + self.mask, self.mask)
         return x
 
 
