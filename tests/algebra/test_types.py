@@ -11,7 +11,9 @@ from algebra.adapters import DENSITY_TYPES, arrays, branches, product, relative
 from reference import algebra as reference
 
 from qlora_kit.algebra import Branch, Combined, Recipe, combination_types, combine, register_combination
+from qlora_kit.algebra.pruning import ENTRYWISE
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.lowrank import truncated_svd
 
 # Factors rounded to float32 and products of them: a few roundings of 6e-8.
 FLOAT32 = 1e-6
@@ -105,6 +107,17 @@ def test_pruned_types(way: str, density: float, method: str) -> None:
         lost = relative(reference.truncated(dense, rank), dense)
         assert found.error == pytest.approx(lost, abs=1e-3)  # of float32's singular values near 0
         assert found.captured == pytest.approx(1 - lost**2, abs=1e-6)
+
+
+def test_large_deltas_are_cut_as_an_exact_decomposition_would() -> None:
+    """Where the Krylov solver takes over; the factors' rounding is all that is apart."""
+    given = branches((4, 4, 4), (1100, 1024))
+    drawn = Recipe("dare_ties_svd", density=0.5)
+    found = combine(given, WEIGHTS, drawn)
+    dense = ENTRYWISE["dare_ties"]([b.scaling * (b.B @ b.A) for b in given], WEIGHTS, drawn, drawn.generator())
+    U, S, Vh = truncated_svd(dense, 4, solver="gram")
+    assert relative(product(found), ((U * S) @ Vh).double().numpy()) < 10 * FLOAT32
+    assert found.captured == pytest.approx(float(S.square().sum() / dense.square().sum()), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["total", "frequency"])
