@@ -3,7 +3,8 @@
 Run: python benchmarks/combine_speed.py
 peft's add_weighted_adapter on the same factors in the same process runs next to each of ours, both through the
 model's method, so checks, injection and reports are counted. One thread for both (or "--threads 2"): on a machine
-that does other work too, threads that wait for each other are what is measured otherwise. "Apart" is ||ours - theirs|| / ||theirs||.
+that does other work too, threads that wait for each other are what is measured otherwise. "Apart" is
+||ours - theirs|| / ||theirs||.
 """
 
 from __future__ import annotations
