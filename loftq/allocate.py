@@ -91,7 +91,7 @@ def allocate(
         request = requests[path]
         found[path] = measured(request.codec.read(request.base), request, options, budget, seen)
 
-    if needs_of(options.method).statistics is None:
+    if needs_of(options.chosen_method).statistics is None:
         for path in requests:
             measure(path, None)
     else:
@@ -178,8 +178,8 @@ def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Bud
     Raises:
         ConfigError: see ``factorize``; names the path.
     """
-    needs = needs_of(options.method)
-    method = options.method if seen is not None or not needs.statistics else "loftq"
+    needs = needs_of(options.chosen_method)
+    method = options.chosen_method if seen is not None or not needs.statistics else "loftq"
     if needs.sequential:
         method = "cloq" if seen is not None else "loftq"  # what earlier layers become isn't known yet
     choices = []

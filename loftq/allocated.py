@@ -66,7 +66,9 @@ def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Seq
         found = measured(request.codec.read(request.base), request, task.loftq, budget, seen)
         journal.note(path, [asdict(choice) for choice in found])
 
-    wanted = needs_of(task.loftq.method).statistics is not None and bool(entries.keys() - journal.measured.keys())
+    wanted = needs_of(task.loftq.chosen_method).statistics is not None and bool(
+        entries.keys() - journal.measured.keys()
+    )
     with streamed_stages(task, checkpoint, journal.folder, batches, wanted=wanted, measuring=True) as walk:
         for stage in walk:
             for path in stage.paths:

@@ -112,6 +112,9 @@ def stages(
         while len(done) < len(stops) and (place := walk.here()) is not None:
             stop, runs = place
             done.add(stop)
+            for each in (other, walk):  # the later wrapped the module's forward around the earlier's
+                if each is not None:
+                    each.arrive(stop)
             if other is None:
                 yield from _plainly(walk, stop, runs, stops[stop], diagonal, widths)
             else:
@@ -174,7 +177,6 @@ def _plainly(
         return {path: Seen(mean, None, count) for path, (mean, count) in collector.means().items()}
 
     yield from _turn(Stage(paths, _collect=collect))
-    walk.passed.add(stop)
     for run in runs:
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
 
@@ -219,8 +221,6 @@ def _in_turns(
         stage = Stage(group, _collect=collect)
         yield from _turn(stage)
         replaced.update(stage.replaced)
-    walk.passed.add(stop)
-    other.passed.add(stop)
     for run in runs:
         walk.go_on(run, run.forward())
         with _changed(other.model, replaced):

@@ -50,6 +50,7 @@ def aligned(problem: Problem) -> LoftQResult:
         result,
         zero_error=norm(full - problem.quantize(full).dequantize()) / size,
         quantization_error=quantization_error,
+        goal=target,
         error=norm(left.addmm_(result.B, result.A, alpha=-problem.scaling)) / size,
     )
 

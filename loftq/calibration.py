@@ -35,7 +35,8 @@ def batches_for(
     """Batches to call ``model`` with, on its device.
 
     Args:
-        source: "builtin", a text file, token ids (n, window), or an iterable of batches (dictionaries of tensors).
+        source: "builtin" (or None), a text file, token ids (n, window), or an iterable of batches (dictionaries of
+            tensors).
         rows, window: for text: rows of ``window`` tokens to cut, evenly over the whole of it.
         batch: rows of a batch.
         folder: where the tokenizer is; None is the folder that the model came from.
@@ -44,6 +45,7 @@ def batches_for(
         ConfigError: a source of another kind, or without a row.
         StorageError: no such file, or no tokenizer beside the model.
     """
+    source = BUILTIN if source is None else source
     if isinstance(source, (str, os.PathLike)):
         place = folder or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         source = token_rows(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
@@ -111,9 +113,13 @@ def builtin_text(characters: int) -> Iterator[str]:
 
 def identity(source: Any) -> Any:
     """What tells one calibration text from another, as a JSON value: it changes with the contents."""
+    if source is None:
+        return None
     if isinstance(source, (str, os.PathLike)):
+        if source == BUILTIN:
+            return f"{BUILTIN}, Python {sysconfig.get_python_version()}"
         path = Path(source)
-        if source != BUILTIN and path.is_file():
+        if path.is_file():
             return f"{path.name}, {path.stat().st_size} bytes, {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         return str(source)
     if isinstance(source, (Tensor, list, tuple)):

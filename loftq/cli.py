@@ -35,7 +35,7 @@ def init(
     memory: Annotated[Optional[str], typer.Option(help="Bytes of model and adapters, 4GiB say, to fit in.")] = None,  # noqa: UP045
     ranks: Annotated[Optional[str], typer.Option(help="Ranks to choose from under a budget: 8,16,32.")] = None,  # noqa: UP045
     allocation: Annotated[str, typer.Option(help="Under a budget: milp, or first-layers (4 bits, then 2).")] = "milp",
-    method: Annotated[str, typer.Option(help="loftq, qera-diag, qera, pissa, srr, cloq or aligned.")] = "loftq",
+    method: Annotated[str, typer.Option(help="loftq, qera-diag, qera, pissa, srr, cloq, aligned, or auto.")] = "auto",
     calibration: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Text to look at the inputs with: a file, or builtin. Default: builtin if needed."),
@@ -86,7 +86,7 @@ def init(
                 double_quant=double_quant,
                 method=method,
                 seed=seed,
-                calibration="builtin" if calibration is None else calibration,
+                calibration=calibration,
                 calibration_rows=calibration_rows,
                 calibration_tokens=calibration_tokens,
                 scale_search=scale_search,

@@ -52,10 +52,11 @@ def loftq_start(request: Request) -> Start:
         ConfigError: the method needs the inputs of the whole model; besides, see ``start_of``.
     """
     options = request.config.loftq_config or LoftQConfig()
-    if needs_of(options.method).statistics:
+    if needs_of(options.chosen_method).statistics:
         raise ConfigError(
-            f"{request.path}: expected method 'loftq' or 'pissa' for a module on its own, found {options.method!r}, "
-            "which looks at the inputs; start the whole model by apply_lora, or call loftq.factorize with statistics"
+            f"{request.path}: expected method 'loftq' or 'pissa' for a module on its own, found "
+            f"{options.chosen_method!r}, which looks at the inputs; start the whole model by apply_lora, or call "
+            "loftq.factorize with statistics"
         )
     return start_of(request, options)
 
@@ -114,7 +115,7 @@ def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = 
         scaling=request.scaling,
         blocksize=options.blocksize,
         double_quant=options.double_quant,
-        method=options.method if seen or not needs_of(options.method).statistics else "loftq",
+        method=options.chosen_method if seen or not needs_of(options.chosen_method).statistics else "loftq",
         seed=options.seed,
         statistics=None if seen is None else seen.statistics,
         cross=None if seen is None else seen.cross,
@@ -122,11 +123,11 @@ def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = 
         scale_search=options.scale_search,
     )
     A, B, base = result.A, result.B, _deployed(request, result.quantized, packed)
-    residual = codec_for(base, request.path).read(base)
-    agrees = torch.equal(residual, result.quantized.dequantize())
-    residual = torch.sub(weight, residual, out=residual)
-    if not agrees:
-        A, B = correction(residual, request.rank, request.scaling, metric=_metric(options, seen), seed=options.seed)
+    stored = codec_for(base, request.path).read(base)
+    if not torch.equal(stored, result.quantized.dequantize()):
+        goal = weight if result.goal is None else result.goal
+        A, B = _correction(request, options, seen, goal - stored)
+    residual = torch.sub(weight, stored, out=stored)
     report = _measured(
         request,
         base,
@@ -150,12 +151,13 @@ def storage_of(path: str, options: LoftQConfig) -> tuple[str, bool]:
     return options.quant_type or DEFAULT_TYPES[options.loftq_bits], False
 
 
-def _metric(options: LoftQConfig, seen: Seen | None) -> Metric:
-    """What the options' method corrects under."""
-    kind = needs_of(options.method).statistics
-    if seen is None or kind is None:
-        return Metric()
-    return Metric.of(seen.statistics, diagonal=kind == "diagonal", damping=options.damping)
+def _correction(request: Request, options: LoftQConfig, seen: Seen | None, left: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B for ``left`` (out, in), closest to it under what the options' method minimizes."""
+    kind = needs_of(options.chosen_method).statistics
+    metric = Metric()
+    if seen is not None and kind is not None:
+        metric = Metric.of(seen.statistics, diagonal=kind == "diagonal", damping=options.damping)
+    return correction(left, request.rank, request.scaling, metric=metric, seed=options.seed)
 
 
 def _measured(
@@ -174,7 +176,9 @@ def _measured(
     error = norm(residual.addmm_(B, A, alpha=-request.scaling)) / size
     if seen is not None:
         known["output_error"] = output_norm(residual, seen.statistics) / (output_norm(weight, seen.statistics) or 1.0)
-        known["tokens"], known["in_features"] = seen.tokens, weight.shape[1]
+        known["tokens"] = seen.tokens
+        if seen.statistics.dim() == 2:
+            known["in_features"] = weight.shape[1]
     return LayerReport(
         path=request.path,
         bits=8 * codec_for(base).nbytes(base) / weight.numel(),
@@ -210,11 +214,13 @@ def _residual_start(request: Request, options: LoftQConfig, seen: Seen | None) -
     stored = request.codec.read(request.base)
     full = original_weight(options.weights, request.path, stored)
     residual = torch.sub(full, stored, out=stored)
-    metric, known = _metric(options, seen), dict[str, Any]()
+    # Towards W, in whatever way the method looks at the inputs: those of the 16-bit model, which could say better
+    # where the layers before were wrong, aren't known here.
+    A, B = _correction(request, options, seen, residual)
+    known = dict[str, Any]()
     if seen is not None:
         size = output_norm(full, seen.statistics) or 1.0
         known["zero_output_error"] = output_norm(residual, seen.statistics) / size
-    A, B = correction(residual, request.rank, request.scaling, metric=metric, seed=options.seed)
     seconds = time.monotonic() - began
     kind = getattr(request.base.weight, "quant_type", None) or getattr(request.base, "quant_type", request.codec.name)
     known.update(quant_type=kind, steps=1, seconds=seconds)

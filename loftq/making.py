@@ -39,7 +39,7 @@ def in_forward_order(
     The model's own weights stay in its shards; each module reads its own while it computes. After an interruption
     the text runs through the finished blocks again, without statistics being taken of them.
     """
-    needs = needs_of(task.loftq.method)
+    needs = needs_of(task.loftq.chosen_method)
     waiting = {unit.entry.path: unit for unit in units if unit.entry is not None}
     entries = {entry.path: entry for entry in checkpoint.plan.entries}
     with streamed_stages(task, checkpoint, writers.work, batches, wanted=bool(waiting)) as walk:
@@ -97,7 +97,7 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor, seen: S
     request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
     start = start_of(request, task.loftq, seen)
     assert start.base is not None
-    changed = change(request, start) if needs_of(task.loftq.method).sequential and seen is not None else None
+    changed = change(request, start) if needs_of(task.loftq.chosen_method).sequential and seen is not None else None
     base = start.base.state_dict()
     digest = codes_digest(codec_for(start.base).stored(start.base)[0])
     # A 4-bit weight and its module refer to each other, and would wait for the garbage collector, which counts

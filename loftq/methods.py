@@ -66,6 +66,7 @@ class LoftQResult:
         zero_error: ||W - quantize(W)|| / ||W|| (Frobenius), the error of the zero start.
         quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
         error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
+        goal: what Q + sBA comes close to where that isn't W itself, float32 (out, in).
         output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned and of the zero
             start, where statistics R were given.
     """
@@ -78,6 +79,7 @@ class LoftQResult:
     quantization_error: float
     output_error: float | None = None
     zero_output_error: float | None = None
+    goal: Tensor | None = field(default=None, repr=False)
     error: float = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from .calibrate import stages
 from .calibration import batches_for
 from .initializer import checked, loftq_start, start_of
 from .methods import needs_of
-from .report import short_calibration
+from .report import not_reached, short_calibration
 
 # Bytes of activations in memory between blocks, before they go to files.
 _LIMIT = 4 << 30
@@ -55,15 +55,8 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     unseen = [path for path in by_path if path not in starts or starts[path].report.tokens is None]
     starts |= {path: start_of(by_path[path], options) for path in unseen if path not in starts}
     if unseen:
-        warnings.warn(
-            f"calibration: expected text that reaches every targeted module, found none of it at {unseen[0]} "
-            f"({len(unseen)} of {len(by_path)}); they start as with method 'loftq'; calibrate on more text, or leave "
-            "out what the model doesn't call",
-            stacklevel=2,
-        )
-    # Of a diagonal, and of tokens' frequencies, no more is asked than that they be finite.
-    full = [path for path, request in by_path.items() if needs.statistics == "full" and request.family != "embedding"]
-    if message := short_calibration([starts[path].report for path in full]):
+        warnings.warn(not_reached(unseen, len(by_path)), stacklevel=2)
+    if message := short_calibration([starts[path].report for path in by_path]):
         warnings.warn(message, stacklevel=2)
     return lambda request: starts.pop(request.path)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.config import LoftQConfig
 from qlora_kit.errors import AdapterError, StorageError
 from qlora_kit.files import write_text_atomically
 from qlora_kit.model import LoraModel
@@ -32,7 +33,7 @@ class LayerReport:
         output_error, zero_output_error: the same of the output, by second moments of the inputs; None without.
         seconds: all that was done for the layer.
         tokens: inputs that the second moments are of; None without.
-        in_features: the layer's width, where there are tokens.
+        in_features: the layer's width, where a matrix of that many rows was collected.
     """
 
     path: str
@@ -132,6 +133,8 @@ class Report:
         )
         if short := short_calibration(self.layers):
             lines.append(f"note: {short}")
+        if outputs and (unseen := [layer.path for layer in self.layers if layer.tokens is None]):
+            lines.append(f"note: {not_reached(unseen, len(self.layers))}")
         lines += [f"note: {layer.path}: {layer.note}" for layer in self.layers if layer.note]
         lines += [
             f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
@@ -189,6 +192,15 @@ class Report:
         plt.close(figure)
 
 
+def not_reached(paths: Sequence[str], of: int) -> str:
+    """What to say of modules that no calibration text came to."""
+    return (
+        f"calibration: expected text that reaches every targeted module, found none of it at {paths[0]} "
+        f"({len(paths)} of {of}); they start as with method 'loftq'; calibrate on more text, or leave out what the "
+        "model doesn't call"
+    )
+
+
 def short_calibration(layers: Sequence[LayerReport]) -> str:
     """What to say of inputs too few for the layers' widths; empty where they suffice."""
     short = [row for row in layers if row.tokens is not None and row.tokens < (row.in_features or 0)]
@@ -216,4 +228,5 @@ def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:
             f"{sorted(lora.peft_config)}; a loaded adapter's report is beside the model that loftq init wrote"
         )
     config = lora.peft_config[adapter_name]
-    return Report(str(config.base_model_name_or_path), config.to_dict(), rows)
+    options = {**config.to_dict(), "method": (config.loftq_config or LoftQConfig()).chosen_method}
+    return Report(str(config.base_model_name_or_path), options, rows)

@@ -52,7 +52,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     checkpoint = Checkpoint(task.source, task.lora)
     _check_disk(task, checkpoint)
     check_budget(task, checkpoint)
-    calibrated = task.outputs or needs_of(task.loftq.method).statistics is not None
+    calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None
     batches = calibration_batches(task, checkpoint) if calibrated else []
     weights = sum(unit.numel for unit in checkpoint.units)
     tell = progress or (lambda unit, weights: None)

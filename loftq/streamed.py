@@ -49,7 +49,7 @@ def streamed_stages(
     if not wanted:
         yield ()
         return
-    needs = needs_of(task.loftq.method)
+    needs = needs_of(task.loftq.chosen_method)
     with offloaded(checkpoint, folder) as model:
         walk = stages(
             model,

@@ -48,7 +48,8 @@ class Task:
     def options(self) -> dict[str, Any]:
         """All that the output's bytes depend on besides the source."""
         lora = {k: v for k, v in self.lora.to_dict().items() if k not in ("loftq_config", "base_model_name_or_path")}
-        loftq = asdict(replace(self.loftq, calibration=identity(self.loftq.calibration)))
+        method, text = self.loftq.chosen_method, identity(self.loftq.calibration)
+        loftq = asdict(replace(self.loftq, method=method, calibration=text))
         device = self.device.partition(":")[0]
         budget = None if self.budget is None else self.budget.to_dict()
         own = {"outputs": self.outputs, "budget": budget, "shard_bytes": self.shard_bytes, "device": device}

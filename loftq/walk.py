@@ -196,14 +196,14 @@ class Walk:
         self.number = Walk._count
         self.model, self.stops, self.limit, self.folder = model, list(stops), limit, folder
         self.runs = [Run(self, batch, index) for index, batch in enumerate(batches)]
-        self._undo: list[Callable[[], None]] = []
+        self._undo: dict[str, Callable[[], None]] = {}
         self.passed: set[str] = set()
         self._hooks: dict[str, set[int]] = {}
 
     def __enter__(self) -> Walk:
         try:
             for path in self.stops:
-                self._undo.append(self._stop_at(path))
+                self._undo[path] = self._stop_at(path)
             for run in self.runs:
                 run.start()
                 self.keep_bound()
@@ -216,7 +216,7 @@ class Walk:
         for run in self.runs:
             run.abandon()
         while self._undo:
-            self._undo.pop()()
+            self._undo.popitem()[1]()
 
     def here(self) -> tuple[str, list[Run]] | None:
         """The module where the first of the unfinished runs stands, and all runs that stand there."""
@@ -227,6 +227,11 @@ class Walk:
         """Resume one run; it stops at the next module that hasn't been passed."""
         run.resume(output)
         self.keep_bound()
+
+    def arrive(self, path: str) -> None:
+        """Give the module at ``path``, where runs stand, its own forward back: it may be copied or looked at now."""
+        self.passed.add(path)
+        self._undo.pop(path)()
 
     def foreign(self, own: Run) -> set[int]:
         """Addresses that don't belong to the run ``own`` alone: the model's, the caller's, and other runs'."""

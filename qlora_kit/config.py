@@ -114,8 +114,6 @@ class LoraConfig:
             values["loftq_config"] = _without_defaults(self.loftq_config, keep=("loftq_bits", "loftq_iter"))
             if not isinstance(self.loftq_config.calibration, str):
                 values["loftq_config"].pop("calibration", None)  # tensors have no place in JSON
-            if not isinstance(self.loftq_config.calibration, str):
-                values["loftq_config"].pop("calibration", None)  # tensors have no place in JSON
         changed = _without_defaults(self, keep=_ALWAYS_WRITTEN)
         rest = sorted(set(changed) - set(_ALWAYS_WRITTEN))
         return {name: values[name] for name in (*_ALWAYS_WRITTEN, *rest)}

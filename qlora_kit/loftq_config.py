@@ -36,9 +36,11 @@ class LoftQConfig:
             start from the difference.
         method: how the start is found: "loftq", "qera-diag", "qera", "pissa", "srr", "cloq", "aligned", or a name
             registered with ``loftq.register_method``. All but "loftq" and "pissa" look at the layers' inputs.
+            "auto" is the best that can be done with what is given: "aligned" with a ``calibration``, "loftq" without.
         seed: of the decomposition's random start, for large weights.
         calibration: the text that gives the inputs: "builtin" (Python's own documentation and sources), a UTF-8
             file, token ids (rows, tokens), or a list of batches, each a dictionary that the model is called with.
+            None is "builtin" for a named method that looks at the inputs.
         calibration_rows, calibration_tokens: for text: how many rows of how many tokens to cut from it.
         damping: share of the inputs' mean square that is added to each one's own.
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
@@ -56,9 +58,9 @@ class LoftQConfig:
     blocksize: int | str = 64
     double_quant: bool = False
     weights: str | None = None
-    method: str = "loftq"
+    method: str = "auto"
     seed: int = 0
-    calibration: Any = field(default="builtin", compare=False)
+    calibration: Any = field(default=None, compare=False)
     calibration_rows: int = 128
     calibration_tokens: int = 512
     damping: float = 0.01
@@ -78,7 +80,7 @@ class LoftQConfig:
             check_int("blocksize", self.blocksize, 1, "pass blocksize=64, or 'row'")
         check_bool("double_quant", self.double_quant)
         if not isinstance(self.method, str):
-            raise failure("method", "the name of a method", self.method, "pass method='loftq'")
+            raise failure("method", "the name of a method", self.method, "pass method='auto'")
         check_int("seed", self.seed, 0, "pass seed=0")
         for name in ("calibration_rows", "calibration_tokens"):
             check_int(name, getattr(self, name), 1, f"pass {name}=128")
@@ -95,6 +97,13 @@ class LoftQConfig:
             if not isinstance(self.weights, (str, os.PathLike)):
                 raise failure("weights", "a folder", self.weights, "pass the path of the 16-bit model")
             self.weights = os.fspath(self.weights)
+
+    @property
+    def chosen_method(self) -> str:
+        """``method``, or what "auto" means here."""
+        if self.method != "auto":
+            return self.method
+        return "loftq" if self.calibration is None else "aligned"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoftQConfig:

@@ -49,7 +49,13 @@ ORDER = [
         "qlora_kit.kbit",
         "qlora_kit.training",
     ],
-    ["qlora_kit.shards", "qlora_kit.shard_writer", "qlora_kit.originals", "qlora_kit.combine_files", "qlora_kit.compat"],
+    [
+        "qlora_kit.shards",
+        "qlora_kit.shard_writer",
+        "qlora_kit.originals",
+        "qlora_kit.combine_files",
+        "qlora_kit.compat",
+    ],
     ["qlora_kit"],  # the public list: the modules above don't go through it
     ["loftq"],
     ["qlora_kit.command_group", "loftq.cli", "qlora_kit.cli", "qlora_kit.demo", "qlora_kit.__main__"],

@@ -27,7 +27,7 @@ def asked(targets: Any = "all-linear", *, lora: dict[str, Any] | None = None, **
         **{"r": 4, "lora_alpha": 8, **(lora or {})},
         target_modules=targets,
         init_lora_weights="loftq",
-        loftq_config=LoftQConfig(calibration=rows(), **loftq),
+        loftq_config=LoftQConfig(**{"method": "loftq", "calibration": rows(), **loftq}),
     )
 
 

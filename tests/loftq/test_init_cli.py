@@ -71,7 +71,7 @@ def test_a_text_makes_a_plain_start_report_its_outputs(source: Path, text: Path,
     code, said = init(source, tmp_path / "plain", "--bits", 2)
     assert code == 0
     assert "output" not in said
-    code, said = init(source, tmp_path / "out", "--bits", 2, "--calibration", text)
+    code, said = init(source, tmp_path / "out", "--bits", 2, "--method", "loftq", "--calibration", text)
     assert code == 0
     assert "7 layers: output error" in said
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))

@@ -96,9 +96,6 @@ def test_base_and_adapter_are_those_made_in_memory_and_load_back(
     assert len(list(verify(tmp_path / "out", source, layers=100))) == 2 + len(report.layers)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the copy of an embedding that is made while its forward is stopped calls the original's"
-)
 def test_an_embedding_calibrated_in_memory_computes_with_its_quantized_weight(tmp_path: Path) -> None:
     source, lora = write(llama(**SMALL), tmp_path / "source"), calibrated("cloq", targets=EMBEDDING)
     model = apply_lora(AutoModelForCausalLM.from_pretrained(source), lora)
@@ -188,7 +185,7 @@ def test_reported_output_errors_are_those_of_what_is_stored(method: str, tmp_pat
         expected = float(torch.trace(left @ R @ left.T).sqrt() / torch.trace(full @ R @ full.T).sqrt())
         assert row.output_error == pytest.approx(expected, rel=RELATIVE)
         assert row.tokens == rows().numel()
-        assert row.in_features == shape[1]
+        assert row.in_features == (None if method == "qera-diag" else shape[1])
     assert report.total("output_error") == pytest.approx(
         (sum(row.output_error**2 for row in report.layers) / 7) ** 0.5  # type: ignore[operator]
     )
@@ -205,6 +202,7 @@ def test_layers_without_inputs_do_not_dilute_the_output_error() -> None:
     assert report.total("output_error") == pytest.approx(0.2)
     assert "2 layers: output error 0.3000 quantized plainly, 0.2000 with qera" in str(report)
     assert str(report).splitlines()[2].split()[-3:] == ["-", "-", "0.00"]
+    assert "found none of it at missed (1 of 2)" in str(report)
 
 
 # -- calibration text ------------------------------------------------------------------------------------------
