@@ -8,7 +8,8 @@ method's own allocation is used, or with "rule" the first layers get 4 bits and 
 
 On MiniLM: the output's relative error and the mean cosine of sentence embeddings.
 
-Run: python benchmarks/quality.py --state FILE [--models DIR ...] [--bits 2 ...] [--rank 16] [--seeds 3] [--minilm]
+Run: python benchmarks/quality.py --state FILE [--models DIR ...] [--bits 2 ...] [--rank 16] [--seeds 3]
+    [--learning-rate 1e-3] [--minilm]
 A run that is cut off goes on from FILE; "--table" only prints what it holds.
 """
 
@@ -135,11 +136,12 @@ def zero_(lora: LoraModel, seed: int) -> None:
 
 
 def measure(
-    start: Start, bits: float, rank: int, folder: str, windows: Windows, state: State, seeds: int, steps: int
+    start: Start, bits: float, folder: str, windows: Windows, state: State, options: argparse.Namespace
 ) -> None:
     """Fill in one row."""
+    rank = options.rank
     row = state.at(Path(folder).name, bits, rank, start.name)
-    todo = [seed for seed in range(seeds) if str(seed) not in row["after"]]
+    todo = [seed for seed in range(options.seeds) if str(seed) not in row["after"]]
     if "before" in row and not todo:
         return
     lora = started(start, bits, rank, Source(folder, "cpu", torch.float32).dense())
@@ -152,7 +154,15 @@ def measure(
                     parameter.copy_(kept[name])
         if start.zero or bits == 16:
             zero_(lora, seed)
-        settings = Settings(model=folder, out=Path(), device="cpu", steps=steps, rank=rank, seed=seed)
+        settings = Settings(
+            model=folder,
+            out=Path(),
+            device="cpu",
+            steps=options.steps,
+            rank=rank,
+            seed=seed,
+            learning_rate=options.learning_rate,
+        )
         fine_tune_(lora, windows.train, settings, title=start.name)
         row["after"][str(seed)] = perplexity(lora, windows.held_out)
     state.save()
@@ -216,6 +226,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="a state is of one rate and number of steps")
     parser.add_argument("--starts", nargs="*", help="rows to fill in; default: all")
     parser.add_argument("--minilm", action="store_true", help="MiniLM instead of the language models")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
@@ -236,7 +247,7 @@ def main() -> None:
                         if (bits == 16 and start.name != "zero") or (start.bits and bits not in start.bits):
                             continue
                         if bits == 16 or not args.starts or start.name in args.starts:
-                            measure(start, bits, args.rank, folder, windows, state, args.seeds, args.steps)
+                            measure(start, bits, folder, windows, state, args)
     print_tables(state)
 
 

@@ -95,13 +95,14 @@ def test_every_start_is_measured_at_every_width(outcome: tuple[Result, Path]) ->
         (4, "LoftQ start"),
         (2, "zero start"),
         (2, "LoftQ start"),
+        (2, "calibrated start"),
     ]
     assert all(len(run.losses) == STEPS for run in result.fine_tunes)
     unquantized = result.fine_tunes[0]
     assert unquantized.perplexity_before == pytest.approx(result.perplexity, rel=1e-6)
     assert "packed" in result.fine_tunes[-1].storage
     sizes = [run.base_bytes for run in result.fine_tunes]
-    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == sizes[4]
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == sizes[4] == sizes[5]
 
 
 def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path]) -> None:
@@ -145,7 +146,8 @@ def test_loftq_starts_closer_to_the_reference_model_than_zero_does(tmp_path: Pat
     result = run_demo(small_settings(model, tmp_path, steps=4, rank=16, held_out_rows=16), say=lambda _: None)
     before = {(run.bits, run.start): run.perplexity_before for run in result.fine_tunes}
     assert before[4, "zero start"] > result.perplexity
-    assert result.perplexity < before[2, "LoftQ start"] < before[2, "zero start"]
+    starts = [before[2, start] for start in ("calibrated start", "LoftQ start", "zero start")]
+    assert result.perplexity < starts[0] < starts[1] < starts[2]
     assert [(reload.bits, reload.largest_difference) for reload in result.reloads] == [(2, 0.0), (4, 0.0)]
 
 

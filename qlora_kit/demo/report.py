@@ -14,7 +14,8 @@ from rich.text import Text
 from ..files import write_atomically
 from .results import FineTune, Result
 
-COLOURS = {"zero start": "#8c8c8c", "LoftQ start": "#1f6fb2"}
+COLOURS = {"zero start": "#8c8c8c", "LoftQ start": "#1f6fb2", "calibrated start": "#2a8c4a"}
+STARTS = {"zero start": "zero (QLoRA)", "LoftQ start": "LoftQ", "calibrated start": "calibrated (aligned)"}
 MERGED = "#b2651f"
 
 
@@ -50,7 +51,7 @@ def fine_tune_table(result: Result) -> Table:
         best = run.perplexity_after <= min(r.perplexity_after for r in result.fine_tunes if r.bits == run.bits)
         table.add_row(
             f"{run.bits} bits ({run.storage})",
-            {"zero start": "zero (QLoRA)", "LoftQ start": "LoftQ"}[run.start] if run.bits < 16 else "zero (LoRA)",
+            STARTS[run.start] if run.bits < 16 else "zero (LoRA)",
             f"{run.base_bytes / 1e6:.2f}",
             f"{run.perplexity_before:,.2f}",
             Text(f"{run.perplexity_after:,.2f}", style="bold" if best else ""),

@@ -62,9 +62,14 @@ class Settings:
             r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM", **start
         )
 
-    def loftq(self, bits: int, **others: Any) -> LoraConfig:
+    def loftq(self, bits: int, calibration: Any = None, **others: Any) -> LoraConfig:
         loftq = LoftQConfig(
-            loftq_bits=bits, loftq_iter=LOFTQ_STEPS, blocksize=BLOCKSIZE, double_quant=DOUBLE_QUANT[bits]
+            loftq_bits=bits,
+            loftq_iter=LOFTQ_STEPS,
+            blocksize=BLOCKSIZE,
+            double_quant=DOUBLE_QUANT[bits],
+            calibration=calibration,
+            calibration_tokens=self.window,
         )
         return self.lora(init_lora_weights="loftq", loftq_config=loftq, **others)
 
@@ -103,6 +108,8 @@ def run_demo(settings: Settings, say: Say | None = None) -> Result:
             reloads.append(save_and_reload(lora, bits, source, settings, windows, tokenizer))
             difference = reloads[-1].largest_difference
             say(f"saved and reloaded at {bits} bits: largest difference of a logit {difference:.1e}")
+            del lora
+        runs.append(calibrated_start(source, settings, windows, 2, say))
         merges = [merge_into(into, source, settings, windows) for into in ("float32", "bfloat16", "same")]
     return Result(
         settings={**asdict(settings), "out": str(settings.out)},
@@ -141,6 +148,12 @@ def loftq_start(
     lora = apply_lora(prepared(source.dense(), settings), config)
     before = continuations(lora, tokenizer)
     return measured(lora, "LoftQ start", settings, windows, bits, say), lora, before
+
+
+def calibrated_start(source: Source, settings: Settings, windows: Windows, bits: int, say: Say) -> FineTune:
+    """As ``loftq_start``, by the method that looks at the layers' inputs, on Python's own text."""
+    lora = apply_lora(prepared(source.dense(), settings), settings.loftq(bits, "builtin"))
+    return measured(lora, "calibrated start", settings, windows, bits, say)
 
 
 def prepared(model: nn.Module, settings: Settings) -> nn.Module:
