@@ -208,7 +208,13 @@ def swap_(model: nn.Module, path: str, module: nn.Module, injection: Injection |
 
 
 def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
-    """Refuse to write over an adapter that another wrapper of the same model put there."""
+    """Refuse to write over an adapter that is there already, of this name or trained whole."""
+    for entry in plan.entries:
+        if isinstance(saved := model.get_submodule(entry.path), ModulesToSave):
+            raise AdapterError(
+                f"{entry.path}: expected a module that is free to be adapted by {name!r}, found one that is trained "
+                f"whole (modules_to_save) by {saved.adapter_names()}; leave it out of one of the configurations"
+            )
     for path in (*(entry.path for entry in plan.entries), *plan.modules_to_save):
         module = model.get_submodule(path)
         if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_kit import (
+    AdapterError,
     AdapterLayer,
     Codec,
     LoraConfig,
@@ -107,6 +108,16 @@ def test_a_failing_second_adapter_leaves_the_first_alone(failing_start: str) -> 
     assert lora.model[0].adapter_names() == ["first"]
     assert torch.equal(lora(x), y)
     lora.add_adapter("second", LoraConfig(target_modules=["0", "2"]))
+
+
+def test_a_module_that_is_trained_whole_is_not_adapted_too() -> None:
+    """The adapter's layer would take the place of the trained copy."""
+    lora = apply_lora(mlp(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]), "a")
+    before = dict(lora.named_modules())
+    with pytest.raises(AdapterError, match=r"2: expected a module that is free to be adapted by 'b', found .*\['a'\]"):
+        lora.add_adapter("b", LoraConfig(r=2, target_modules=["0", "2"]))
+    assert dict(lora.named_modules()) == before
+    assert list(lora.peft_config) == ["a"]
 
 
 def test_a_failing_saved_module_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
