@@ -15,7 +15,9 @@ from qlora_kit.model import LoraModel
 
 JSON_NAME = "loftq_report.json"
 PLOT_NAME = "loftq_report.png"
+# What an error is called, and the fields of the plain quantization's and the start's.
 _WEIGHT_ERRORS = ("error", "zero_error", "error")
+_OUTPUT_ERRORS = ("output error", "zero_output_error", "output_error")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class LayerReport:
             return "the weight is exact without a start"
         if self.output_error is not None and self.output_error >= (self.zero_output_error or 0.0):
             return (
-                f"worse than no start: output error {self.output_error:.4f} against {self.zero_output_error:.4f}; the "
-                "alternation follows the weight's error, and these inputs weigh it differently"
+                f"worse than no start on its own inputs: output error {self.output_error:.4f} against "
+                f"{self.zero_output_error:.4f}; 'loftq' follows the weight's error instead, 'aligned' also what "
+                "earlier layers got wrong"
             )
         if self.error >= self.zero_error and self.output_error is None:
             return (
@@ -126,7 +129,7 @@ class Report:
                 known = (layer.output_error, layer.zero_output_error)
                 line += "".join(f" {'-':>7}" if error is None else f" {error:>7.4f}" for error in known)
             lines.append(line + f" {layer.seconds:>6.2f}")
-        what, zero, error = ("output error", "zero_output_error", "output_error") if outputs else _WEIGHT_ERRORS
+        what, zero, error = _OUTPUT_ERRORS if outputs else _WEIGHT_ERRORS
         lines.append(
             f"{len(self.layers)} layers: {what} {self.total(zero):.4f} quantized plainly, {self.total(error):.4f} with "
             f"{self.options.get('method', 'loftq')} (root mean square), {self.seconds:.1f} s"
@@ -169,7 +172,8 @@ class Report:
             ) from error
 
     def plot(self, path: Path) -> None:
-        """Each layer's error, plainly quantized and with LoftQ, in the order of the model."""
+        """Each layer's error, plainly quantized and from the start, in the order of the model: the output's where it
+        is known."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -177,19 +181,26 @@ class Report:
 
         layers = range(len(self.layers))
         figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-        plain, errors = [layer.zero_error for layer in self.layers], [layer.error for layer in self.layers]
+        outputs = any(layer.output_error is not None for layer in self.layers)
+        _, zero, error = _OUTPUT_ERRORS if outputs else _WEIGHT_ERRORS
+        # matplotlib leaves out what is NaN: layers that no text reached.
+        plain, errors = ([_known(getattr(layer, name)) for layer in self.layers] for name in (zero, error))
         axes.vlines(layers, errors, plain, color="0.85", zorder=0)
         axes.plot(layers, plain, "o", ms=3, color="0.6", label="quantized plainly")
-        axes.plot(layers, errors, "o", ms=3, color="C0", label="LoftQ: W - Q - sBA")
+        axes.plot(layers, errors, "o", ms=3, color="C0", label=f"with {self.options.get('method', 'loftq')}")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("layer, in the order of names")
-        axes.set_ylabel("error relative to ||W||")
+        axes.set_ylabel("error of the output, relative to it" if outputs else "W - Q - sBA relative to ||W||")
         bits = sum(layer.bits for layer in self.layers) / max(1, len(self.layers))
         axes.set_title(f"{len(self.layers)} layers at {bits:.2f} bits a weight")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)
+
+
+def _known(error: float | None) -> float:
+    return float("nan") if error is None else error
 
 
 def not_reached(paths: Sequence[str], of: int) -> str:
