@@ -44,7 +44,7 @@ def test_captured_is_the_share_of_squared_error() -> None:
         ({"error": 0.35}, "worse than no start: 0.3500 against 0.3400; storing rounded"),
         (
             {"output_error": 0.5, "zero_output_error": 0.4},
-            "no start on its own inputs: output error 0.5000 against 0.4000",
+            "worse than no start on its own inputs: output error 0.5000 against 0.4000",
         ),
         ({"quantization_error": 0.34, "error": 0.3399}, "hardly better than no start: rank 4 holds 0.1%"),
         ({"zero_error": 0.0, "quantization_error": 0.0, "error": 0.0}, "the weight is exact without a start"),
