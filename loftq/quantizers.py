@@ -46,7 +46,7 @@ def quantizer_for(
     """The quantizer of these options, checked.
 
     Args:
-        bits: 2, 3, 4 or 8; means ``config.DEFAULT_TYPES`` of it.
+        bits: 2, 3, 4 or 8; means ``qlora_kit.loftq_config.DEFAULT_TYPES`` of it.
         quant_type: a type of ``qlora_kit.codecs.codebooks.SCHEMES`` or "int8"; stands above ``bits``.
         blocksize: values per scale, or "row" (or None) for one scale a row; int8 has rows whatever it says.
         double_quant: keep the scales in 8 bits, as bitsandbytes' nested quantization does.

@@ -43,7 +43,7 @@ def quantize_(
     ``from_pretrained`` loads.
 
     Args:
-        bits: 2, 3, 4 or 8: ``qlora_kit.config.DEFAULT_TYPES`` of it.
+        bits: 2, 3, 4 or 8: ``qlora_kit.loftq_config.DEFAULT_TYPES`` of it.
         quant_type: a type of ``qlora_kit.codecs.codebooks`` or "int8"; stands above ``bits``.
         blocksize: weights that share a scale; None for rows.
         double_quant: keep the scales in 8 bits.
