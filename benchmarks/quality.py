@@ -37,6 +37,8 @@ from qlora_kit.demo.text import Windows, make_windows
 from qlora_kit.demo.training import fine_tune_, perplexity
 
 BITS = (2.0, 2.25, 2.5, 3.0, 4.0)
+# Perplexity is to be so much above that of 16 bits, as a share of it, for shares of the difference to say something.
+_LEAST_GAP = 0.02
 CALIBRATION = {"calibration_rows": 128, "calibration_tokens": 256}
 
 
@@ -188,33 +190,40 @@ def minilm(state: State, rank: int) -> None:
 
 
 def print_tables(state: State) -> None:
-    """Markdown; gaps are to 16 bits, before and after, as shares of those of "loftq T=5, nf"."""
-    groups: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    """Markdown, one table for each number of bits, models beside one another. Gaps are to 16 bits, as shares of those
+    of LoftQ with T = 5, the published one where it was run; "-" where that has next to none."""
+    rows: dict[tuple[float, int], dict[str, dict[str, dict[str, Any]]]] = {}
     for key, row in state.found.items():
         model, bits, rank, name = key.split(" | ")
-        groups.setdefault((model, bits, rank), {})[name] = row
-    for (model, bits, rank), rows in groups.items():
-        print(f"\n{model}, {float(bits):g} bits, rank {rank}\n")
-        if model == "MiniLM":
-            print("| start | output error | cosine |\n| --- | ---: | ---: |")
-            for name, row in rows.items():
-                print(f"| {name} | {row['error']:.4f} | {row['cosine']:.4f} |")
-            continue
-        print("| start | before | after | gap before | gap after |\n| --- | ---: | ---: | ---: | ---: |")
-        full = groups.get((model, "16.0", rank), {}).get("zero")
-        against = rows.get("loftq T=5, nf") or rows.get("loftq T=5")
-        for name, row in rows.items():
-            print(f"| {name} | {text(row)} | {shares(row, full, against)} |")
+        rows.setdefault((float(bits), int(rank)), {}).setdefault(model, {})[name] = row
+    for (bits, rank), models in sorted(rows.items()):
+        print(f"\n{bits:g} bits, rank {rank}\n")
+        heads = [f"{m}: {'output error | cosine' if m == 'MiniLM' else 'before | after | gaps'}" for m in models]
+        print(f"| start | {' | '.join(heads)} |\n| --- |{' ---: |' * ' | '.join(heads).count('|')} ---: |")
+        for start in STARTS:
+            if any(start.name in found for found in models.values()):
+                cells = [_cells(m, found, start.name, rows.get((16.0, rank), {}).get(m)) for m, found in models.items()]
+                print(f"| {start.name} | {' | '.join(cells)} |")
 
 
-def shares(row: dict[str, Any], full: dict[str, Any] | None, against: dict[str, Any] | None) -> str:
-    """The row's gaps to 16 bits in percent of those of ``against``."""
-    if full is None or against is None or not row["after"] or not against["after"]:
-        return "|"
-    before = (row["before"] - full["before"]) / (against["before"] - full["before"])
-    mean = {id(r): statistics.mean(r["after"].values()) for r in (row, full, against)}
-    after = (mean[id(row)] - mean[id(full)]) / (mean[id(against)] - mean[id(full)])
-    return f"{before:.0%} | {after:.0%}"
+def _cells(model: str, found: dict[str, Any], name: str, full: dict[str, Any] | None) -> str:
+    row = found.get(name)
+    if model == "MiniLM":
+        return f"{row['error']:.4f} | {row['cosine']:.4f}" if row else " | "
+    if not row:
+        return " | | "
+    against = found.get("loftq T=5, nf") or found.get("loftq T=5")
+    if full is None or against is None:
+        return f"{text(row)} | "
+    pairs = [(r["before"], statistics.mean(r["after"].values()) if r["after"] else None) for r in (row, against)]
+    ends = full["zero"]["before"], statistics.mean(full["zero"]["after"].values())
+    return f"{text(row)} | " + ", ".join(_share(*gap) for gap in zip(*pairs, ends, strict=True))
+
+
+def _share(own: float | None, other: float | None, full: float) -> str:
+    if own is None or other is None or other - full < _LEAST_GAP * full:
+        return "-"
+    return f"{(own - full) / (other - full):.0%}"
 
 
 def main() -> None:
