@@ -21,7 +21,7 @@ from qlora_kit.loftq_config import MIXED_TYPES, LoftQConfig
 
 from .budget import Budget, Choice, check_possible, choose, mean_bits
 from .calibrate import Seen, stages
-from .calibration import batches_for
+from .calibration import calibration_batches
 from .factorize import factorize
 from .initializer import DENSE, checked
 from .methods import needs_of
@@ -95,9 +95,7 @@ def allocate(
         for path in requests:
             measure(path, None)
     else:
-        batches = batches_for(
-            options.calibration, model, rows=options.calibration_rows, window=options.calibration_tokens
-        )
+        batches = calibration_batches(options, model)
         for stage in stages(model, batches, requests):
             for path in stage.paths:
                 measure(path, stage.seen().get(path))

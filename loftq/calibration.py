@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from qlora_kit.errors import ConfigError, StorageError
+from qlora_kit.loftq_config import LoftQConfig
 
 BUILTIN = "builtin"
 # Characters to read for a token that is wanted: no tokenizer needs more on average, for text in its languages.
@@ -69,6 +70,19 @@ def batches_for(
         )
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     return [_complete(model, {k: _moved(v, device) for k, v in item.items()}) for item in batches]
+
+
+def calibration_batches(
+    options: LoftQConfig, model: nn.Module, folder: str | os.PathLike[str] | None = None
+) -> list[dict[str, Any]]:
+    """``batches_for`` what ``options`` say of the text."""
+    return batches_for(
+        options.calibration,
+        model,
+        rows=options.calibration_rows,
+        window=options.calibration_tokens,
+        folder=folder,
+    )
 
 
 def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, window: int) -> Tensor:

@@ -16,7 +16,7 @@ from qlora_kit.loftq_config import LoftQConfig
 from qlora_kit.lowrank import delta
 
 from .calibrate import stages
-from .calibration import batches_for
+from .calibration import calibration_batches
 from .initializer import checked, loftq_start, start_of
 from .methods import needs_of
 from .report import not_reached, short_calibration
@@ -37,7 +37,7 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     if needs.statistics is None:
         return lambda request: start_of(request, options)
     by_path = {checked(request).path: request for request in requests}
-    batches = batches_for(options.calibration, model, rows=options.calibration_rows, window=options.calibration_tokens)
+    batches = calibration_batches(options, model)
     starts: dict[str, Start] = {}
     walk = stages(
         model,

@@ -22,13 +22,13 @@ import torch
 from qlora_kit.errors import StorageError
 
 from .allocated import allocated, check_budget, provisional
+from .calibration import calibration_batches
 from .checkpoint import Checkpoint, Unit
 from .journal import Journal
 from .making import computed, in_forward_order
 from .methods import needs_of
 from .output import expected_bytes
 from .report import Report
-from .streamed import calibration_batches
 from .task import Task
 from .writers import Writers, clear
 
@@ -53,7 +53,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     _check_disk(task, checkpoint)
     check_budget(task, checkpoint)
     calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None
-    batches = calibration_batches(task, checkpoint) if calibrated else []
+    batches = calibration_batches(task.loftq, checkpoint.model, task.source) if calibrated else []
     weights = sum(unit.numel for unit in checkpoint.units)
     tell = progress or (lambda unit, weights: None)
     with closing(Journal(task.out, {"options": asked.options(), "source": checkpoint.identity()})) as journal:

@@ -12,22 +12,9 @@ from typing import Any
 from torch import nn
 
 from .calibrate import Stage, stages
-from .calibration import batches_for
 from .checkpoint import Checkpoint
 from .methods import needs_of
 from .task import Task
-
-
-def calibration_batches(task: Task, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What to call the model with, from ``task``'s calibration text. Raises as ``calibration.batches_for`` does."""
-    options = task.loftq
-    return batches_for(
-        options.calibration,
-        checkpoint.model,
-        rows=options.calibration_rows,
-        window=options.calibration_tokens,
-        folder=task.source,
-    )
 
 
 @contextmanager

@@ -108,7 +108,6 @@ def run_demo(settings: Settings, say: Say | None = None) -> Result:
             reloads.append(save_and_reload(lora, bits, source, settings, windows, tokenizer))
             difference = reloads[-1].largest_difference
             say(f"saved and reloaded at {bits} bits: largest difference of a logit {difference:.1e}")
-            del lora
         runs.append(calibrated_start(source, settings, windows, 2, say))
         merges = [merge_into(into, source, settings, windows) for into in ("float32", "bfloat16", "same")]
     return Result(
