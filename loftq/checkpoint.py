@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.config import LoftQConfig, LoraConfig
@@ -97,6 +97,12 @@ class Checkpoint:
         module = copy.copy(self.model.get_submodule(entry.path))
         module._parameters = {name: None if name == "bias" else p for name, p in module._parameters.items()}
         return module, codec_for(module, entry.path)
+
+    def filled_module(self, entry: PlanEntry, weight: Tensor) -> tuple[nn.Module, Codec]:
+        """As ``empty_module``, with ``weight`` as it is stored."""
+        module, codec = self.empty_module(entry)
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        return module, codec
 
     def left_out(self) -> dict[str, tuple[int, int]]:
         """Matrices and stacks of matrices that stay as they are, alike ones together: (how many, bytes)."""

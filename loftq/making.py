@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.adapter_folder import PREFIX
 from qlora_kit.backbone import codes_digest
@@ -91,8 +91,7 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor, seen: S
     if unit.entry is None:
         return Made({unit.name: tensor})
     entry = unit.entry
-    module, codec = checkpoint.empty_module(entry)
-    module._parameters["weight"] = nn.Parameter(tensor.to(task.device), requires_grad=False)
+    module, codec = checkpoint.filled_module(entry, tensor.to(task.device))
     scaling = task.lora.scaling_of(entry.rank, entry.alpha)
     request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
     start = start_of(request, task.loftq, seen)

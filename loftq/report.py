@@ -100,6 +100,11 @@ class Report:
         return (sum(value**2 for value in values) / max(1, len(values))) ** 0.5
 
     @property
+    def calibrated(self) -> bool:
+        """Whether errors of outputs are known, of any layer."""
+        return any(layer.output_error is not None for layer in self.layers)
+
+    @property
     def seconds(self) -> float:
         """Computing time of all layers, in whatever number of runs."""
         return sum(layer.seconds for layer in self.layers)
@@ -117,7 +122,7 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(layer.path) for layer in self.layers] + [20])
-        outputs = any(layer.output_error is not None for layer in self.layers)
+        outputs = self.calibrated
         head = f"{'module':{width}}  {'type':9} {'bits':>5} {'rank':>4} {'plain':>7} {'W-Q':>7} {'W-Q-sBA':>7}"
         lines = [f"{head} {'captured':>8}" + (f" {'output':>7} {'plain':>7}" if outputs else "") + f" {'s':>6}"]
         for layer in self.layers:
@@ -181,7 +186,7 @@ class Report:
 
         layers = range(len(self.layers))
         figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-        outputs = any(layer.output_error is not None for layer in self.layers)
+        outputs = self.calibrated
         _, zero, error = _OUTPUT_ERRORS if outputs else _WEIGHT_ERRORS
         # matplotlib leaves out what is NaN: layers that no text reached.
         plain, errors = ([_known(getattr(layer, name)) for layer in self.layers] for name in (zero, error))

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.adapter_folder import PREFIX, WEIGHTS_NAME, read_metadata
 from qlora_kit.backbone import METADATA_KEY, codes_digest, combine
@@ -66,8 +66,7 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
             raise StorageError(f"{against}: expected the model that {out} was made from, found none of {row.path}")
         unit = units[row.path]
         assert unit.entry is not None
-        module, codec = checkpoint.empty_module(unit.entry)
-        module._parameters["weight"] = nn.Parameter(checkpoint.reader.tensor(unit.name), requires_grad=False)
+        module, codec = checkpoint.filled_module(unit.entry, checkpoint.reader.tensor(unit.name))
         full = codec.read(module)
         A, B = _factors(adapter, row)
         scaling = config.scaling_of(unit.entry.rank, unit.entry.alpha)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.adapter_folder import PREFIX, WEIGHTS_NAME
 from qlora_kit.backbone import METADATA_KEY, combine
@@ -79,12 +79,11 @@ class Writers:
         tensors = {
             name.removeprefix(stem): read_appended(part, self.room, found) for name, found in line["base"].items()
         }
-        module, codec = checkpoint.empty_module(entry)
+        module, codec = checkpoint.filled_module(entry, checkpoint.reader.tensor(line["unit"]))
         kind = line["row"]["quant_type"]
         stored = weight_of(tensors, codec.shape(module), kind, asdict(self.task.loftq), f"{part}: {stem}")
         names = [PREFIX + name for name in adapter_names(entry)]
         A, B = (read_appended(self.adapter.path, self.adapter.room, line["adapter"][name]) for name in names)
-        module._parameters["weight"] = nn.Parameter(checkpoint.reader.tensor(line["unit"]), requires_grad=False)
         return stored.add_(delta(A, B, self.task.lora.scaling_of(entry.rank, entry.alpha))).sub_(codec.read(module))
 
     def finish(self, checkpoint: Checkpoint) -> Report:
