@@ -11,12 +11,12 @@ from torch import nn
 
 from qlora_kit.initializers import Request
 from qlora_kit.inject import PlanEntry
+from qlora_kit.journal import Journal
 
 from .allocate import allocation, costs_of, measured, undecided
 from .budget import Choice, check_possible
 from .calibrate import Seen
 from .checkpoint import Checkpoint
-from .journal import Journal
 from .methods import needs_of
 from .streamed import streamed_stages
 from .task import Task

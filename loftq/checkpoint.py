@@ -7,13 +7,11 @@ Every stored tensor is a unit of work: the weight of a targeted module is quanti
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import re
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +21,12 @@ from qlora_kit.config import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError
 from qlora_kit.inject import Plan, PlanEntry, make_plan
 from qlora_kit.loftq_config import DEFAULT_TYPES
+from qlora_kit.model_folder import skeleton
 from qlora_kit.quantize import in_bitsandbytes
 from qlora_kit.shards import ShardReader
 
-# Weights of a 16-bit checkpoint in other formats, and the index that the output gets anew.
-NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*")
-# What turns a text into tokens, in whatever of transformers' formats.
-_TOKENIZER = re.compile(r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.*\.(model|tiktoken)$")
 # Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
 _MATRIX = 2
-
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 @dataclass(frozen=True)
@@ -114,17 +99,6 @@ class Checkpoint:
                 groups[pattern] = count + 1, size + unit.nbytes
         return groups
 
-    def identity(self) -> dict[str, str]:
-        """What tells this checkpoint from another or a changed one: each file's size and a hash of samples."""
-        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
-        files += [file for file in self.other_files() if _TOKENIZER.match(file.name)]
-        return {file.name: f"{file.stat().st_size} bytes, {_sampled_hash(file)}" for file in files}
-
-    def other_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config and the like: to be copied as they are."""
-        entries = sorted(entry for entry in self.folder.iterdir() if entry.is_file())
-        return [entry for entry in entries if not NOT_COPIED.match(entry.name)]
-
     def _stored_name(self, path: str) -> str:
         """The name of a module's weight in the shards, which may be those of the model without its head."""
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
@@ -165,60 +139,3 @@ def _without(plan: Plan, patterns: list[str]) -> Plan:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return replace(plan, entries=tuple(e for e in plan.entries if should_convert_module(e.path, patterns)))
-
-
-def skeleton(folder: Path) -> nn.Module:
-    """The folder's model on the meta device, as its config names it."""
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise StorageError(f"{folder}: expected config.json beside the weights, found none; pass a model's folder")
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise StorageError(
-            f"{folder}: expected a model in 16 or 32 bits, found one that is quantized already; pass the original, "
-            "or load this one and use init_lora_weights='loftq' with LoftQConfig(weights=original)"
-        )
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    make = getattr(transformers, names[0])._from_config if names else transformers.AutoModel.from_config
-    with torch.device("meta"):
-        return make(config)
-
-
-def task_type(model: nn.Module) -> str:
-    """PEFT's name of what the model is for, from its class."""
-    name = type(model).__name__
-    return next((kind for part, kind in _TASKS.items() if part in name), "FEATURE_EXTRACTION")
-
-
-def locate(model: str | os.PathLike[str]) -> Path:
-    """The folder of ``model``: itself, or a Hub repository's, downloaded unless the environment is offline.
-
-    Raises:
-        StorageError: neither a folder nor a repository that can be had.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise StorageError(
-            f"--model {model}: expected a folder or a repository on the Hub, found neither "
-            f"({str(error).splitlines()[0]}); correct the name, or download it first"
-        ) from error
-
-
-def _sampled_hash(file: Path, samples: int = 64, length: int = 4096) -> str:
-    """Of the first 64 kB, where the header is, and of pieces spread evenly over the file."""
-    size = file.stat().st_size
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(stream.read(1 << 16))
-        for index in range(samples):
-            stream.seek(max(0, size - length) * index // max(1, samples - 1))
-            digest.update(stream.read(length))
-    return digest.hexdigest()[:32]

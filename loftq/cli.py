@@ -53,8 +53,9 @@ def init(
     shard_size: Annotated[float, typer.Option(min=0.001, help="GB a shard of the output.")] = 5.0,
 ) -> None:
     """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on."""
+    from qlora_kit.model_folder import locate
+
     from .budget import Budget, parse_bytes
-    from .checkpoint import locate
     from .progress import bar
     from .stream import Task, stream
 
@@ -93,7 +94,7 @@ def init(
             ),
         )
         task = Task(
-            locate(model),
+            locate(model, "--model"),
             out,
             lora,
             int(shard_size * 1e9),

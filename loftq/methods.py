@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qlora_kit.codecs.quantized import Quantized
+from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.errors import ConfigError, closest
 
 from .metric import DAMPING, check_moments
-from .quantizers import Quantizer
 
 
 @dataclass(frozen=True)

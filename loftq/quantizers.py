@@ -3,37 +3,12 @@ of the layer that will run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from qlora_kit.codecs.codebooks import SCHEMES
-from qlora_kit.codecs.quantized import Quantized, quantize_matrix
-from qlora_kit.errors import CodecError, ConfigError, closest
+from qlora_kit.codecs.quantized import Quantizer
+from qlora_kit.errors import ConfigError, closest
 from qlora_kit.loftq_config import DEFAULT_TYPES
 
 TYPES = (*SCHEMES, "int8")
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """Plain rounding to the nearest codes: from a finite float32 (out, in) matrix to its ``Quantized``.
-
-    Attributes:
-        quant_type: a type of ``qlora_kit.codecs.codebooks.SCHEMES`` or "int8".
-        blocksize: values per scale; None for rows.
-        double_quant: scales in 8 bits.
-    """
-
-    quant_type: str
-    blocksize: int | None
-    double_quant: bool = False
-
-    def __call__(self, matrix: Tensor) -> Quantized:
-        try:
-            return quantize_matrix(matrix, self.quant_type, self.blocksize, double_quant=self.double_quant)
-        except CodecError as error:
-            raise ConfigError(str(error)) from error
 
 
 def quantizer_for(

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from qlora_kit.codecs.blockwise import nearest_codes, search_codes
 from qlora_kit.codecs.codebooks import scheme
-from qlora_kit.codecs.quantized import Quantized, Scales
+from qlora_kit.codecs.quantized import Quantized, Quantizer, Scales
 
 from .methods import norm
 from .metric import Metric
-from .quantizers import Quantizer
 
 # Tried in the place of 1: the largest magnitude as the scale.
 _GRID = tuple(0.30 + 0.05 * step for step in range(19))

@@ -20,16 +20,17 @@ from contextlib import closing
 import torch
 
 from qlora_kit.errors import StorageError
+from qlora_kit.journal import Journal
+from qlora_kit.model_folder import identity
 
 from .allocated import allocated, check_budget, provisional
 from .calibration import calibration_batches
 from .checkpoint import Checkpoint, Unit
-from .journal import Journal
 from .making import computed, in_forward_order
 from .methods import needs_of
 from .output import expected_bytes
 from .report import Report
-from .task import Task
+from .task import WORK_FOLDER, Task
 from .writers import Writers, clear
 
 Progress = Callable[[Unit, int], None]
@@ -56,7 +57,8 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     batches = calibration_batches(task.loftq, checkpoint.model, task.source) if calibrated else []
     weights = sum(unit.numel for unit in checkpoint.units)
     tell = progress or (lambda unit, weights: None)
-    with closing(Journal(task.out, {"options": asked.options(), "source": checkpoint.identity()})) as journal:
+    head = {"options": asked.options(), "source": identity(task.source)}
+    with closing(Journal(task.out, head, WORK_FOLDER)) as journal:
         finished = {line["unit"] for line in journal.done}
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
             clear(task.out)

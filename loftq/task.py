@@ -14,6 +14,9 @@ from .budget import Budget
 from .calibration import identity
 from .report import LayerReport
 
+# The hidden folder of the output where a run keeps what it is working on.
+WORK_FOLDER = ".loftq"
+
 
 @dataclass(frozen=True)
 class Task:

@@ -14,12 +14,13 @@ from qlora_kit.adapter_folder import PREFIX, WEIGHTS_NAME, read_metadata
 from qlora_kit.backbone import METADATA_KEY, codes_digest, combine
 from qlora_kit.config import CONFIG_NAME, LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError
+from qlora_kit.model_folder import locate
 from qlora_kit.shards import ShardReader
+from qlora_kit.stored import read_stored
 
-from .checkpoint import Checkpoint, locate
+from .checkpoint import Checkpoint
 from .methods import norm
 from .report import LayerReport, Report
-from .stored import read_stored
 from .writers import ADAPTER_FOLDER
 
 # The report's errors were measured before saving; on another machine sums are added in another order.
@@ -59,7 +60,7 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
     yield f"{2 * len(names)} adapter tensors: present, finite, of the ranks reported ({folder / CONFIG_NAME})"
     if against is None:
         return
-    checkpoint = Checkpoint(locate(against), config)
+    checkpoint = Checkpoint(locate(against, "--against"), config)
     units = {unit.entry.path: unit for unit in checkpoint.units if unit.entry is not None}
     for row in report.layers[:: max(1, len(report.layers) // layers)][:layers]:
         if row.path not in units:

@@ -17,16 +17,17 @@ from qlora_kit.backbone import METADATA_KEY, combine
 from qlora_kit.config import CONFIG_NAME
 from qlora_kit.files import publish, write_atomically, write_text_atomically
 from qlora_kit.inject import PlanEntry
+from qlora_kit.journal import Journal
 from qlora_kit.lowrank import delta
+from qlora_kit.model_folder import other_files, task_type
 from qlora_kit.shard_writer import ShardWriter, header_room, read_appended
+from qlora_kit.stored import weight_of
 from qlora_kit.targets import shortest_names
 
-from .checkpoint import Checkpoint, Unit, task_type
-from .journal import WORK_FOLDER, Journal
+from .checkpoint import Checkpoint, Unit
 from .output import adapter_names, quantization_config, stored_names
 from .report import LayerReport, Report
-from .stored import weight_of
-from .task import Made, Task
+from .task import WORK_FOLDER, Made, Task
 
 ADAPTER_FOLDER = "loftq_init"
 
@@ -119,7 +120,7 @@ class Writers:
             base_model_name_or_path=str(out.resolve()),
         )
         write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())
-        for file in checkpoint.other_files():
+        for file in other_files(task.source):
             shutil.copyfile(file, out / file.name)
         report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
         report.save(out)

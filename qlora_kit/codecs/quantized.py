@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import CodecError
+from ..errors import CodecError, ConfigError
 from .blockwise import dequantize, quantize, quantize_range
 from .codebooks import codebook, scheme
 
@@ -143,6 +143,27 @@ def quantize_matrix(
         shifts = None
     stored = Scales.of(scales, double_quant), None if shifts is None else Scales.of(shifts, double_quant)
     return Quantized(quant_type, codes, *stored, blocksize, matrix, rows)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Plain rounding to the nearest codes: from a finite float32 (out, in) matrix to its ``Quantized``.
+
+    Attributes:
+        quant_type: a name of ``codebooks.SCHEMES`` or "int8".
+        blocksize: values per scale; None for rows.
+        double_quant: scales in 8 bits.
+    """
+
+    quant_type: str
+    blocksize: int | None
+    double_quant: bool = False
+
+    def __call__(self, matrix: Tensor) -> Quantized:
+        try:
+            return quantize_matrix(matrix, self.quant_type, self.blocksize, double_quant=self.double_quant)
+        except CodecError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _int8(matrix: Tensor) -> Quantized:

@@ -16,10 +16,10 @@ from tiny_llama import llama
 
 import loftq.writers
 from loftq.checkpoint import Unit
-from loftq.journal import WORK_FOLDER, Journal
 from loftq.stream import stream
-from loftq.task import Task
+from loftq.task import WORK_FOLDER, Task
 from qlora_kit.errors import StorageError
+from qlora_kit.journal import Journal
 
 OPTIONS = {"shard_bytes": 20_000}
 
@@ -145,7 +145,7 @@ def test_a_full_disk_is_seen_first(llama_dir: Path, tmp_path: Path, monkeypatch:
 
 def test_one_process_at_a_time(llama_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    journal = Journal(tmp_path / "out", {"options": {}})
+    journal = Journal(tmp_path / "out", {"options": {}}, WORK_FOLDER)
     with pytest.raises(StorageError, match="expected no other process writing there"):
         streamed(llama_dir, tmp_path / "out", config(2))
     journal.close()

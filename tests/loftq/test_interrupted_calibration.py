@@ -20,12 +20,12 @@ from tiny_llama import llama
 import loftq.making
 from loftq.budget import Budget
 from loftq.checkpoint import Unit
-from loftq.journal import WORK_FOLDER, Journal
 from loftq.report import Report
 from loftq.stream import stream
-from loftq.task import Task
+from loftq.task import WORK_FOLDER, Task
 from qlora_kit import LoraConfig
 from qlora_kit.errors import ConfigError, StorageError
+from qlora_kit.journal import Journal
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # several inputs in a block, and two blocks
 SHARD = 20_000

@@ -24,9 +24,9 @@ from streaming import (
 )
 from torch import Tensor
 
-from loftq.stored import read_stored
 from loftq.stream import stream
 from qlora_kit.shards import ShardReader
+from qlora_kit.stored import read_stored
 
 WAYS: dict[str, dict[str, Any]] = {
     "2 bits": {"loftq_bits": 2},

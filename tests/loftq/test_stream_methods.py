@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from loftq import start_report
 from loftq.report import Report
-from loftq.stored import read_stored
 from loftq.verify import verify
 from qlora_kit import LoraModel, apply_lora
 from qlora_kit.errors import ConfigError, StorageError
 from qlora_kit.hf_quantizer import record_quantization_
 from qlora_kit.shards import ShardReader
+from qlora_kit.stored import read_stored
 
 EMBEDDING = ["embed_tokens", "q_proj", "down_proj"]
 SMALL = {"num_hidden_layers": 1}

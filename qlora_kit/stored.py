@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.codecs import codec_for
-from qlora_kit.codecs.packed import PackedLinear
-from qlora_kit.errors import StorageError
-from qlora_kit.shards import ShardReader
+from .codecs import codec_for
+from .codecs.packed import PackedLinear
+from .errors import StorageError
+from .shards import ShardReader
 
 
 def read_stored(
@@ -55,7 +55,7 @@ def weight_of(
         )
         packed.load_state_dict(tensors, strict=True, assign=True)
         return codec_for(packed).read(packed)
-    from qlora_kit.codecs.bnb import linear_from_tensors
+    from .codecs.bnb import linear_from_tensors
 
     module: nn.Module | None = linear_from_tensors(tensors, in_features, out_features)
     if module is None:

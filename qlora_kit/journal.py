@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.errors import StorageError
+from .errors import StorageError
 
-WORK_FOLDER = ".loftq"
 _VERSION = 1
 
 
@@ -26,6 +25,7 @@ class Journal:
     Args:
         out: the output folder.
         task: options and source, JSON values; a journal begun for another task is refused.
+        work_folder: the hidden folder's name.
 
     Attributes:
         done: the lines of finished units, in their order.
@@ -36,11 +36,11 @@ class Journal:
             there, or files that are no output of ours.
     """
 
-    def __init__(self, out: Path, task: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder = out / WORK_FOLDER
+    def __init__(self, out: Path, task: Mapping[str, Mapping[str, Any]], work_folder: str) -> None:
+        self.folder = out / work_folder
         self.path = self.folder / "journal.jsonl"
         head = json.loads(json.dumps({"version": _VERSION, **task}))
-        if not self.path.exists() and out.is_dir() and any(e.name != WORK_FOLDER for e in out.iterdir()):
+        if not self.path.exists() and out.is_dir() and any(e.name != work_folder for e in out.iterdir()):
             raise StorageError(
                 f"{out}: expected a new or empty folder, or one in which this command was interrupted, found "
                 f"{sorted(e.name for e in out.iterdir())[:5]}; choose another --out or remove it"
