@@ -3,9 +3,7 @@ looks at the inputs."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from qlora_kit.adapter_folder import PREFIX
 from qlora_kit.backbone import codes_digest
 from qlora_kit.codecs import codec_for
 from qlora_kit.initializers import Request
+from qlora_kit.pipeline import in_order
 
 from .calibrate import Seen
 from .checkpoint import Checkpoint, Unit
@@ -62,27 +61,15 @@ def computed(
     task: Task, checkpoint: Checkpoint, units: list[Unit], seen: Mapping[str, Seen] | None = None
 ) -> Generator[tuple[Unit, Made]]:
     """Each unit's result, in order: one tensor is read ahead while ``workers`` are computed."""
-    waiting: deque[tuple[Unit, Future[Made]]] = deque()
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(task.workers) as pool:
 
-        def work(unit: Unit, tensor: Future[Tensor]) -> Made:
-            known = None if unit.entry is None or seen is None else seen.get(unit.entry.path)
-            return make(task, checkpoint, unit, tensor.result(), known)
+    def read(unit: Unit) -> Tensor:
+        return checkpoint.reader.tensor(unit.name)
 
-        try:
-            for unit in units:
-                if len(waiting) > task.workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-                    del future
-                waiting.append((unit, pool.submit(work, unit, reader.submit(checkpoint.reader.tensor, unit.name))))
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
-                del future
-        finally:
-            reader.shutdown(wait=False, cancel_futures=True)
-            pool.shutdown(wait=False, cancel_futures=True)
+    def work(unit: Unit, tensor: Tensor) -> Made:
+        known = None if unit.entry is None or seen is None else seen.get(unit.entry.path)
+        return make(task, checkpoint, unit, tensor, known)
+
+    return in_order(units, read, work, task.workers)
 
 
 @torch.no_grad()

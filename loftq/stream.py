@@ -13,15 +13,14 @@ cut off is no model to any reader.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 
 import torch
 
-from qlora_kit.errors import StorageError
 from qlora_kit.journal import Journal
 from qlora_kit.model_folder import identity
+from qlora_kit.sharded_output import check_disk, clear
 
 from .allocated import allocated, check_budget, provisional
 from .calibration import calibration_batches
@@ -31,7 +30,7 @@ from .methods import needs_of
 from .output import expected_bytes
 from .report import Report
 from .task import WORK_FOLDER, Task
-from .writers import Writers, clear
+from .writers import Writers
 
 Progress = Callable[[Unit, int], None]
 
@@ -51,7 +50,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     """
     asked, task = task, provisional(task)
     checkpoint = Checkpoint(task.source, task.lora)
-    _check_disk(task, checkpoint)
+    check_disk(task.out, expected_bytes(checkpoint, task.loftq))
     check_budget(task, checkpoint)
     calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None
     batches = calibration_batches(task.loftq, checkpoint.model, task.source) if calibrated else []
@@ -61,12 +60,12 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     with closing(Journal(task.out, head, WORK_FOLDER)) as journal:
         finished = {line["unit"] for line in journal.done}
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
-            clear(task.out)
+            clear(task.out / WORK_FOLDER)
             return Report.load(task.out)
         task = allocated(task, checkpoint, journal, batches)
         if task.budget is not None:
             checkpoint = Checkpoint(task.source, task.lora)  # ranks may differ now
-            _check_disk(task, checkpoint)
+            check_disk(task.out, expected_bytes(checkpoint, task.loftq))
         with closing(Writers(task, checkpoint, journal)) as writers:
             left = [unit for unit in checkpoint.units if unit.name not in finished]
             for unit in checkpoint.units:
@@ -78,16 +77,3 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
                     journal.add(writers.write(unit, made))
                     tell(unit, weights)
             return writers.finish(checkpoint)
-
-
-def _check_disk(task: Task, checkpoint: Checkpoint) -> None:
-    """Refuse to begin what the disk can't hold."""
-    needed = expected_bytes(checkpoint, task.loftq)
-    folder = next(folder for folder in (task.out, *task.out.absolute().parents) if folder.exists())
-    there = sum(f.stat().st_size for f in task.out.rglob("*") if f.is_file()) if task.out.exists() else 0
-    free = shutil.disk_usage(folder).free
-    if needed - there > free:
-        raise StorageError(
-            f"{task.out}: expected {(needed - there) / 1e9:,.2f} GB of free disk for the output, found "
-            f"{free / 1e9:,.2f} GB; free some, or choose an --out on another disk"
-        )

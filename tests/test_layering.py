@@ -26,6 +26,7 @@ ORDER = [
         "qlora_kit.peft_json",
         "qlora_kit.architectures",
         "qlora_kit.on_import",
+        "qlora_kit.pipeline",
         "qlora_kit.journal",
     ],
     ["qlora_kit.loftq_config"],
@@ -53,6 +54,7 @@ ORDER = [
     ],
     [
         "qlora_kit.model_folder",
+        "qlora_kit.sharded_output",
         "qlora_kit.stored",
         "qlora_kit.combine_files",
         "qlora_kit.compat",

@@ -14,7 +14,6 @@ import pytest
 from disk_models import config, contents, streamed, write
 from tiny_llama import llama
 
-import loftq.writers
 from loftq.checkpoint import Unit
 from loftq.stream import stream
 from loftq.task import WORK_FOLDER, Task
@@ -78,7 +77,17 @@ def test_what_the_journal_doesn_t_know_of_is_cut_away(llama_dir: Path, whole: di
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("place", ["write_text_atomically", "write_atomically", "quantization_config", "_place"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "loftq.writers.write_text_atomically",
+        "loftq.writers.write_atomically",
+        "loftq.writers.quantization_config",
+        "loftq.writers.place",
+        "qlora_kit.sharded_output.place",
+        "qlora_kit.sharded_output.write_text_atomically",
+    ],
+)
 def test_a_cut_while_finishing(
     place: str, llama_dir: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +95,7 @@ def test_a_cut_while_finishing(
         raise CutError
 
     with monkeypatch.context() as patched:
-        patched.setattr(loftq.writers, place, cut)
+        patched.setattr(place, cut)
         with pytest.raises(CutError):
             streamed(llama_dir, tmp_path / "out", config(2), **OPTIONS)
     assert not (tmp_path / "out" / "config.json").exists()
