@@ -57,6 +57,10 @@ ORDER = [
         "qlora_kit.sharded_output",
         "qlora_kit.stored",
         "qlora_kit.combine_files",
+        "qlora_kit.checkpoint_pair",
+        "qlora_kit.extract_report",
+        "qlora_kit.extract_contents",
+        "qlora_kit.extract_files",
         "qlora_kit.compat",
     ],
     ["qlora_kit"],  # the public list: the modules above don't go through it
