@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.codecs import protect_storage_
+from qlora_kit.agreement import evaluating
 from qlora_kit.errors import ConfigError
 
 # Gets a module's path and what it is called with.
@@ -74,22 +74,6 @@ def inputs_of(model: nn.Module, paths: Iterable[str], receive: Receiver) -> Iter
             handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block ``model`` is in evaluation mode; afterwards each module is in the one that it was in.
-
-    Its storage is protected, as adapters protect it: bitsandbytes' evaluation forwards would repack 4-bit weights.
-    """
-    protect_storage_(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 def rows_of(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -74,6 +74,12 @@ def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return (B.float() @ A.float()) * scaling
 
 
+def add_product_(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``weight`` (out, in) plus B (out, rank) @ A (rank, in), in its place and without a second matrix of its size."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight.addmm_(B, A)
+
+
 @torch.no_grad()
 def truncated_svd(
     matrix: Tensor,

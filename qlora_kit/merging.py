@@ -1,93 +1,131 @@
 """Dequantize -> merge -> requantize, with an account of what was lost (``fidelity``).
 
-One path for every storage: the codec reads a float32 weight, the deltas of all adapters are summed in float32
-and added, and one write puts the result where it goes, be it back into the same storage or into a dense
-module. Each step leaves its undoing behind, and nothing that can fail comes after the last of them: a merge
-happens as a whole or the model is bit for bit as it was.
+One path for every storage: the codec reads a float32 weight, the deltas of all adapters are added to it at once, and
+one write puts the result where it goes, be it back into the same storage, into a dense module or into another k-bit
+one (``merge_layer``). Beside the model that is one layer's float32 weight: what a layer was goes to a temporary file
+on the disk, from where an error brings every layer back bit for bit (``spill``). A merge happens as a whole or not
+at all.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .codecs import Codec, codec_for, find_codec
+from .agreement import record
+from .base_choice import base_losses, quantized_modules
 from .errors import CodecError, MergeError
-from .fidelity import LayerFidelity, MergeReport, fidelity
-from .inject import Injection, swap_, with_hooks_of
+from .fidelity import MergeReport, retained_of
+from .inject import Injection
 from .kbit import release_from_float32_
 from .layers import AdapterLayer
+from .merge_advice import refusal
+from .merge_layer import Merger
+from .merge_task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
+from .merged_model import cast_rest_, declare_storage_, put_trained_copies_
+from .requantize import batches_of, moments_of
+from .residual import attach_residual_
+from .spill import Spill
 
 if TYPE_CHECKING:
     from .model import LoraModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
+LEAST_RETAINED = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
     model: LoraModel,
     *,
     adapters: str | Sequence[str] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
     into: str = "same",
+    base: str = "dequantized",
+    original: str | os.PathLike[str] | None = None,
+    rounding: str = "nearest",
+    residual_rank: int = 0,
+    statistics: Any = None,
+    force: bool = False,
+    text: Any = None,
+    blocksize: int | str | None = None,
+    double_quant: bool | None = None,
+    least_retained: float = LEAST_RETAINED,
+    scratch: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
 ) -> MergeReport:
-    """Merge adapters into the base weights of ``model`` and take its adapter layers out.
+    """Merge adapters into the base weights of ``model``, in place, and take its adapter layers out.
 
-    What the adapters trained beside their factors (``modules_to_save``, biases) stays in the merged model;
-    an adapter that was switched off is merged like any other.
+    What the adapters trained beside their factors (``modules_to_save``, biases) becomes the merged model's; an adapter
+    that was switched off is merged like any other.
 
     Args:
         adapters: names to merge, summed; by default the active ones and those that ``merge_adapter`` merged.
-        into: "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and
-            "float16" give a dense model, every k-bit module of it dequantized, adapted or not.
+        weights: what each adapter's delta is multiplied by, in their order or by name; 1 by default.
+        into: "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and "float16"
+            give a dense model, every k-bit module of it dequantized, adapted or not; "nf4", "fp4", "int8", "nf3",
+            "nf2" and the other types of ``codecs.codebooks`` store adapted linear layers, and those of few bits
+            already, in that type.
+        base: what the deltas are added to: the "dequantized" weights that the adapter was trained on, the "original"
+            16-bit ones, or "auto": those with the lower next-token loss on ``text``, as the report says.
+        original: the folder of the 16-bit safetensors; by default the one that the model was loaded from.
+        rounding: of k-bit layers: to the "nearest" codes, "scale-search", or "error-feedback", see
+            ``qlora_kit.requantize``. All but "nearest" need a few float32 copies of one layer's weight.
+        residual_rank: of an adapter "residual" that is fitted to what rounding lost and stays on the merged weights;
+            ``report.model`` is then a ``LoraModel``. 0 is none.
+        statistics: second moments of the layers' inputs by path, for "error-feedback" (needed there) and the others;
+            or a text to collect them on, as ``text``. None: "error-feedback" takes the built-in text.
+        force: requantize even if less than ``least_retained`` of the delta is kept, or into the original base though
+            the adapter makes up for the errors of another.
+        text: measure how far the merged model's output is from the adapted one's on it: "builtin", a text file, token
+            ids (rows, tokens), or batches. None measures nothing; for ``base="auto"`` it is the built-in text.
+        blocksize, double_quant: of a k-bit ``into``; None is as the module has it if it is of that type, else 64 and no
+            double quantization. "row" is one scale a row.
+        least_retained: the threshold of ``force``, as a share of the delta.
+        scratch: folder for the temporary file of the way back; None is the system's.
 
     Returns:
         The report; ``report.model`` is the merged base model.
 
     Raises:
-        MergeError: nothing to merge, an unknown name, ``into`` not known, a value that is NaN or infinite (in
-            a factor, in a sum, or after the cast to the storage's dtype; the module is named).
+        MergeError: nothing to merge, an option that can't work, a value that is NaN or infinite (in a factor, in a sum,
+            or after the cast to the storage's dtype; the module is named), or requantizing would lose the delta.
             On any error the model is as it was.
+        StorageError: the original weights or a text can't be read, or the disk is full.
     """
-    if into != "same" and into not in DTYPES:
-        raise MergeError(f"into={into!r}: expected 'same' or one of {sorted(DTYPES)}")
-    names = _checked_names(model, adapters)
-    dtype = DTYPES.get(into)
-    layers = model.adapter_layers()
-    _check_layers(layers, names)
-    report = MergeReport(model.model, into, names)
-    injection = Injection()
-    replaced: list[tuple[str, nn.Module]] = []
-    try:
-        if model._disabled:
-            injection.on_undo(model.disable_adapter_layers)
-            model.enable_adapter_layers()
-        for path, layer in tqdm(layers.items(), desc="merging", disable=not progressbar):
-            injection.on_undo(layer.way_back())
-            destination, kept = _merge_layer(path, layer, [name for name in names if name in layer.r], dtype)
-            replaced.append((path, destination))
-            report.layers += kept
-        replaced += _trained_copies(model, names, dtype)
-        if dtype is not None:
-            replaced += _unadapted(model.model, set(layers), dtype)
-        for path, module in replaced:
-            for alias in model.paths_of(path):
-                swap_(model.model, alias, module, injection)
-        if dtype is not None:
-            _cast_rest_(model.model, dtype, injection)
-    except BaseException:
-        injection.undo()
-        raise
-    model._forget_()
-    if dtype is not None:
-        _declare_dense_(model.model, dtype)
-    return report
+    parts = chosen_parts(model, adapters, weights)
+    task = MergeTask(
+        parts,
+        into,
+        rounding,
+        residual_rank,
+        base,
+        original_folder(model, base, original),
+        blocksize,
+        double_quant,
+        least_retained,
+        not force,
+    )
+    check_layers(model, task, force)
+    with Spill(scratch) as spill:
+        undo = Injection()
+        try:
+            report, short = _carried_out(model, task, statistics, text, spill, undo, progressbar)
+            if not (short and task.refuses):
+                if short:
+                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.retained)
+                return report
+            undo.undo()
+        except BaseException:
+            undo.undo()
+            raise
+    raise MergeError(refusal(model, task, report))
 
 
 def merge_in_place_(
@@ -109,168 +147,110 @@ def merge_in_place_(
         raise
 
 
-def _merge_layer(
-    path: str, layer: AdapterLayer, names: list[str], dtype: torch.dtype | None
-) -> tuple[nn.Module, list[LayerFidelity]]:
-    """The module that holds the merged weight, and what it kept (nothing to say of a layer without ``names``)."""
-    if not names:
-        layer.unmerge_()
-        return _destination(layer.codec, layer.base_layer, dtype), []
-    base, delta = layer.merged_weight([]), layer.summed_delta(names)
-    ideal = base + delta
-    _check_finite(path, ideal)
-    destination = _destination(layer.codec, layer.base_layer, dtype)
-    codec = codec_for(destination, path)
+def _carried_out(
+    model: LoraModel, task: MergeTask, statistics: Any, text: Any, spill: Spill, undo: Injection, progressbar: bool
+) -> tuple[MergeReport, bool]:
+    """The report, and whether too little of the deltas is left; the model is then still to be undone."""
+    if model._disabled:
+        undo.on_undo(model.disable_adapter_layers)
+        model.enable_adapter_layers()
+    layers = model.adapter_layers()
+    for layer in layers.values():
+        _set_aside_(layer, spill, undo)
+    _leave_biases_(model, task, undo)
+    with _as_merged(model, task.parts):
+        kbit = quantized_modules(model.model)
+        wanted = [path for path, layer in layers.items() if task.rounds(layer)]
+        if not wanted and (task.rounding != "nearest" or task.residual_rank):
+            raise MergeError(
+                f"rounding={task.rounding!r}, residual_rank={task.residual_rank}: expected adapted modules of few "
+                "bits, found none; leave the two out, or merge into a k-bit type such as 'nf4'"
+            )
+        moments = moments_of(statistics, model, wanted, task.rounding) if wanted else {}
+        losses: dict[str, float] = {}
+        if task.original is not None and not kbit:
+            raise MergeError(f"base={task.base!r}: expected a quantized base, found none; leave base out")
+        if task.base == "auto":
+            assert task.original is not None
+            losses = base_losses(model, model.model, task.original, batches_of(text, model))
+        compare = None if text is None else record(model, batches_of(text, model), spill)
+    chosen = min(losses, key=losses.__getitem__) if losses else task.base
+    report = MergeReport(
+        model.model,
+        task.into,
+        list(task.parts),
+        weights=dict(task.parts),
+        base=chosen,
+        base_losses=losses,
+        rounding=task.rounding,
+        residual_rank=task.residual_rank,
+    )
+    merger = Merger(model.model, task, task.original if chosen == "original" else None, moments, spill, undo)
+    check_consumed(model, task.parts, layers)
+    paths = list(layers)
+    for path in tqdm(paths, desc="merging", disable=not progressbar):
+        report.layers += merger.adapted(path, layers.pop(path))
+    put_trained_copies_(model, task, undo)
+    merger.others(set(paths))
+    if task.dtype is not None:
+        cast_rest_(model.model, task.dtype, spill, undo)
+    rounded = [layer for layer in report.layers if layer.path in merger.rounded]
+    short = bool(rounded) and retained_of(rounded) < task.least_retained
+    if short and task.refuses:
+        return report, True
+    if task.into != "same":
+        declare_storage_(model.model, task, undo)
+    residual = attach_residual_(model, merger.residuals, undo)
+    if compare is not None:
+        report.agreement = compare(model.model)
+    model._forget_()
+    if task.dtype is not None:
+        release_from_float32_(model.model)
+    if residual is not None:
+        residual.adopt(model)
+        report.model = model
+    return report, short
+
+
+def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:
+    """Take an earlier ``merge_adapter`` out of ``layer``'s weight."""
+    if not layer.merged_adapters:
+        return
+    merged, before, names = spill.keep(layer.codec.snapshot(layer.base_layer)), layer._unmerged, layer.merged_adapters
+
+    def restore() -> None:
+        layer.codec.restore_(layer.base_layer, merged())
+        layer._unmerged, layer.merged_adapters = before, names
+
+    undo.on_undo(restore)
+    layer.unmerge_()
+
+
+def _leave_biases_(model: LoraModel, task: MergeTask, undo: Injection) -> None:
+    """Put the base's biases back if the adapter that trained them isn't merged."""
+    trained = [name for name, config in model.peft_config.items() if config.bias != "none"]
+    if trained and not set(trained) & set(task.parts):
+        model._kept_biases.swap_(model.model)
+        undo.on_undo(lambda: model._kept_biases.swap_(model.model))
+
+
+@contextmanager
+def _as_merged(model: LoraModel, parts: Mapping[str, float]) -> Iterator[None]:
+    """In the block ``model`` computes what the merge is to give, by its branches."""
+    layers, saved = list(model.adapter_layers().values()), list(model.saved_modules().values())
+    modules: list[Any] = [*layers, *saved]
+    before = [(module, module.active_adapters) for module in modules]
+    scalings = [(layer, dict(layer.scaling)) for layer in layers]
     try:
-        if destination is layer.base_layer:
-            layer.write_merged_(names, ideal)
-        else:
-            codec.write_(destination, ideal)
-    except CodecError as error:
-        raise MergeError(f"{path}: {error} (no layer was changed)") from error
-    stored = codec.read(destination)
-    _check_finite(path, stored)
-    return destination, [fidelity(path, codec.name, base, delta, stored)]
-
-
-def _destination(codec: Codec, base: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The module to write to: ``base`` itself, or a dense one in ``dtype`` where that differs."""
-    if dtype is None:
-        return base
-    dense = codec.dense_like(base, dtype)
-    if dense is not base:
-        return with_hooks_of(base, dense)
-    if codec.compute_dtype(base) == dtype:
-        return base
-    return _copied(base).to(dtype)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy that shares the hooks of ``module``: they may hold what can't or mustn't be copied."""
-    hooks = {id(value): value for name, value in vars(module).items() if "_hooks" in name}
-    return copy.deepcopy(module, hooks)
-
-
-def _trained_copies(model: LoraModel, names: Sequence[str], dtype: torch.dtype | None) -> list[tuple[str, nn.Module]]:
-    """What takes the place of each ``modules_to_save``: the copy trained by one of ``names``, in ``dtype`` or
-    else in the original's dtypes, or the original."""
-    replaced = []
-    for path, saved in model.saved_modules().items():
-        module = saved.original_module
-        chosen = next((name for name in names if name in saved.modules_to_save), None)
-        if chosen is not None:
-            original = module.state_dict()
-            module = _copied(saved.modules_to_save[chosen])
-            for key, tensor in module.state_dict(keep_vars=True).items():
-                tensor.data = _cast(f"{path}.{key}", tensor, dtype or original[key].dtype)
-        replaced.append((path, module))
-    return replaced
-
-
-def _unadapted(model: nn.Module, adapted: set[str], dtype: torch.dtype) -> list[tuple[str, nn.Module]]:
-    """Dense replacements of the k-bit modules that no adapter touches."""
-    inside = tuple(f"{path}." for path in adapted) or ("\0",)
-    replaced = []
-    for path, module in model.named_modules():
-        codec = find_codec(module)
-        if codec is None or path in adapted or path.startswith(inside):
-            continue
-        dense = codec.dense_like(module, dtype)
-        if dense is not module:
-            _check_finite(path, dense.weight)  # type: ignore[arg-type]
-            replaced.append((path, with_hooks_of(module, dense)))
-    return replaced
-
-
-def _cast_rest_(model: nn.Module, dtype: torch.dtype, injection: Injection) -> None:
-    """Bring what is still in another float type into ``dtype``; tied weights stay tied.
-
-    Buffers that aren't saved (rotary frequencies, say) are the model's own business and keep their dtype.
-    """
-    for key, parameter in model.named_parameters():
-        if hasattr(parameter, "quant_state") or not parameter.is_floating_point():
-            raise MergeError(
-                f"{key}: expected a parameter that can be made dense, found {type(parameter).__name__} of "
-                f"{parameter.dtype}; merge into='same', or register a codec whose dense_like dequantizes its module"
+        for module, _ in before:
+            module.active_adapters = list(parts)
+        for layer in layers:
+            layer.scaling.update(
+                {name: layer.scaling[name] * weight for name, weight in parts.items() if name in layer.r}
             )
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
-            cast = _cast(key, tensor, dtype)
-            injection.on_undo(partial(setattr, tensor, "data", tensor.data))
-            tensor.data = cast
-
-
-def _declare_dense_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Take the marks of a quantized model off, and what prepared it for training."""
-    release_from_float32_(model)
-    config = getattr(model, "config", None)
-    if config is not None:
-        config.dtype = dtype
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if getattr(model, mark, False):
-            setattr(model, mark, False)
-    for attribute in ("hf_quantizer", "quantization_method", "memory_bill"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-
-
-def _checked_names(model: LoraModel, adapters: str | Sequence[str] | None) -> list[str]:
-    known = f"the model has {sorted(model.peft_config)}"
-    if adapters is None:
-        merged = [name for layer in model.adapter_layers().values() for name in layer.merged_adapters]
-        names = list(dict.fromkeys([*merged, *model.active_adapters]))
-    else:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown:
-        raise MergeError(f"unknown adapter(s) {unknown}; {known}")
-    if not names:
-        raise MergeError(f"nothing to merge: no adapter is active or named; {known}")
-    if len(set(names)) != len(names):
-        raise MergeError(f"adapters={names}: a name stands twice, so its delta would be added twice")
-    for path, saved in model.saved_modules().items():
-        copies = [name for name in names if name in saved.modules_to_save]
-        if len(copies) > 1:
-            raise MergeError(
-                f"adapters {copies} each hold their own copy of {path} (modules_to_save), and the merged model has "
-                "room for one; merge one of them"
-            )
-    return names
-
-
-def _check_layers(layers: dict[str, AdapterLayer], names: list[str]) -> None:
-    """Refuse before anything is written what can be seen before: offloaded weights, factors not finite."""
-    for path, layer in layers.items():
-        if layer.codec.device(layer.base_layer).type == "meta":
-            raise MergeError(
-                f"{path}: expected a weight in memory, found one on the meta device (offloaded, or never loaded); "
-                "load the model without offloading to merge it"
-            )
-        for name in names:
-            if name in layer.r and not all(torch.isfinite(factor).all() for factor in layer.factors(name)):
-                raise MergeError(
-                    f"{path}: adapter {name!r} holds NaN or infinite values; reload it or train it again "
-                    "(no layer was changed)"
-                )
-
-
-def _check_finite(path: str, weight: Tensor) -> None:
-    if not torch.isfinite(weight).all():
-        raise MergeError(
-            f"{path}: expected a finite merged weight, found NaN or infinite values in {weight.dtype}; check the "
-            "adapter for overflow, or merge into a wider dtype (no layer was changed)"
-        )
-
-
-def _cast(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor``'s values in ``dtype`` (what isn't a float stays), unless that turns a finite one infinite."""
-    if not tensor.is_floating_point():
-        return tensor.data
-    cast = tensor.data.to(dtype)
-    if (cast.isinf() & tensor.data.isfinite()).any():
-        raise MergeError(
-            f"{path}: a value overflows {dtype}; merge into a wider dtype, such as 'bfloat16' (no layer was changed)"
-        )
-    return cast
+        yield
+    finally:
+        for module, active in before:
+            module.active_adapters = active
+        for layer, scaling in scalings:
+            layer.scaling.update(scaling)

@@ -211,9 +211,10 @@ class LoraModel(Combining):
         """Merge into each module's own storage and return the base model without adapter layers.
 
         ``qlora_kit.merge`` does the same with a choice of storage and returns what was lost on the way. It
-        refuses values that aren't finite; so does this, and ``safe_merge`` is here for PEFT's callers.
+        refuses values that aren't finite; so does this, and ``safe_merge`` is here for PEFT's callers. A delta that
+        rounding swallows, which it refuses too, is merged here as PEFT does it, and logged.
         """
-        return merge(self, adapters=adapter_names, progressbar=progressbar).model
+        return merge(self, adapters=adapter_names, progressbar=progressbar, force=True).model
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before the first adapter: its own module objects, biases and flags."""
@@ -329,6 +330,7 @@ class LoraModel(Combining):
         self.active_adapters, self._trainable = [], []
         self._kept_biases.values.clear()
         self._merged_when_disabled.clear()
+        self.backbones.clear()
         self._disabled = False
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point():

@@ -79,8 +79,8 @@ def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
 
 
 def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = False) -> nn.Module:
-    """A module that computes with ``quantized`` in the place of ``base``, a dense linear or ``Conv1D``; with
-    ``packed`` one of ours, whatever the type."""
+    """A module that computes with ``quantized`` in the place of ``base``, a linear layer or ``Conv1D``, however that is
+    stored; with ``packed`` one of ours, whatever the type."""
     linear = _as_linear(base)
     if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
@@ -106,12 +106,19 @@ def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = Fals
 
 
 def _as_linear(base: nn.Module) -> nn.Linear:
-    """The base, or an ``nn.Linear`` of the same function over the same storage (transformers' ``Conv1D``)."""
-    if isinstance(base, nn.Linear):
+    """The base, or an ``nn.Linear`` of its sizes, bias, dtype and device in its place: over the same storage for
+    transformers' ``Conv1D``, without any for a base that is quantized."""
+    codec = codec_for(base)
+    quantized = codec.quantizer(base) is not None
+    if isinstance(base, nn.Linear) and not quantized:
         return base
-    out_features, in_features = codec_for(base).shape(base)
+    out_features, in_features = codec.shape(base)
     bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(base.weight.t(), requires_grad=False)  # type: ignore[operator]
+    if quantized:
+        weight = torch.zeros((), dtype=codec.compute_dtype(base), device=codec.device(base)).expand(linear.weight.shape)
+    else:
+        weight = base.weight.t()  # type: ignore[operator]
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = bias  # type: ignore[assignment]
     return linear.train(base.training)

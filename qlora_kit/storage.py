@@ -68,7 +68,7 @@ def adapter_state(
         AdapterError: no adapter has this name.
         StorageError: ``state_dict`` lacks tensors of the adapter, or holds empty shards of them.
     """
-    slots = _slots(model, adapter_name)
+    slots = adapter_slots(model, adapter_name)
     if state_dict is None:
         return {slot.key: _copy(slot.tensor) for slot in slots}
     found = {s.key: state_dict.get(s.name, state_dict.get(s.key)) for s in slots}
@@ -98,7 +98,7 @@ def load_resume_state_(model: LoraModel, state: Mapping[str, Tensor]) -> None:
 
     Raises: as ``load_adapter_state_``; on any error nothing is changed.
     """
-    places = {slot.full_key: (name, slot.key) for name in model.peft_config for slot in _slots(model, name)}
+    places = {slot.full_key: (name, slot.key) for name in model.peft_config for slot in adapter_slots(model, name)}
     in_use = dict.fromkeys([*model.active_adapters, *model._trainable])
     if any(key not in places for key in state):
         if len(in_use) != 1:
@@ -117,7 +117,7 @@ def load_resume_state_(model: LoraModel, state: Mapping[str, Tensor]) -> None:
 
 def _matched(model: LoraModel, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a tensor of the model and its new value, after every check."""
-    slots = {slot.key: slot.tensor for slot in _slots(model, adapter_name)}
+    slots = {slot.key: slot.tensor for slot in adapter_slots(model, adapter_name)}
     if merged := [path for path, layer in model.adapter_layers().items() if layer.merged_adapters]:
         raise AdapterError(
             f"adapters are merged (into {merged[0]}, ...), so none can be loaded; unmerge_adapter() first"
@@ -184,7 +184,7 @@ def save_adapter(
     states = {name: adapter_state(model, name, state_dict) for name in names}
     folders = {name: _folder(directory, name) for name in names}
     if resume_copy:
-        slots = [(name, slot) for name in names for slot in _slots(model, name)]
+        slots = [(name, slot) for name in names for slot in adapter_slots(model, name)]
         write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
     for name in names:
         backbone = model.backbones.get(name)
@@ -192,7 +192,7 @@ def save_adapter(
         write_adapter(folders[name], model.peft_config[name].as_stored(), states[name], metadata)
 
 
-def _slots(model: LoraModel, adapter_name: str) -> list[Slot]:
+def adapter_slots(model: LoraModel, adapter_name: str) -> list[Slot]:
     """Every tensor that the file of ``adapter_name`` must hold."""
     if adapter_name not in model.peft_config:
         raise AdapterError(f"unknown adapter {adapter_name!r}; the model has {sorted(model.peft_config)}")

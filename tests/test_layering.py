@@ -28,6 +28,7 @@ ORDER = [
         "qlora_kit.on_import",
         "qlora_kit.pipeline",
         "qlora_kit.journal",
+        "qlora_kit.spill",
     ],
     ["qlora_kit.loftq_config"],
     ["qlora_kit.config"],
@@ -44,7 +45,16 @@ ORDER = [
         "qlora_kit.hf_quantizer",
         "qlora_kit.quantize",
         "qlora_kit.merging",
+        "qlora_kit.merge_task",
+        "qlora_kit.merge_layer",
+        "qlora_kit.merged_model",
+        "qlora_kit.merge_advice",
+        "qlora_kit.requantize",
+        "qlora_kit.residual",
+        "qlora_kit.base_choice",
+        "qlora_kit.agreement",
         "qlora_kit.fidelity",
+        "qlora_kit.fidelity_plot",
         "qlora_kit.originals",
         "qlora_kit.persistence",
         "qlora_kit.adapter_folder",
@@ -69,8 +79,8 @@ ORDER = [
 ]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 
-# The starts are a registry that knows "loftq" by name and imports it only when a config asks for it.
-LATE = {("qlora_kit.initializers", "loftq")}
+# Starts and roundings that are LoftQ's are known by name, and it is imported only when one of them is asked for.
+LATE = {("qlora_kit.initializers", "loftq"), ("qlora_kit.requantize", "loftq")}
 
 # A library with one home: the modules that may import it. peft is a peer for tests and benchmarks only.
 HOMES = {"bitsandbytes": {"qlora_kit.codecs.bnb"}, "peft": set()}

@@ -21,12 +21,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from math import gcd
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CodecError, UnsupportedModuleError
+
+if TYPE_CHECKING:
+    from .quantized import Quantized, Quantizer
+
+# Entries that are read, checked or compared at a time where a whole second matrix isn't to be held.
+PIECE = 1 << 20
 
 
 class Codec:
@@ -53,6 +60,26 @@ class Codec:
             CodecError: the shape differs or a value isn't finite; the module is as it was.
         """
         raise NotImplementedError
+
+    def pieces(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """``read``, some rows at a time: the rows and their values, new float32 tensors; all at once by default."""
+        weight = self.read(module)
+        yield slice(0, weight.shape[0]), weight
+
+    def quantizer(self, module: nn.Module) -> Quantizer | None:
+        """How ``write_`` quantizes; None for storage that doesn't, and for one that no quantizer here describes."""
+        return None
+
+    def take_(self, module: nn.Module, quantized: Quantized) -> None:
+        """Store codes and scales that were chosen elsewhere, as they are; they must be of ``quantizer(module)``."""
+        raise CodecError(
+            f"{described(module)}: expected storage that takes codes chosen elsewhere, found {self.name!r}; round to "
+            "the nearest code, or give its codec a take_ and a quantizer"
+        )
+
+    def release_(self, module: nn.Module) -> None:
+        """Let go of the stored weight's memory, the scales apart; ``restore_`` brings it back from a snapshot."""
+        module.weight.data = module.weight.data.new_empty(0)  # type: ignore[operator]
 
     def stored(self, module: nn.Module) -> list[Tensor]:
         """All tensors that the weight is stored in, in an order and layout that don't depend on the platform."""
@@ -177,8 +204,25 @@ def described(module: nn.Module) -> str:
     return f"{type(module).__name__}({module.extra_repr()})"
 
 
+def row_pieces(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
+    """Rows of a matrix, about ``PIECE`` entries at a time, each piece beginning at a multiple of ``multiple`` entries
+    in row-major order."""
+    rows, width = shape[0], max(1, shape[1])
+    unit = multiple // gcd(width, multiple)
+    step = max(1, PIECE // (width * unit)) * unit
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def assembled(pieces: Iterator[tuple[slice, Tensor]], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The whole matrix of which ``pieces`` are the rows: float32 ``shape``."""
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    for rows, values in pieces:
+        whole[rows] = values
+    return whole
+
+
 def checked_weight(module: nn.Module, weight: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """``weight`` on the device of ``module``'s weight and in ``dtype``, once it is known to fit.
+    """``weight`` on the device of ``module``'s weight, in its own dtype, once it is known to fit into ``dtype``.
 
     Raises:
         CodecError: the shape isn't ``shape``, or a value isn't finite in ``dtype``.
@@ -188,10 +232,10 @@ def checked_weight(module: nn.Module, weight: Tensor, shape: tuple[int, int], dt
             f"{described(module)}.weight: expected a weight of shape {tuple(shape)} (out, in), "
             f"found {tuple(weight.shape)}; pass the whole matrix in (out, in) orientation"
         )
-    cast = weight.detach().to(device=module.weight.device, dtype=dtype)  # type: ignore[arg-type]
-    if not cast.isfinite().all():
+    weight = weight.detach().to(module.weight.device)  # type: ignore[arg-type]
+    if not all(weight[rows].to(dtype).isfinite().all() for rows in row_pieces(shape)):
         raise CodecError(
             f"{described(module)}.weight: expected values that are finite in {dtype}, found NaN or infinity; "
             "check the adapter's factors for overflow"
         )
-    return cast
+    return weight

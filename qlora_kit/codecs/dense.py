@@ -7,13 +7,14 @@ registered: their weight is (in, out / groups, ...), and with groups no single m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CodecError
-from .base import Codec, checked_weight, described, register_codec
+from .base import Codec, checked_weight, described, register_codec, row_pieces
 
 
 @register_codec(nn.Linear)
@@ -28,6 +29,11 @@ class DenseCodec(Codec):
     def read(self, module: nn.Module) -> Tensor:
         matrix = self._to_matrix(self._weight(module).detach())
         return matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    def pieces(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        matrix = self._to_matrix(self._weight(module).detach())
+        for rows in row_pieces(matrix.shape):
+            yield rows, matrix[rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def write_(self, module: nn.Module, weight: Tensor) -> None:
@@ -102,7 +108,7 @@ def take_bias_(module: nn.Linear, source: nn.Linear) -> None:
 
 
 def dense_linear(module: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A frozen ``nn.Linear`` of ``weight``, with ``module``'s bias copied."""
+    """A frozen ``nn.Linear`` of ``weight`` in ``dtype``, with ``module``'s bias copied."""
     dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     take_bias_(dense, module)

@@ -13,19 +13,20 @@ backward each read the weight once and keep no dense copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import Codec, checked_weight, codec_for, register_codec
+from .base import Codec, assembled, checked_weight, codec_for, register_codec, row_pieces
 from .blockwise import scale_blocks_
 from .codebooks import codebook, scheme
 from .dense import dense_linear, take_bias_
 from .lookup import lookup_linear
 from .packing import look_up, pack, packed_bytes
-from .quantized import SCALES_BLOCKSIZE, Quantized, Scales, quantize_matrix
+from .quantized import SCALES_BLOCKSIZE, Quantized, Quantizer, Scales
 
 
 class PackedLinear(nn.Linear):
@@ -140,18 +141,32 @@ class PackedCodec(Codec):
         return module.out_features, module.in_features
 
     def read(self, module: Any) -> Tensor:
-        count = module.in_features * module.out_features
-        values = look_up(module.weight.data, scheme(module.quant_type).bits, module.codebook, count)
-        shifts = module.stored_scales("shifts")
-        scale_blocks_(
-            values, module.stored_scales().read(), module.blocksize, None if shifts is None else shifts.read()
-        )
-        return values.view(module.out_features, module.in_features)
+        return assembled(self.pieces(module), self.shape(module), module.weight.device)
+
+    def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
+        bits, width, blocksize = scheme(module.quant_type).bits, module.in_features, module.blocksize
+        scales, shifts = module.stored_scales().read(), module.stored_scales("shifts")
+        shifts = None if shifts is None else shifts.read()
+        # Eight codes of any number of bits are whole bytes.
+        for rows in row_pieces(self.shape(module), lcm(blocksize, 8)):
+            begin, end = rows.start * width, rows.stop * width
+            codes = module.weight.data[begin * bits // 8 : begin * bits // 8 + packed_bytes(end - begin, bits)]
+            values = look_up(codes, bits, module.codebook, end - begin)
+            blocks = slice(begin // blocksize, -(-end // blocksize))
+            scale_blocks_(values, scales[blocks], blocksize, None if shifts is None else shifts[blocks])
+            yield rows, values.view(-1, width)
+
+    def quantizer(self, module: Any) -> Quantizer:
+        return Quantizer(module.quant_type, module.blocksize, module.double_quant)
 
     @torch.no_grad()
     def write_(self, module: Any, weight: Tensor) -> None:
-        weight = checked_weight(module, weight, self.shape(module), torch.float32)
-        module.store_(quantize_matrix(weight, module.quant_type, module.blocksize, double_quant=module.double_quant))
+        weight = checked_weight(module, weight, self.shape(module), torch.float32).float()
+        self.take_(module, self.quantizer(module)(weight))
+
+    @torch.no_grad()
+    def take_(self, module: Any, quantized: Quantized) -> None:
+        module.store_(quantized)
 
     def stored(self, module: Any) -> list[Tensor]:
         return [module.weight.data, *module._buffers.values()]

@@ -16,7 +16,7 @@ the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..codecs import Codec, codec_for
 from ..codecs.base import load_on_demand
 from ..errors import AdapterError, MergeError, UnsupportedModuleError
-from ..lowrank import delta
+from ..lowrank import add_product_, delta
 
 
 class AdapterLayer(nn.Module):
@@ -150,19 +150,22 @@ class AdapterLayer(nn.Module):
     # -- merging ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def summed_delta(self, names: Sequence[str]) -> Tensor:
-        """The deltas of ``names``, at least one of which this layer has, summed: float32 (out, in)."""
-        total, *others = (self.delta(name) for name in names if name in self.r)
-        for other in others:
-            total += other
-        return total
+    def stacked(self, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) in float32 with B @ A the sum of ``weights[name]`` times each delta; the
+        rank is that of all of them together."""
+        parts = [(*self.factors(name), weights[name] * self.scaling[name]) for name in weights if name in self.r]
+        return (
+            torch.cat([A.detach().float() for A, _, _ in parts]),
+            torch.cat([B.detach().float() * scale for _, B, scale in parts], dim=1),
+        )
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """The base weight without anything merged, plus the deltas of ``names``: float32 (out, in)."""
         with self.unmerged():
             weight = self.codec.read(self.base_layer)
-        return weight.add_(self.summed_delta(names)) if any(name in self.r for name in names) else weight
+        held = {name: 1.0 for name in names if name in self.r}
+        return add_product_(weight, *self.stacked(held)) if held else weight
 
     @torch.no_grad()
     def merge_(self, names: Sequence[str], *, safe: bool = False) -> None:
@@ -177,9 +180,9 @@ class AdapterLayer(nn.Module):
         weight = self.merged_weight(names)
         if safe and not torch.isfinite(weight).all():
             raise MergeError(f"merging {names} gives a weight with NaN or infinite values; the weight is unchanged")
-        self.write_merged_(names, weight)
+        self._write_merged_(names, weight)
 
-    def write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
+    def _write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
         """Store ``weight``, which is ``merged_weight(names)``, as the base's; on any error it is as it was."""
         undo = self.way_back()
         if self._unmerged is None:

@@ -16,9 +16,10 @@ The stock forward also casts ``bias.data`` to the compute dtype for good; ours c
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections.abc import Iterator
 from functools import partial
+from math import lcm
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 
 from ...errors import CodecError
 from .. import blockwise
-from ..base import checked_weight, codec_for, described, register_codec
+from ..base import assembled, checked_weight, codec_for, described, register_codec, row_pieces
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..lookup import lookup_linear
-from ..quantized import Quantized
+from ..quantized import Quantized, Quantizer
 from .common import stock_forward
 from .layout import is_repacked, scales_of, standard_bytes
 
@@ -56,15 +57,33 @@ class Codec4bit(DenseCodec):
     name = "bnb-4bit"
 
     def read(self, module: Any) -> Tensor:
+        if _state(module) is None:
+            return super().read(module)
+        return assembled(self.pieces(module), self.shape(module), module.weight.device)
+
+    def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
         state = _state(module)
         if state is None:
-            return super().read(module)
+            yield from super().pieces(module)
+            return
         table = state.code.float()
         byte = torch.arange(256, device=table.device)
         pairs = torch.stack([table[byte >> 4], table[byte & 0xF]], dim=1)  # both values of each byte at once
-        stored = standard_bytes(module.weight.data, state)
-        values = pairs.index_select(0, stored.int()).reshape(-1)[: state.shape.numel()]
-        return blockwise.scale_blocks_(values, scales_of(state), state.blocksize).reshape(state.shape)
+        stored, scales, blocksize = standard_bytes(module.weight.data, state), scales_of(state), state.blocksize
+        for rows in row_pieces(state.shape, lcm(blocksize, 2)):
+            begin, end = rows.start * module.in_features, rows.stop * module.in_features
+            values = pairs.index_select(0, stored[begin // 2 : -(-end // 2)].int()).reshape(-1)[: end - begin]
+            values = blockwise.scale_blocks_(values, scales[begin // blocksize : -(-end // blocksize)], blocksize)
+            yield rows, values.view(-1, module.in_features)
+
+    def quantizer(self, module: Any) -> Quantizer | None:
+        state = _state(module)
+        return None if state is None else Quantizer(state.quant_type, state.blocksize, state.nested)
+
+    @torch.no_grad()
+    def take_(self, module: Any, quantized: Quantized) -> None:
+        self.protect_(module)
+        take_codes_(module, quantized)
 
     @torch.no_grad()
     def write_(self, module: Any, weight: Tensor) -> None:
@@ -72,7 +91,7 @@ class Codec4bit(DenseCodec):
         if state is None:
             super().write_(module, weight)
             return
-        weight = checked_weight(module, weight, self.shape(module), torch.float32)
+        weight = checked_weight(module, weight, self.shape(module), torch.float32).float()
         self.protect_(module)
         stored: Params4bit = module.weight
         data, fresh = quantize_4bit(
@@ -107,7 +126,7 @@ class Codec4bit(DenseCodec):
         return weight.dtype if weight.is_floating_point() else torch.float32
 
     def snapshot(self, module: Any) -> Any:
-        return module.weight.data.clone(), copy.deepcopy(_state(module))
+        return module.weight.data.clone(), _as_data(_state(module))
 
     @torch.no_grad()
     def restore_(self, module: Any, snapshot: Any) -> None:
@@ -118,7 +137,7 @@ class Codec4bit(DenseCodec):
         if state is not None and saved is not None:
             # The same state object lives on, since the weight, the module and others may hold it.
             state.__dict__.clear()
-            state.__dict__.update(copy.deepcopy(saved).__dict__)
+            state.__dict__.update(_as_state(saved).__dict__)
             state.to(device)
             _adopt_(module, state)
 
@@ -213,7 +232,7 @@ def quantize_linear(
         ValueError: bitsandbytes doesn't know the quantization type or blocksize.
     """
     dtype = compute_dtype or linear.weight.dtype
-    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float32)
+    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float32).float()
     data, state = quantize_4bit(
         weight.contiguous(),
         blocksize=blocksize,
@@ -264,6 +283,28 @@ def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
         assert scales.offset is not None
         state.state2.absmax = scales.absmax.clone()
         state.offset = scales.offset.reshape(()).clone()
+
+
+def _as_data(state: QuantState | None) -> dict[str, Any] | None:
+    """A copy of ``state`` as a dictionary of tensors and plain values."""
+    if state is None:
+        return None
+    data = {}
+    for name, value in vars(state).items():
+        data[name] = _as_data(value) if isinstance(value, QuantState) else value
+        if isinstance(value, Tensor):
+            data[name] = value.clone()
+    return data
+
+
+def _as_state(data: dict[str, Any]) -> QuantState:
+    """The state of which ``data`` is the copy, with tensors of its own."""
+    state = QuantState.__new__(QuantState)
+    for name, value in data.items():
+        state.__dict__[name] = _as_state(value) if isinstance(value, dict) else value
+        if isinstance(value, Tensor):
+            state.__dict__[name] = value.clone()
+    return state
 
 
 def _state(module: Any) -> QuantState | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 
 from ...errors import CodecError
-from ..base import checked_weight, described, register_codec
+from ..base import checked_weight, described, register_codec, row_pieces
 from ..dense import DenseCodec, dense_linear, take_bias_
-from ..quantized import Quantized
+from ..quantized import Quantized, Quantizer
 from .common import stock_forward
 
 
@@ -33,12 +34,30 @@ class CodecInt8(DenseCodec):
         codes, scales = _int8_parts(module)
         return codes.float().mul_(scales[:, None] / 127.0)
 
+    def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
+        if not _is_int8(module):
+            yield from super().pieces(module)
+            return
+        codes, scales = _int8_parts(module)
+        for rows in row_pieces(codes.shape):
+            yield rows, codes[rows].float().mul_(scales[rows, None] / 127.0)
+
+    def quantizer(self, module: Any) -> Quantizer | None:
+        return Quantizer("int8", None) if _is_int8(module) else None
+
+    @torch.no_grad()
+    def take_(self, module: Any, quantized: Quantized) -> None:
+        _store_int8_(module, quantized.codes.clone(), quantized.scales.clone())
+
+    def release_(self, module: Any) -> None:
+        _store_int8_(module, module.weight.data.new_empty(0), _int8_parts(module)[1])
+
     @torch.no_grad()
     def write_(self, module: Any, weight: Tensor) -> None:
         if _is_int8(module):
             _int8_parts(module)
             # float16 is what bitsandbytes quantizes from, so a value must be finite in it.
-            weight = checked_weight(module, weight, self.shape(module), torch.float16)
+            weight = checked_weight(module, weight, self.shape(module), torch.float16).half()
             _store_int8_(module, *_quantize_int8(weight))
         else:
             super().write_(module, weight)
@@ -90,7 +109,7 @@ def quantize_linear_int8(
     Raises:
         CodecError: the weight doesn't fit, or has a value that overflows float16.
     """
-    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float16)
+    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float16).half()
     codes, scales = _quantize_int8(weight)
     module = Linear8bitLt(
         linear.in_features,

@@ -1,0 +1,42 @@
+"""A merge as a picture: how large each layer's delta is beside the rounding of its storage, and how much of it was
+kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .fidelity import MergeReport
+
+# A report without losses has errors of 0, which a log axis can't show.
+_LEAST = 1e-6
+
+
+def plot(report: MergeReport, path: Path) -> None:
+    """Write the picture of ``report`` to ``path``, whose ending says the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    sizes, kept = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    layers = range(len(report.layers))
+    deltas = [max(layer.delta_ratio, _LEAST) for layer in report.layers]
+    errors = [max(layer.error, _LEAST) for layer in report.layers]
+    sizes.vlines(layers, errors, deltas, color="0.85", zorder=0)
+    sizes.plot(layers, deltas, "o", ms=4, color="C0", label="delta / weight")
+    sizes.plot(layers, errors, "o", ms=4, color="C3", label="rounding error / weight")
+    sizes.set_yscale("log")
+    sizes.set_ylabel("relative to ||W||")
+    sizes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    kept.axhline(100, color="0.6", lw=0.8, ls=":")
+    kept.plot(layers, [100 * layer.retained for layer in report.layers], "o", ms=4, color="C0")
+    kept.set_ylim(bottom=min(0.0, *(100 * layer.retained for layer in report.layers), 0.0))
+    kept.set_ylabel("delta kept, %")
+    kept.set_xlabel("layer, in the order of the model")
+    into = "each module's own storage" if report.into == "same" else report.into
+    figure.suptitle(f"{len(report.layers)} layers merged into {into}: {report.retained:.1%} of the delta kept")
+    for axes in (sizes, kept):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)

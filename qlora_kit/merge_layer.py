@@ -1,0 +1,202 @@
+"""One layer at a time: its float32 weight, the deltas added to it, and the result in the storage that is asked for.
+
+Every change leaves its undoing behind: what was stored goes to the disk first, and the memory of what has been replaced
+is freed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_choice import original_of
+from .codecs import Codec, codec_for, find_codec
+from .codecs.dense import dense_linear
+from .codecs.quantized import Quantizer
+from .errors import CodecError, ConfigError, MergeError
+from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
+from .inject import Injection, swap_, with_hooks_of
+from .layers import AdapterLayer
+from .merge_task import MergeTask
+from .quantize import linear_holding
+from .requantize import rounded
+from .spill import Spill, set_data_
+from .targets import modules_of
+
+Factors = tuple[Tensor, Tensor]
+
+
+class Merger:
+    """Merges the layers of one model as a task says.
+
+    Args:
+        root: the model, adapter layers inside.
+        original: the folder of the weights to add to; None adds to the dequantized ones.
+        moments: second moments of inputs, by path.
+
+    Attributes:
+        rounded: paths of the modules that were rounded to few bits.
+        residuals: A and B of what stays beside them, by path.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        task: MergeTask,
+        original: Path | None,
+        moments: Mapping[str, Tensor],
+        spill: Spill,
+        undo: Injection,
+    ) -> None:
+        self.root, self.task, self.original, self.moments = root, task, original, moments
+        self.spill, self.undo = spill, undo
+        self.rounded: set[str] = set()
+        self.residuals: dict[str, Factors] = {}
+        self._places: dict[int, list[str]] = {}
+        for path, module in modules_of(root):
+            self._places.setdefault(id(module), []).append(path)
+        self._holders: dict[int, int] = {}
+        for module in root.modules():
+            for parameter in module._parameters.values():
+                self._holders[id(parameter)] = self._holders.get(id(parameter), 0) + 1
+
+    @torch.no_grad()
+    def adapted(self, path: str, layer: AdapterLayer) -> list[LayerFidelity]:
+        """Merge into ``layer``'s base and put that in its place; the account, if there was anything to merge."""
+        base, codec = layer.base_layer, layer.codec
+        parts = {name: weight for name, weight in self.task.parts.items() if name in layer.r}
+        if not parts:
+            self._put(layer, base)
+            return []
+        weight, base_error = self._read(path, codec, base)
+        delta = layer.stacked(parts)
+        norms = add_delta_(weight, *delta, path)
+        try:
+            module, residual = self._stored(path, codec, base, weight, linear=layer.family == "linear")
+        except (CodecError, ConfigError) as error:
+            raise MergeError(f"{path}: {error} (no layer was changed)") from error
+        kept_by = codec_for(module, path)
+        account = compare(path, kept_by.name, weight, delta, norms, kept_by.pieces(module), residual, base_error)
+        self._put(layer, module)
+        return [account]
+
+    @torch.no_grad()
+    def others(self, adapted: set[str]) -> None:
+        """Bring the modules that nothing was merged into, but those at ``adapted``, into the storage asked for."""
+        if self.task.into == "same":
+            return
+        for path, module in list(modules_of(self.root)):
+            codec = find_codec(module)
+            if codec is None or path in self.residuals or path in self.rounded or path != self._first(module, path):
+                continue
+            own = codec.quantizer(module)
+            if self.task.dtype is not None:
+                if own is not None and self.original is not None:
+                    weight, _ = self._read(path, codec, module)
+                    dense: nn.Module = dense_linear(module, weight, self.task.dtype)  # type: ignore[arg-type]
+                else:
+                    dense = codec.dense_like(module, self.task.dtype)
+                if dense is not module:
+                    check_finite(path, dense.weight)  # type: ignore[arg-type]
+                    self._release(codec, module)
+                    self._put(module, with_hooks_of(module, dense))
+            elif own is not None and own != self.task.target(own, linear=True):
+                weight, _ = self._read(path, codec, module)
+                self._put(module, self._stored(path, codec, module, weight, linear=True)[0])
+
+    def _first(self, module: nn.Module, path: str) -> str:
+        return self._places.get(id(module), [path])[0]
+
+    def _read(self, path: str, codec: Codec, base: nn.Module) -> tuple[Tensor, float | None]:
+        """The weight to add to, and how far the one that is stored is from it where that is another."""
+        stored = codec.read(base)
+        if self.original is None or codec.quantizer(base) is None:
+            return stored, None
+        return original_of(self.original, path, stored)
+
+    def _stored(
+        self, path: str, codec: Codec, base: nn.Module, ideal: Tensor, *, linear: bool
+    ) -> tuple[nn.Module, Factors | None]:
+        """A module that holds float32 (out, in) ``ideal`` in the storage asked for, and the branch beside it."""
+        own = codec.quantizer(base)
+        target = self.task.target(own, linear=linear)
+        if target is None:
+            return self._dense(codec, base, ideal), None
+        self.rounded.add(path)
+        if target == own and self.task.rounding == "nearest" and not self.task.residual_rank:
+            self._keep(codec, base)
+            codec.write_(base, ideal)
+            return base, None
+        found = self._rounded(path, ideal, target)
+        if found.residual is not None:
+            self.residuals[path] = found.residual
+        if target == own:
+            self._keep(codec, base)
+            codec.take_(base, found.quantized)
+            return base, found.residual
+        module = with_hooks_of(base, linear_holding(base, found.quantized))
+        self._release(codec, base)
+        return module, found.residual
+
+    def _rounded(self, path: str, ideal: Tensor, target: Quantizer) -> Any:
+        try:
+            return rounded(ideal, target, self.task.rounding, self.moments.get(path), self.task.residual_rank)
+        except ConfigError as error:
+            raise MergeError(f"{path}: {error} (no layer was changed)") from error
+
+    def _dense(self, codec: Codec, base: nn.Module, ideal: Tensor) -> nn.Module:
+        dtype = self.task.dtype
+        if type(codec).dense_like is Codec.dense_like:
+            if dtype is None:
+                self._keep(codec, base)
+            else:
+                self._recast(base, dtype)
+            codec.write_(base, ideal)
+            return base
+        if dtype is None:  # its own way to be dense: the codec's business
+            self._keep(codec, base)
+            codec.write_(base, ideal)
+            return base
+        if codec.quantizer(base) is not None and isinstance(base, nn.Linear):
+            dense: nn.Module = dense_linear(base, torch.empty_like(ideal, dtype=dtype), dtype)
+        else:
+            dense = codec.dense_like(base, dtype)
+        codec_for(dense).write_(dense, ideal)
+        self._release(codec, base)
+        return with_hooks_of(base, dense)
+
+    def _recast(self, base: nn.Module, dtype: torch.dtype) -> None:
+        """Give a dense module tensors of ``dtype``, the weight's to be filled."""
+        for name, tensor in base.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                before = self.spill.keep(tensor.data)
+                self.undo.on_undo(partial(set_data_, tensor, before))
+                if name == "weight":
+                    tensor.data = torch.empty_like(tensor.data, dtype=dtype)
+                else:
+                    tensor.data = checked_cast(name, tensor, dtype)
+
+    def _keep(self, codec: Codec, base: nn.Module) -> None:
+        """Note what ``base`` stores, to be put back on an error."""
+        before = self.spill.keep(codec.snapshot(base))
+        self.undo.on_undo(lambda: codec.restore_(base, before()))
+
+    def _release(self, codec: Codec, base: nn.Module) -> None:
+        """Free the memory of a module that has been replaced, unless its weight is another module's too."""
+        if codec.quantizer(base) is not None:
+            self._keep(codec, base)
+            codec.release_(base)
+        elif self._holders.get(id(base.weight), 0) == 1 and type(codec).dense_like is Codec.dense_like:
+            weight: Any = base.weight
+            before = self.spill.keep(weight.data)
+            self.undo.on_undo(partial(set_data_, weight, before))
+            weight.data = weight.data.new_empty(0)
+
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        for path in self._places[id(old)]:
+            swap_(self.root, path, new, self.undo)
