@@ -5,8 +5,8 @@ its head. What is stored under a name with or without the backbone's prefix, und
 codes and scales of a quantized module, is found under that name all the same. Nothing but the shards' headers is read
 until a difference is asked for, and then these two tensors alone.
 
-Names that don't pair are sorted by what they can mean. A head that only the base's own class has (BERT's for masked
-words beside a tuned classifier) is no part of the tuned model and is only listed. What only the tuned checkpoint
+Names that don't pair are sorted by what they can mean. A module that only the base's own class has (BERT's head for
+masked words beside a tuned classifier) is no part of the tuned model and is only listed. What only the tuned checkpoint
 has, or has in another shape, can't be a difference, but can be stored whole. All else is a checkpoint that isn't whole
 or isn't of this model, and an error.
 """
@@ -14,6 +14,7 @@ or isn't of this model, and an error.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ from .stored import weight_of
 
 # Names that transformers still reads in old checkpoints.
 _OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
+_PIECE = 1 << 22
 _OLD_BUFFERS = (".inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
 
 
@@ -111,8 +113,9 @@ class CheckpointPair:
 
     Attributes:
         model: whose names are used; on the meta device.
-        shared: names that both hold in one shape, those of no module of the model (experts stored one by one, say)
-            last. only_tuned, resized: see the module's text. only_base: names of the base's own head, as stored.
+        shared: names that both hold in one shape; last those that the model doesn't have (experts stored one by one).
+        only_tuned, resized: names of what only the tuned one has, or has in another shape.
+        only_base: stored names of what only the base's class has.
 
     Raises:
         StorageError: a folder holds no model, both are one, they are of two architectures, or a tensor is missing,
@@ -149,10 +152,6 @@ class CheckpointPair:
         self.shared = [name for name in both if name not in self.resized] + self._unknown_to_the_model()
         self._check_shapes()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """That of the tuned checkpoint's tensor."""
-        return self.tuned.shape(name) if name in self.tuned.names else self.tuned.types[self.tuned.extra[name]][1]
-
     def difference(self, name: str) -> tuple[Tensor, float]:
         """Tuned minus base, float32 in the shape that is stored, and the Frobenius norm of the base's tensor.
 
@@ -161,18 +160,22 @@ class CheckpointPair:
         Raises:
             StorageError: a NaN or infinity in one of the two; says which.
         """
-        parts = []
-        for side in (self.base, self.tuned):
-            tensor = side.tensor(name) if name in side.names else side.reader.tensor(side.extra[name])
-            if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor.float())).sum())):
+        before, after = (self._finite(side, name) for side in (self.base, self.tuned))
+        exact = any(t.dtype == torch.float64 or not t.is_floating_point() for t in (before, after))
+        # A base of 16 bits is widened within the subtraction, without a copy.
+        return (after.to(torch.float64 if exact else torch.float32) - before).float(), norm(before)
+
+    def _finite(self, side: Side, name: str) -> Tensor:
+        tensor = side.tensor(name) if name in side.names else side.reader.tensor(side.extra[name])
+        if tensor.is_floating_point():
+            wide = tensor.float() if tensor.element_size() == 1 else tensor
+            if bad := int((~wide.isfinite()).sum()):
                 raise StorageError(
                     f"{side.folder}: {name}: expected finite values, found {bad} NaN or infinite of "
                     f"{tensor.numel()}; repair the checkpoint, there is no difference of these"
                 )
-            parts.append(tensor)
-        exact = any(t.dtype == torch.float64 or not t.is_floating_point() for t in parts)
-        before, after = (t.to(torch.float64 if exact else torch.float32) for t in parts)
-        return (after - before).float(), norm(before)
+            return wide
+        return tensor
 
     def _check_ties(self) -> None:
         """Refuse a pair of which one is tied where the other isn't: an adapter would reach two tensors, or too few."""
@@ -187,26 +190,36 @@ class CheckpointPair:
             )
 
     def _heads_of_the_base(self) -> list[str]:
-        missing = sorted(self.base.names.keys() - self.tuned.names.keys())
-        tuned_has = set(self.tuned.own.state_dict())
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        for name in missing:
-            if any(variant in tuned_has for variant in _variants(name, prefix)):
+        heads = []
+        for name in sorted(self.base.names.keys() - self.tuned.names.keys()):
+            if not self._only_of_the_bases_class(name):
                 raise StorageError(
                     f"{self.tuned.folder}: expected a tensor {name!r} as in the base, found none; the closest are "
                     f"{closest(name, self.tuned.reader)}; finish the download or save the tuned model again"
                 )
-        own = set(self.base.own.state_dict())
-        heads = [self.base.names[name] for name in missing]
+            heads.append(self.base.names[name])
         for raw, stored in self.base.extra.items():
             if raw not in self.tuned.extra and not self._ignored(stored):
-                if not any(name in own for name in _variants(stored, prefix)):
+                if not self._only_of_the_bases_class(stored):
                     self._refuse_extra(self.base, stored)
                 heads.append(stored)
         for raw, stored in self.tuned.extra.items():
             if raw not in self.base.extra and not self._ignored(stored):
                 self._refuse_extra(self.tuned, stored)
         return sorted(heads)
+
+    def _only_of_the_bases_class(self, name: str) -> bool:
+        """Whether ``name`` is of a module that the base's class has and the tuned model's doesn't, such as a head; a
+        layer that only one of the two models has is none of these."""
+        base, tuned = self.base.own, self.tuned.own
+        variants = _variants(name, f"{getattr(self.model, 'base_model_prefix', '')}.")
+        within = [_deepest(tuned, variant) for variant in variants]
+        return (
+            type(base) is not type(tuned)
+            and any(variant in base.state_dict() for variant in variants)
+            and not any(variant in tuned.state_dict() for variant in variants)
+            and not any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in within)
+        )
 
     def _unknown_to_the_model(self) -> list[str]:
         """Names of tensors that both hold and the model, as it is built, does not."""
@@ -247,8 +260,8 @@ class CheckpointPair:
 
 
 def norm(tensor: Tensor) -> float:
-    """The Frobenius norm, summed in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    """The Frobenius norm, summed in float64, a piece at a time."""
+    return math.sqrt(sum(float(piece.double().square().sum()) for piece in tensor.reshape(-1).split(_PIECE)))
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -268,6 +281,17 @@ def _variants(name: str, prefix: str) -> list[str]:
         if name.endswith(old):
             names.append(name.removesuffix(old) + new)
     return [variant for n in names for variant in (n, prefix + n, n.removeprefix(prefix))]
+
+
+def _deepest(model: nn.Module, name: str) -> nn.Module:
+    """The innermost module on the way to ``name`` that ``model`` has."""
+    module = model
+    for piece in name.split("."):
+        child = module._modules.get(piece)
+        if child is None:
+            break
+        module = child
+    return module
 
 
 def _headless(model: nn.Module) -> bool:

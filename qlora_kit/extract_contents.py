@@ -101,7 +101,8 @@ class Contents:
         found = []
         for name, (size, base_size) in self._measured.items():
             how = WHOLE if self._within_saved(name) else BIAS if name in biases else LEFT
-            found.append(OtherTensor(name, size, size / base_size if base_size else float("inf"), how))
+            shown = self.pair.tuned.extra.get(name, name)
+            found.append(OtherTensor(shown, size, size / base_size if base_size else float("inf"), how))
         return sorted([*found, *new], key=lambda tensor: tensor.name)
 
     def config(self, base: str | os.PathLike[str]) -> LoraConfig:

@@ -36,7 +36,7 @@ from .lowrank import factor_pair, pick_solver, truncated_svd
 _DEPTH = 24
 # It takes blocks of no fewer columns.
 _LEAST_COLUMNS = 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def extract_folders(
     target_modules: Sequence[str] | str = "all-linear",
     exclude_modules: Sequence[str] | str | None = None,
     whole: Sequence[str] | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
 ) -> ExtractReport:
     """Write into ``out`` the adapter that comes closest to turning the model ``base`` into ``tuned``.
@@ -66,7 +66,7 @@ def extract_folders(
         whole: names of modules to store as they are in the tuned checkpoint, or "changed": all that differ outside of
             the branches, and changed biases, so that little but the targets' truncation is lost. What the model has no
             module for stays out, and in the report.
-        dtype: of the factors; float32, bfloat16 or float16.
+        dtype: of the factors; float32, bfloat16 or float16, or its name.
         device: where the decompositions are computed.
 
     Returns:
@@ -78,7 +78,8 @@ def extract_folders(
         StorageError: see ``CheckpointPair``; NaN; nothing differs; a tensor that only one of the two has, or that was
             resized, isn't in ``whole``; ``out`` is one of the two folders or a file. Nothing is written on any error.
     """
-    _check_arguments(rank, energy, dtype)
+    _check_arguments(rank, energy)
+    kept = _dtype_of(dtype)
     pair = CheckpointPair(base, tuned)
     out = Path(out)
     check_is_folder(out)
@@ -92,7 +93,7 @@ def extract_folders(
         if not difference.any():
             equal.append(entry.path)
             continue
-        A, B = (factor.to("cpu", dtype) for factor in best_branch(difference.to(device), rank, energy))
+        A, B = (factor.to("cpu", kept) for factor in best_branch(difference.to(device), rank, energy))
         contents.add_(entry, A, B)
         modules.append(_account(entry.path, difference, base_size, A, B))
     if not modules:
@@ -145,7 +146,7 @@ def _account(path: str, difference: Tensor, base_size: float, A: Tensor, B: Tens
     return ExtractedModule(path, A.shape[0], size, relative, max(0.0, 1 - lost**2), lost)
 
 
-def _check_arguments(rank: int | None, energy: float | None, dtype: torch.dtype) -> None:
+def _check_arguments(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank, energy: expected one of the two, found {rank!r} and {energy!r}; pass rank=32, say")
     if rank is not None:
@@ -153,5 +154,10 @@ def _check_arguments(rank: int | None, energy: float | None, dtype: torch.dtype)
     number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
     if energy is not None and not (number and 0 < energy <= 1):
         raise failure("energy", "a share in (0, 1]", energy, "pass one such as energy=0.9")
-    if dtype not in _DTYPES:
-        raise failure("dtype", f"one of {', '.join(map(str, _DTYPES))}", dtype, "pass torch.float32")
+
+
+def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in _DTYPES.values():
+        raise failure("dtype", f"one of {', '.join(_DTYPES)}", dtype, "pass 'float32'")
+    return found

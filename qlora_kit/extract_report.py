@@ -57,7 +57,7 @@ class ExtractReport:
         modules: those with a branch, in the model's order.
         equal: targeted modules without a difference, which have no branch.
         others: every other tensor that differs.
-        only_base: tensors of a head that the tuned model's class doesn't have.
+        only_base: tensors that only the base's class has, such as its head.
     """
 
     base: str
@@ -106,7 +106,7 @@ class ExtractReport:
         if self.equal:
             lines.append(f"without a difference, so without a branch: {', '.join(self.equal)}")
         if self.only_base:
-            lines.append(f"of the base's own head, which the tuned model hasn't: {', '.join(self.only_base)}")
+            lines.append(f"of the base's own class (a head), which the tuned model hasn't: {', '.join(self.only_base)}")
         lines.append(
             f"{len(self.modules)} modules: branches hold {self.captured_by_rank:.4%} of their squared difference, the "
             f"adapter {self.captured:.4%} of all there is; {self.left:.4%} is in tensors left out"
