@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
-from qlora_kit.codecs.packing import packed_bytes
-from qlora_kit.codecs.quantized import SCALES_BLOCKSIZE
 from qlora_kit.config import LoftQConfig
 from qlora_kit.inject import PlanEntry
 from qlora_kit.quantize import in_bitsandbytes
+from qlora_kit.stored import PARTS, weight_bytes
 
 from .checkpoint import Checkpoint
 from .initializer import storage_of
-
-# Every name that some storage has beside a module's weight, for the room that a header may need.
-_SUFFIXES = (
-    *("weight", "SCB", "weight_format", "scales", "scales_absmax", "scales_offset"),
-    *("shifts", "shifts_absmax", "shifts_offset", "codebook", "weight.absmax", "weight.quant_map"),
-    *("weight.nested_absmax", "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4"),
-)
 
 
 def adapter_names(entry: PlanEntry) -> tuple[str, str]:
@@ -37,7 +28,7 @@ def stored_names(checkpoint: Checkpoint) -> Iterator[str]:
         if unit.entry is None:
             yield unit.name
         else:
-            yield from (unit.name.removesuffix("weight") + suffix for suffix in _SUFFIXES)
+            yield from (unit.name.removesuffix("weight") + suffix for suffix in ("weight", *PARTS))
 
 
 def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
@@ -54,12 +45,9 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
 
 
 def module_bytes(shape: tuple[int, ...], kind: str, options: LoftQConfig) -> int:
-    """Bytes of a weight (out, in) in the type ``kind``: codes, scales and table, exactly so in ``PackedLinear``."""
-    count, bits = prod(shape), int(kind[-1])
-    blocks = -(-count // (shape[-1] if kind == "int8" or options.blocksize == "row" else int(options.blocksize)))
-    scales = blocks + 4 * (-(-blocks // SCALES_BLOCKSIZE) + 1) if options.double_quant else 4 * blocks
-    table = 0 if kind == "int8" else 4 * 2**bits
-    return packed_bytes(count, bits) + scales * (2 if kind.startswith("affine") else 1) + table
+    """Bytes of a weight (out, in) in the type ``kind``; see ``qlora_kit.stored.weight_bytes``."""
+    blocksize = None if options.blocksize == "row" else int(options.blocksize)
+    return weight_bytes(shape, kind, blocksize, options.double_quant)
 
 
 def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[str, Any] | None:

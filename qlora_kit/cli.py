@@ -97,6 +97,59 @@ def compress(
     typer.echo(f"wrote {out}")
 
 
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="Folder of the model, or its name on the Hub.", show_default=False)],
+    adapter: Annotated[list[str], typer.Option(help="An adapter's folder; once for each.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the merged model goes.", show_default=False)],
+    weight: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(help="What an adapter's delta is multiplied by, once for each. Default: 1."),
+    ] = None,
+    into: Annotated[
+        str, typer.Option(help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, ...")
+    ] = "bfloat16",
+    rounding: Annotated[str, typer.Option(help="Of k-bit weights: nearest or scale-search.")] = "nearest",
+    blocksize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a k-bit type: a number, or row. Default: the module's own if it is of that type, or 64."),
+    ] = None,
+    double_quant: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--double-quant/--single-quant", help="Scales of a k-bit type in 8 bits. Default: as blocksize."),
+    ] = None,
+    shard_size: Annotated[float, typer.Option(help="GB after which a file of the output ends.")] = 5.0,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Don't check that the base is the one that the adapter was started on.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Round to few bits even if that loses most of the delta.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+) -> None:
+    """Merge stored adapters into a stored model, a tensor at a time; stopped at any point, the same command goes on."""
+    from .merge_files import merge_folders
+
+    with errors_in_red("qlora-kit merge"):
+        report = merge_folders(
+            base,
+            adapter,
+            out,
+            weights=weight,
+            into=into,
+            rounding=rounding,
+            blocksize=int(blocksize) if blocksize is not None and blocksize.isdigit() else blocksize,
+            double_quant=double_quant,
+            shard_bytes=int(shard_size * 10**9),
+            check_backbone=not any_base,
+            force=force,
+            device=device,
+            progressbar=True,
+        )
+    typer.echo(str(report))
+    typer.echo(f"wrote {out}")
+
+
 def _weighted(source: str) -> tuple[str, float]:
     """``"DIR=0.7"`` as a folder and its weight."""
     folder, _, weight = source.rpartition("=")

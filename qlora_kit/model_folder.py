@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def identity(folder: Path) -> dict[str, str]:
     """What tells this model from another or a changed one: each file's size and a hash of samples."""
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     files += [file for file in other_files(folder) if _TOKENIZER.match(file.name)]
+    return identity_of(files)
+
+
+def identity_of(files: Iterable[Path]) -> dict[str, str]:
+    """The size of each of ``files``, by its name, and a hash of samples."""
     return {file.name: f"{file.stat().st_size} bytes, {_sampled_hash(file)}" for file in files}
 
 

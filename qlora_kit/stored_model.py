@@ -1,0 +1,175 @@
+"""A model's checkpoint by the names of its modules: which stored tensors belong to which parameter, and what is tied.
+
+A tensor is known by its name in *the model* that config.json describes, built on the meta device. Checkpoints hold it
+under that name, or with or without the backbone's prefix, or under a name of an older release; of tied parameters they
+often hold one; and a quantized weight is several tensors (codes, scales, tables), which are gathered here. Only headers
+are read, until a module is asked for. Tensors that the model has no name for (experts stored one by one, buffers that
+models no longer keep) are listed apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codecs import codec_for
+from .errors import StorageError
+from .model_folder import skeleton
+from .shards import ShardReader
+from .stored import PARTS, module_of
+
+# Endings in checkpoints of old releases, which transformers still reads.
+_OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
+METHODS = ("bitsandbytes", "qlora_kit")
+
+
+class StoredModel:
+    """The checkpoint in ``folder``.
+
+    Attributes:
+        model: on the meta device, all its modules dense.
+        settings: what config.json says.
+        types: dtype and shape of every stored tensor.
+        modules: those of the model by path, each under its first one; ``first`` has that of every path.
+        shapes: of the model's parameters and saved buffers, by name.
+        names: stored names, by those in the model.
+        parts: of quantized weights, all stored names by their names in the module, by the weight's name in the model.
+        foreign: stored names that the model doesn't have.
+
+    Raises:
+        StorageError: no model, one quantized in a way not known here, or a tensor of another shape than expected.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = skeleton(folder, quantized=True)
+        self.settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._check_method()
+        self.reader = ShardReader(folder)
+        self.types = self.reader.types()
+        self.prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        paths: dict[int, str] = {}
+        self.first = {
+            path: paths.setdefault(id(module), path)
+            for path, module in self.model.named_modules(remove_duplicate=False)
+        }
+        self.modules = {path: self.model.get_submodule(path) for path in paths.values()}
+        state = self.model.state_dict()
+        self.known = {name: self._first_name(name) for name in state}
+        self.shapes = {self.known[name]: tuple(tensor.shape) for name, tensor in state.items()}
+        self.names: dict[str, str] = {}
+        self.parts: dict[str, dict[str, str]] = {}
+        self.foreign: list[str] = []
+        self._sort()
+        self._check_shapes()
+
+    def name_of(self, name: str) -> str | None:
+        """The model's name for what a checkpoint or an adapter calls ``name``; None if it has none."""
+        return next((self.known[variant] for variant in variants(name, self.prefix) if variant in self.known), None)
+
+    def path_of(self, path: str) -> str | None:
+        """The model's path of the module that an adapter calls ``path``; None if it has none."""
+        candidates = (path, self.prefix + path, path.removeprefix(self.prefix))
+        return next((self.first[p] for p in candidates if p and p in self.first), None)
+
+    def ties(self) -> list[list[str]]:
+        """Groups of names, by first paths, that one parameter has in the model."""
+        return tied_groups(self.model, self.known)
+
+    def module(self, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The module whose weight is called ``name``, without its bias, holding ``tensors``.
+
+        Args:
+            tensors: by their names in the module: "weight" alone, in the shape that is stored, or with the parts of a
+                quantized one.
+        """
+        path = name.rpartition(".")[0]
+        own = self.modules[path]
+        if len(tensors) == 1:
+            return holding(own, tensors["weight"])
+        kind, options = self._packing(path)
+        return module_of(tensors, codec_for(own, path).shape(own), kind, options, f"{self.folder}: {path}.")
+
+    def _packing(self, path: str) -> tuple[str, dict[str, Any]]:
+        """Type and options of a packed module; bitsandbytes' say it in their own tensors."""
+        for group in (self.settings.get("quantization_config") or {}).get("groups", ()):
+            if any(self.path_of(module) == path for module in group["modules"]):
+                blocksize = "row" if group["blocksize"] is None else group["blocksize"]
+                return group["quant_type"], {"blocksize": blocksize, "double_quant": group["double_quant"]}
+        return "", {"blocksize": "row", "double_quant": False}
+
+    def _sort(self) -> None:
+        left = []
+        for stored in self.types:
+            name = self.name_of(stored)
+            if name is None:
+                left.append(stored)
+            elif name in self.names and self.name_of(self.names[name]) == name == self.names[name]:
+                continue  # a shared module's tensor that is stored twice
+            else:
+                self.names[name] = stored
+        quantized = bool(self.settings.get("quantization_config"))
+        for stored in left:
+            part = next((part for part in PARTS if stored.endswith(f".{part}")), None) if quantized else None
+            if part is None:
+                self.foreign.append(stored)
+                continue
+            stem = stored.removesuffix(part)
+            weight = self.name_of(f"{stem}weight")
+            if weight is None:
+                raise StorageError(
+                    f"{self.folder}: expected quantized tensors of modules that {type(self.model).__name__} has, found "
+                    f"{stored!r} of none; dequantize this module before, or leave it in 16 bits"
+                )
+            self.parts.setdefault(weight, {"weight": self.names[weight]})[part] = stored
+
+    def _first_name(self, name: str) -> str:
+        path, _, local = name.rpartition(".")
+        return f"{self.first[path]}.{local}" if path in self.first and path else name
+
+    def _check_method(self) -> None:
+        quantization = self.settings.get("quantization_config")
+        if quantization and quantization.get("quant_method") not in METHODS:
+            raise StorageError(
+                f"{self.folder}: expected weights in 16 or 32 bits, or quantized by one of {list(METHODS)}, found "
+                f"quant_method={quantization.get('quant_method')!r}; pass the 16-bit model that it was made from"
+            )
+
+    def _check_shapes(self) -> None:
+        for name, stored in self.names.items():
+            dtype, shape = self.types[stored]
+            if name not in self.parts and (shape != self.shapes[name] or dtype in (torch.uint8, torch.int8)):
+                raise StorageError(
+                    f"{self.folder}: {stored}: expected a tensor of shape {self.shapes[name]}, as config.json says, "
+                    f"found {dtype} {shape}; the shards are another model's, or a tensor of a quantized one is missing"
+                )
+
+
+def holding(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of ``module`` without its bias, with ``weight`` as it is stored."""
+    new = copy.copy(module)
+    new._parameters = {name: None if name == "bias" else p for name, p in module._parameters.items()}
+    new._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return new
+
+
+def tied_groups(model: nn.Module, known: Mapping[str, str]) -> list[list[str]]:
+    """Names that one parameter of ``model`` has, if several; ``known`` maps each name to its module's first."""
+    groups: dict[int, dict[str, None]] = defaultdict(dict)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)][known.get(name, name)] = None
+    return [list(names) for names in groups.values() if len(names) > 1]
+
+
+def variants(name: str, prefix: str) -> Iterable[str]:
+    """Names under which a model may have what is stored as ``name``: best first."""
+    renamed = [name[: -len(old)] + new for old, new in _OLD_ENDS.items() if name.endswith(old)]
+    for one in (name, *renamed):
+        yield from (one, prefix + one, one.removeprefix(prefix))
