@@ -20,9 +20,9 @@ from .combined_config import rank_fields
 from .config import LoraConfig
 from .errors import StorageError, TargetError, closest
 from .extract_report import BIAS, LEFT, WHOLE, OtherTensor
-from .inject import PlanEntry, make_plan
+from .inject import Plan, PlanEntry, make_plan
 from .model_folder import task_type
-from .targets import modules_of, shortest_names
+from .targets import modules_of, resolve_saved, shortest_names
 
 #: In place of names of modules to store whole: all that differ.
 CHANGED = "changed"
@@ -64,12 +64,11 @@ class Contents:
             r=1,
             target_modules=target_modules,  # type: ignore[arg-type]
             exclude_modules=exclude_modules,  # type: ignore[arg-type]
-            modules_to_save=names or None,  # type: ignore[arg-type]
         )
-        plan = make_plan(pair.model, config)
+        plan = _plan(pair.model, config, names or [])
         self._check_targets(plan.entries)
         if self.changed and (owners := self._owners_of_changes(plan.entries)):
-            plan = make_plan(pair.model, replace(config, modules_to_save=owners))
+            plan = _plan(pair.model, config, owners)
         self.entries, self.saved = plan.entries, plan.modules_to_save
         self._check_saved()
         self._measure(self.entries)
@@ -237,6 +236,15 @@ class Contents:
                     f"{name}: expected it in {tuned.folder}, whence it is to be stored whole, found none; the closest "
                     f"are {closest(name, tuned.reader)}; leave its module out of whole"
                 )
+
+
+def _plan(model: nn.Module, config: LoraConfig, whole: Sequence[str]) -> Plan:
+    """The modules to adapt and to store whole; what can't be whole is said in the user's words."""
+    try:
+        resolve_saved(model, whole)
+    except TargetError as error:
+        raise TargetError(f"whole: {error}") from error
+    return make_plan(model, replace(config, modules_to_save=list(whole) or None))
 
 
 def _has_bias(module: nn.Module) -> bool:

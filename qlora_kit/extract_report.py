@@ -112,7 +112,9 @@ class ExtractReport:
             f"adapter {self.captured:.4%} of all there is; {self.left:.4%} is in tensors left out"
         )
         if any(tensor.stored == LEFT for tensor in self.others):
-            lines.append("pass whole='changed' (--whole changed), or names of modules, to store these whole")
+            lines.append(
+                "whole='changed' (--whole changed), or names of modules, stores whole what the model has modules for"
+            )
         return "\n".join(lines)
 
     @property

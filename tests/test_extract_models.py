@@ -278,6 +278,10 @@ def test_experts_are_named_where_they_differ(tmp_path: Path) -> None:
     assert experts <= {tensor.name for tensor in report.others}
     whole = sum(np.linalg.norm(d) ** 2 for d in exact.values())
     assert report.left == pytest.approx(sum(np.linalg.norm(exact[n]) ** 2 for n in experts) / whole, rel=1e-5)
+    # There is no module to store whole, which is said again.
+    again = extract_folders(base, tuned, tmp_path / "out", 2, whole="changed")
+    assert {tensor.name for tensor in again.others if tensor.stored == "left"} == experts
+    assert again.left == pytest.approx(report.left)
 
 
 # -- quantized bases -------------------------------------------------------------------------------------

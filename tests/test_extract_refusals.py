@@ -64,7 +64,7 @@ def test_arguments(fields: dict[str, Any], message: str, folders: tuple[Path, Pa
     [
         ({"target_modules": ["q_prj"]}, "target_modules: 'q_prj' matches no module"),
         ({"target_modules": ["norm"]}, "expected a module type with a registered codec, found"),
-        ({"whole": ["nrm"]}, "modules_to_save: 'nrm' matches no module"),
+        ({"whole": ["nrm"]}, "whole: modules_to_save: 'nrm' matches no module"),
     ],
 )
 def test_targets(fields: dict[str, Any], message: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
