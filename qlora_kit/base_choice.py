@@ -36,11 +36,10 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(found.values())
 
 
-def base_losses(model: nn.Module, root: nn.Module, folder: Path, batches: Batches) -> dict[str, float]:
-    """The mean next-token loss of ``model`` with either base.
+def base_losses(model: nn.Module, folder: Path, batches: Batches) -> dict[str, float]:
+    """The mean next-token loss of ``model``, adapters inside, with either base.
 
     Args:
-        model: to call. root: the modules of it, see ``quantized_modules``.
         folder: of the original weights.
 
     Raises:
@@ -48,7 +47,7 @@ def base_losses(model: nn.Module, root: nn.Module, folder: Path, batches: Batche
         StorageError: an original weight is missing, or of another model.
     """
     losses = {"dequantized": mean_loss(model, batches)}
-    with _corrected(quantized_modules(root), folder):
+    with _corrected(quantized_modules(model), folder):
         losses["original"] = mean_loss(model, batches)
     return losses
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algebra import Branch, Recipe, combine
 from .base_choice import original_of
 from .codecs import Codec, codec_for, find_codec
 from .codecs.dense import dense_linear
@@ -22,13 +23,16 @@ from .errors import CodecError, ConfigError, MergeError
 from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
 from .inject import Injection, swap_, with_hooks_of
 from .layers import AdapterLayer
+from .lowrank import add_product_
 from .merge_task import MergeTask
 from .quantize import linear_holding
-from .requantize import rounded
+from .requantize import Rounded, rounded
 from .spill import Spill, set_data_
 from .targets import modules_of
 
 Factors = tuple[Tensor, Tensor]
+# A branch for the delta alone that leaves less of it than this, relative to it, leaves rounding errors.
+_NOTHING = 1e-6
 
 
 class Merger:
@@ -77,7 +81,7 @@ class Merger:
         delta = layer.stacked(parts)
         norms = add_delta_(weight, *delta, path)
         try:
-            module, residual = self._stored(path, codec, base, weight, linear=layer.family == "linear")
+            module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error
         kept_by = codec_for(module, path)
@@ -107,7 +111,7 @@ class Merger:
                     self._put(module, with_hooks_of(module, dense))
             elif own is not None and own != self.task.target(own, linear=True):
                 weight, _ = self._read(path, codec, module)
-                self._put(module, self._stored(path, codec, module, weight, linear=True)[0])
+                self._put(module, self._stored(path, codec, module, weight, None, linear=True)[0])
 
     def _first(self, module: nn.Module, path: str) -> str:
         return self._places.get(id(module), [path])[0]
@@ -120,9 +124,10 @@ class Merger:
         return original_of(self.original, path, stored)
 
     def _stored(
-        self, path: str, codec: Codec, base: nn.Module, ideal: Tensor, *, linear: bool
+        self, path: str, codec: Codec, base: nn.Module, ideal: Tensor, delta: Factors | None, *, linear: bool
     ) -> tuple[nn.Module, Factors | None]:
-        """A module that holds float32 (out, in) ``ideal`` in the storage asked for, and the branch beside it."""
+        """A module that holds float32 (out, in) ``ideal`` in the storage asked for, and the branch beside it; ``delta``
+        is what was added to the base."""
         own = codec.quantizer(base)
         target = self.task.target(own, linear=linear)
         if target is None:
@@ -132,7 +137,13 @@ class Merger:
             self._keep(codec, base)
             codec.write_(base, ideal)
             return base, None
-        found = self._rounded(path, ideal, target)
+        found: Rounded | None = None
+        if target == own and delta is not None and self.task.residual_rank and self.original is None:
+            branch, found = self._branch_alone(path, ideal, target, delta)
+            if found is None:
+                self.residuals[path] = branch
+                return base, branch
+        found = found or self._rounded(path, ideal, target)
         if found.residual is not None:
             self.residuals[path] = found.residual
         if target == own:
@@ -143,7 +154,34 @@ class Merger:
         self._release(codec, base)
         return module, found.residual
 
-    def _rounded(self, path: str, ideal: Tensor, target: Quantizer) -> Any:
+    def _branch_alone(
+        self, path: str, ideal: Tensor, target: Quantizer, delta: Factors
+    ) -> tuple[Factors, Rounded | None]:
+        """The best branch for the delta on the weight as it is stored; and the weight rounded anew with a branch of its
+        own, if that leaves less.
+
+        A small delta moves every block's scale, and with it all values of the block, by as much as itself, so that
+        rounding anew loses more than a short branch leaves out.
+        """
+        best = combine([Branch(*delta)], [1.0], Recipe("svd", rank=min(self.task.residual_rank, *ideal.shape)), path)
+        if best.error < _NOTHING:
+            return (best.A, best.B), None
+        A, B = torch.cat([delta[0], -best.A]), torch.cat([delta[1], best.B], dim=1)
+        left = self._weighed(path, torch.linalg.qr(B, mode="r").R @ A)
+        anew = self._rounded(path, ideal, target)
+        assert anew.residual is not None
+        lost = add_product_(anew.quantized.dequantize().sub_(ideal), *anew.residual)
+        return (best.A, best.B), anew if self._weighed(path, lost) < left else None
+
+    def _weighed(self, path: str, error: Tensor) -> float:
+        """||error||, (out, in), by the second moments of the module's inputs where they are known."""
+        moments = self.moments.get(path)
+        if moments is None:
+            return float(torch.linalg.vector_norm(error))
+        spread = error * moments if moments.dim() == 1 else error @ moments
+        return float((spread * error).sum().clamp_min(0).sqrt())
+
+    def _rounded(self, path: str, ideal: Tensor, target: Quantizer) -> Rounded:
         try:
             return rounded(ideal, target, self.task.rounding, self.moments.get(path), self.task.residual_rank)
         except ConfigError as error:

@@ -166,14 +166,14 @@ def _carried_out(
                 f"rounding={task.rounding!r}, residual_rank={task.residual_rank}: expected adapted modules of few "
                 "bits, found none; leave the two out, or merge into a k-bit type such as 'nf4'"
             )
-        moments = moments_of(statistics, model, wanted, task.rounding) if wanted else {}
+        moments = moments_of(statistics, model.model, wanted, task.rounding) if wanted else {}
         losses: dict[str, float] = {}
         if task.original is not None and not kbit:
             raise MergeError(f"base={task.base!r}: expected a quantized base, found none; leave base out")
         if task.base == "auto":
             assert task.original is not None
-            losses = base_losses(model, model.model, task.original, batches_of(text, model))
-        compare = None if text is None else record(model, batches_of(text, model), spill)
+            losses = base_losses(model.model, task.original, batches_of(text, model.model))
+        compare = None if text is None else record(model.model, batches_of(text, model.model), spill)
     chosen = min(losses, key=losses.__getitem__) if losses else task.base
     report = MergeReport(
         model.model,

@@ -60,4 +60,6 @@ def attach_residual_(
 
     done = inject_(model.model, plan, config, RESIDUAL, start, dtype=model.adapter_dtype)
     undo.on_undo(done.undo)
+    for entry in plan.entries:
+        cast("Any", model.model.get_submodule(entry.path)).active_adapters = [RESIDUAL]
     return Residual(config, plan)
