@@ -100,8 +100,7 @@ class Side:
 
     def _packing(self, path: str) -> tuple[str, dict[str, Any]]:
         """The type and options of a packed module, from config.json; of others, which need none, as good as none."""
-        settings = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        for group in settings.get("quantization_config", {}).get("groups", ()):
+        for group in (_settings(self.folder).get("quantization_config") or {}).get("groups", ()):
             if path in group["modules"]:
                 blocksize = "row" if group["blocksize"] is None else group["blocksize"]
                 return group["quant_type"], {"blocksize": blocksize, "double_quant": group["double_quant"]}
@@ -128,7 +127,7 @@ class CheckpointPair:
             raise StorageError(
                 f"{folders[0]}: expected two checkpoints, found one folder for both; pass the tuned one's"
             )
-        if "quantization_config" in _settings(folders[1]):
+        if _settings(folders[1]).get("quantization_config") is not None:
             raise StorageError(
                 f"{folders[1]}: expected a tuned model in 16 or 32 bits, found one that is quantized; pass it as it "
                 "was before (the base may be quantized)"
@@ -162,6 +161,8 @@ class CheckpointPair:
         """
         before, after = (self._finite(side, name) for side in (self.base, self.tuned))
         exact = any(t.dtype == torch.float64 or not t.is_floating_point() for t in (before, after))
+        if not before.is_floating_point():
+            before = before.double()
         # A base of 16 bits is widened within the subtraction, without a copy.
         return (after.to(torch.float64 if exact else torch.float32) - before).float(), norm(before)
 

@@ -158,6 +158,7 @@ class Contents:
                 f"whole={CHANGED!r}: expected parameters of the model's modules, found {names} at its root, which no "
                 "adapter can hold; name the modules to store whole instead"
             )
+        paths = [path for path in paths if _may_be_whole(self.pair.model, path)]
         return [path for path in paths if not any(path.startswith(f"{above}.") for above in paths)]
 
     def _is_bias(self, name: str) -> bool:
@@ -245,6 +246,14 @@ def _plan(model: nn.Module, config: LoraConfig, whole: Sequence[str]) -> Plan:
     except TargetError as error:
         raise TargetError(f"whole: {error}") from error
     return make_plan(model, replace(config, modules_to_save=list(whole) or None))
+
+
+def _may_be_whole(model: nn.Module, path: str) -> bool:
+    """Not where a weight is tied to another module's, which a copy would part from it."""
+    try:
+        return bool(resolve_saved(model, [path]))
+    except TargetError:
+        return False
 
 
 def _has_bias(module: nn.Module) -> bool:

@@ -64,8 +64,8 @@ def extract_folders(
         energy: in place of ``rank``, a share in (0, 1]: each module gets the smallest rank that keeps it.
         target_modules, exclude_modules: as in ``LoraConfig``. Modules without a difference get no branch.
         whole: names of modules to store as they are in the tuned checkpoint, or "changed": all that differ outside of
-            the branches, and changed biases, so that little but the targets' truncation is lost. What the model has no
-            module for stays out, and in the report.
+            the branches, and changed biases, so that little but the targets' truncation is lost. What has no module
+            (experts stored one by one), or one that is tied to another, stays out, and in the report.
         dtype: of the factors; float32, bfloat16 or float16, or its name.
         device: where the decompositions are computed.
 

@@ -113,7 +113,7 @@ class ExtractReport:
         )
         if any(tensor.stored == LEFT for tensor in self.others):
             lines.append(
-                "whole='changed' (--whole changed), or names of modules, stores whole what the model has modules for"
+                "whole='changed' (--whole changed), or names of modules, stores whole what has an untied module"
             )
         return "\n".join(lines)
 

@@ -134,8 +134,9 @@ def test_embeddings_and_a_resized_vocabulary(tmp_path: Path) -> None:
 def test_tied_weights_count_once(tmp_path: Path) -> None:
     base, tuned = pair(llama(tied=True), tmp_path, low_rank(2))
     report = extract_folders(base, tuned, tmp_path / "out", 2)
-    assert [t.name for t in report.others] == ["model.embed_tokens.weight"]
-    for field in ({"target_modules": ["embed_tokens"]}, {"whole": ["lm_head"]}, {"whole": "changed"}):
+    assert [(t.name, t.stored) for t in report.others] == [("model.embed_tokens.weight", "left")]
+    assert extract_folders(base, tuned, tmp_path / "out", 2, whole="changed") == report
+    for field in ({"target_modules": ["embed_tokens"]}, {"whole": ["lm_head"]}):
         with pytest.raises(TargetError, match="tied"):
             extract_folders(base, tuned, tmp_path / "none", 2, **field)  # type: ignore[arg-type]
     # An old file may hold both names of the one tensor.
