@@ -55,7 +55,7 @@ class Side:
         """Find the names of ``model`` among those that are stored."""
         self.model = model
         known, tied = set(model.state_dict()), tied_names(model)
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        prefix = prefix_of(model)
         for stored in self.reader:
             name = next((n for n in _variants(stored, prefix) if n in known), None)
             if name is None:
@@ -140,11 +140,13 @@ class CheckpointPair:
                 "the model that this one was tuned from"
             )
         self.model = self.base.own if _headless(self.tuned.own) and not _headless(self.base.own) else self.tuned.own
+        self._prefix = prefix_of(self.model)
         for side in (self.base, self.tuned):
             side.assign_(self.model)
         self._check_ties()
         base_names, tuned_names = self.base.names.keys(), self.tuned.names.keys()
         self.only_tuned = sorted(tuned_names - base_names)
+        self._check_layers()
         self.only_base = self._heads_of_the_base()
         both = sorted(base_names & tuned_names)
         self.resized = [name for name in both if self.base.shape(name) != self.tuned.shape(name)]
@@ -190,6 +192,14 @@ class CheckpointPair:
                 "untied first (give it a copy of the weight and set config.tie_word_embeddings = False)"
             )
 
+    def _check_layers(self) -> None:
+        for name in self.only_tuned:
+            if any(_lacks_a_layer(self.base.own, variant) for variant in _variants(name, self._prefix)):
+                raise StorageError(
+                    f"{self.tuned.folder}: expected the base's layers, found {name!r}, of a layer that the model in "
+                    f"{self.base.folder} doesn't have; pass the model that this one was tuned from"
+                )
+
     def _heads_of_the_base(self) -> list[str]:
         heads = []
         for name in sorted(self.base.names.keys() - self.tuned.names.keys()):
@@ -213,13 +223,12 @@ class CheckpointPair:
         """Whether ``name`` is of a module that the base's class has and the tuned model's doesn't, such as a head; a
         layer that only one of the two models has is none of these."""
         base, tuned = self.base.own, self.tuned.own
-        variants = _variants(name, f"{getattr(self.model, 'base_model_prefix', '')}.")
-        within = [_deepest(tuned, variant) for variant in variants]
+        variants = _variants(name, self._prefix)
         return (
             type(base) is not type(tuned)
             and any(variant in base.state_dict() for variant in variants)
             and not any(variant in tuned.state_dict() for variant in variants)
-            and not any(isinstance(module, (nn.ModuleList, nn.Sequential)) for module in within)
+            and not any(_lacks_a_layer(tuned, variant) for variant in variants)
         )
 
     def _unknown_to_the_model(self) -> list[str]:
@@ -265,6 +274,11 @@ def norm(tensor: Tensor) -> float:
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in tensor.reshape(-1).split(_PIECE)))
 
 
+def prefix_of(model: nn.Module) -> str:
+    """What names have before them in a model with a head, and not in its backbone."""
+    return f"{getattr(model, 'base_model_prefix', '')}."
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Names of parameters that are another one's too, and the first of that one's names."""
     first: dict[int, str] = {}
@@ -284,15 +298,15 @@ def _variants(name: str, prefix: str) -> list[str]:
     return [variant for n in names for variant in (n, prefix + n, n.removeprefix(prefix))]
 
 
-def _deepest(model: nn.Module, name: str) -> nn.Module:
-    """The innermost module on the way to ``name`` that ``model`` has."""
-    module = model
+def _lacks_a_layer(model: nn.Module, name: str) -> bool:
+    """Whether ``name`` leads into a list of modules in ``model``, and to none of them."""
+    module: nn.Module = model
     for piece in name.split("."):
         child = module._modules.get(piece)
         if child is None:
-            break
+            return isinstance(module, (nn.ModuleList, nn.Sequential))
         module = child
-    return module
+    return False
 
 
 def _headless(model: nn.Module) -> bool:
