@@ -34,7 +34,7 @@ class MergeTask:
     Attributes:
         parts: the weight of each adapter by name.
         into: "same", a dtype's name, or a k-bit type.
-        rounding, residual_rank, blocksize, double_quant: of k-bit layers; see ``merge``.
+        rounding, residual_rank, residual_dtype, blocksize, double_quant: of k-bit layers; see ``merge``.
         base: "dequantized", "original" or "auto".
         original: the folder of the 16-bit weights, where one is needed.
         least_retained: share of the deltas below which requantizing is refused, if it ``refuses`` at all.
@@ -50,6 +50,7 @@ class MergeTask:
     double_quant: bool | None = None
     least_retained: float = 0.5
     refuses: bool = True
+    residual_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.into not in ("same", *DTYPES, *KBIT):

@@ -51,6 +51,7 @@ def merge(
     original: str | os.PathLike[str] | None = None,
     rounding: str = "nearest",
     residual_rank: int = 0,
+    residual_dtype: torch.dtype | None = None,
     statistics: Any = None,
     force: bool = False,
     text: Any = None,
@@ -78,7 +79,9 @@ def merge(
         rounding: of k-bit layers: to the "nearest" codes, "scale-search", or "error-feedback", see
             ``qlora_kit.requantize``. All but "nearest" need a few float32 copies of one layer's weight.
         residual_rank: of an adapter "residual" that is fitted to what rounding lost and stays on the merged weights;
-            ``report.model`` is then a ``LoraModel``. 0 is none.
+            ``report.model`` is then a ``LoraModel``. 0 is none. Where the delta alone, cut to that rank, is closer than
+            what rounding anew leaves, the weight stays as it is stored.
+        residual_dtype: of that adapter's factors; None is as for other adapters.
         statistics: second moments of the layers' inputs by path, for "error-feedback" (needed there) and the others;
             or a text to collect them on, as ``text``. None: "error-feedback" takes the built-in text.
         force: requantize even if less than ``least_retained`` of the delta is kept, or into the original base though
@@ -111,6 +114,7 @@ def merge(
         double_quant,
         least_retained,
         not force,
+        residual_dtype,
     )
     check_layers(model, task, force)
     with Spill(scratch) as spill:
@@ -200,7 +204,7 @@ def _carried_out(
         return report, True
     if task.into != "same":
         declare_storage_(model.model, task, undo)
-    residual = attach_residual_(model, merger.residuals, undo)
+    residual = attach_residual_(model, merger.residuals, task.residual_dtype, undo)
     if compare is not None:
         report.agreement = compare(model.model)
     model._forget_()

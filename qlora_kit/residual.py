@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from .backbone import fingerprint
@@ -37,9 +38,10 @@ class Residual:
 
 
 def attach_residual_(
-    model: LoraModel, factors: Mapping[str, tuple[Tensor, Tensor]], undo: Injection
+    model: LoraModel, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype | None, undo: Injection
 ) -> Residual | None:
-    """Inject branches with A (rank, in) and B (out, rank) by path, scaling 1; None where there are none."""
+    """Inject branches with A (rank, in) and B (out, rank) by path, scaling 1, as parameters of ``dtype`` (None: as the
+    model's adapters are); None where there are none."""
     if not factors:
         return None
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
@@ -58,7 +60,7 @@ def attach_residual_(
     def start(request: Request) -> Start:
         return Start(*factors[request.path])
 
-    done = inject_(model.model, plan, config, RESIDUAL, start, dtype=model.adapter_dtype)
+    done = inject_(model.model, plan, config, RESIDUAL, start, dtype=dtype or model.adapter_dtype)
     undo.on_undo(done.undo)
     for entry in plan.entries:
         cast("Any", model.model.get_submodule(entry.path)).active_adapters = [RESIDUAL]
