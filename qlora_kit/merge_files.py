@@ -35,6 +35,7 @@ from .files import write_text_atomically
 from .journal import Journal
 from .merge_base import check_stored_backbone
 from .merge_changes import changes_of, parts_of
+from .merge_heads import class_overrides
 from .merge_plan import MergePlan, Unit
 from .merge_task import MergeTask
 from .merge_unit import Made, make
@@ -144,7 +145,7 @@ def merge_folders(
         raise StorageError(
             f"{out}: expected a folder of its own for the merged model, found a source's; choose another"
         )
-    model = StoredModel(source)
+    model = StoredModel(source, class_overrides(source, stored))
     if check_backbone:
         for name, one in stored.items():
             check_stored_backbone(model, name, one)

@@ -47,11 +47,12 @@ def other_files(folder: Path) -> list[Path]:
     return [entry for entry in entries if not NOT_COPIED.match(entry.name)]
 
 
-def skeleton(folder: Path, *, quantized: bool = False) -> nn.Module:
+def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.Module:
     """The folder's model on the meta device, as its config names it; all of its modules dense.
 
     Args:
         quantized: take a model whose config says that it is quantized.
+        overrides: entries of the config to be taken in the place of the folder's.
 
     Raises:
         StorageError: no config, or one of a quantized model.
@@ -60,7 +61,7 @@ def skeleton(folder: Path, *, quantized: bool = False) -> nn.Module:
 
     if not (folder / "config.json").is_file():
         raise StorageError(f"{folder}: expected config.json beside the weights, found none; pass a model's folder")
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    config: Any = transformers.AutoConfig.from_pretrained(folder, **overrides)
     if getattr(config, "quantization_config", None) is not None and not quantized:
         raise StorageError(
             f"{folder}: expected a model in 16 or 32 bits, found one that is quantized already; pass the original, "
@@ -76,7 +77,11 @@ def skeleton(folder: Path, *, quantized: bool = False) -> nn.Module:
 
 def task_type(model: nn.Module) -> str:
     """PEFT's name of what the model is for, from its class."""
-    name = type(model).__name__
+    return task_of(type(model).__name__)
+
+
+def task_of(name: str) -> str:
+    """PEFT's name of what a model class of this name is for."""
     return next((kind for part, kind in _TASKS.items() if part in name), "FEATURE_EXTRACTION")
 
 

@@ -62,6 +62,21 @@ def module_of(
         StorageError: the tensors aren't of a storage known here.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name != "bias"}
+    try:
+        module = _filled(tensors, shape, kind, options)
+    except (KeyError, ValueError, RuntimeError) as error:  # bitsandbytes' and torch's, of a tensor that isn't there
+        raise StorageError(
+            f"{where}weight: expected all tensors of a quantized weight, found {sorted(tensors)} ({error!r}); download "
+            "or save the checkpoint again"
+        ) from error
+    if module is None:
+        raise StorageError(f"{where}weight: expected a storage known here, found {sorted(tensors)}")
+    return module
+
+
+def _filled(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], kind: str, options: Mapping[str, Any]
+) -> nn.Module | None:
     out_features, in_features = shape
     if "codebook" in tensors:
         blocksize = in_features if options["blocksize"] == "row" else options["blocksize"]
@@ -78,10 +93,7 @@ def module_of(
         return packed
     from .codecs.bnb import linear_from_tensors
 
-    module: nn.Module | None = linear_from_tensors(tensors, in_features, out_features)
-    if module is None:
-        raise StorageError(f"{where}weight: expected a storage known here, found {sorted(tensors)}")
-    return module
+    return linear_from_tensors(tensors, in_features, out_features)
 
 
 def weight_bytes(shape: tuple[int, ...], kind: str, blocksize: int | None, double_quant: bool) -> int:

@@ -33,6 +33,9 @@ METHODS = ("bitsandbytes", "qlora_kit")
 class StoredModel:
     """The checkpoint in ``folder``.
 
+    Args:
+        overrides: entries of config.json to be taken in the place of the folder's, see ``merge_heads``.
+
     Attributes:
         model: on the meta device, all its modules dense.
         settings: what config.json says.
@@ -47,10 +50,11 @@ class StoredModel:
         StorageError: no model, one quantized in a way not known here, or a tensor of another shape than expected.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, overrides: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
-        self.model = skeleton(folder, quantized=True)
+        self.model = skeleton(folder, quantized=True, **(overrides or {}))
         self.settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._take_over(overrides or {})
         self._check_method()
         self.reader = ShardReader(folder)
         self.types = self.reader.types()
@@ -68,6 +72,9 @@ class StoredModel:
         self.parts: dict[str, dict[str, str]] = {}
         self.foreign: list[str] = []
         self._sort()
+        if overrides:  # what the folder's own class knows is its head
+            own = set(skeleton(folder, quantized=True).state_dict())
+            self.foreign = [name for name in self.foreign if own.isdisjoint(variants(name, self.prefix))]
         self._check_shapes()
 
     def name_of(self, name: str) -> str | None:
@@ -133,6 +140,16 @@ class StoredModel:
     def _first_name(self, name: str) -> str:
         path, _, local = name.rpartition(".")
         return f"{self.first[path]}.{local}" if path in self.first and path else name
+
+    def _take_over(self, overrides: Mapping[str, Any]) -> None:
+        """Have ``settings`` say what ``overrides`` says, in the words that transformers writes."""
+        for key, value in overrides.items():
+            if key == "num_labels":
+                labels: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
+                self.settings["id2label"] = {str(number): label for number, label in labels.items()}
+                self.settings["label2id"] = {label: number for number, label in labels.items()}
+            else:
+                self.settings[key] = value
 
     def _check_method(self) -> None:
         quantization = self.settings.get("quantization_config")

@@ -67,6 +67,7 @@ ORDER = [
         "qlora_kit.sharded_output",
         "qlora_kit.stored",
         "qlora_kit.combine_files",
+        "qlora_kit.merge_heads",
         "qlora_kit.merge_settings",
         "qlora_kit.merge_ties",
         "qlora_kit.merge_files",
