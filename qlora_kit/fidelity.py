@@ -27,6 +27,7 @@ from .agreement import Agreement
 from .codecs.base import row_pieces
 from .errors import MergeError
 from .files import write_text_atomically
+from .finite import all_finite
 from .lowrank import add_product_
 
 # Norms between these have lost nothing to the squares that float32 can't hold; others are taken again in float64.
@@ -219,7 +220,7 @@ def compare(
 
 def check_finite(path: str, weight: Tensor) -> None:
     """Raise a MergeError that names ``path`` if ``weight`` holds NaN or infinity."""
-    if not all(weight[rows].isfinite().all() for rows in row_pieces(weight.shape)):
+    if not all_finite(weight):
         raise MergeError(
             f"{path}: expected a finite merged weight, found NaN or infinite values in {weight.dtype}; check the "
             "adapter for overflow, or merge into a wider dtype (no layer was changed)"
@@ -235,7 +236,7 @@ def checked_cast(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.data
     cast = tensor.data.to(dtype)
-    if (cast.isinf() & tensor.data.isfinite()).any():
+    if not all_finite(cast) and (cast.isinf() & tensor.data.isfinite()).any():
         raise MergeError(
             f"{path}: a value overflows {dtype}; merge into a wider dtype, such as 'bfloat16' (no layer was changed)"
         )

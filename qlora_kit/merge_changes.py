@@ -26,6 +26,7 @@ from .codecs import codec_for, find_codec
 from .combine_files import Stored
 from .combined_config import check_apart, holder_of
 from .errors import MergeError, StorageError, closest
+from .finite import all_finite
 from .stored_model import StoredModel
 
 
@@ -92,7 +93,7 @@ def _add_branches(base: StoredModel, name: str, one: Stored, weight: float, chan
                 f"{name}: {path}: expected factors of a {expected} weight (out, in), found {tuple(branch.A.shape)} and "
                 f"{tuple(branch.B.shape)}; the adapter belongs to another model"
             )
-        if not all(_finite(factor) for factor in (branch.A, branch.B)):
+        if not all(all_finite(factor) for factor in (branch.A, branch.B)):
             raise MergeError(f"{path}: adapter {name} holds NaN or infinite values; train it again")
         change = changes.setdefault(base.known[f"{own}.weight"], Change())
         change.branches.append((branch.A, branch.B, weight * branch.scaling))
@@ -115,7 +116,7 @@ def _add_values(
                 f"{name}: {key}: expected shape {base.shapes[place]}, found {tuple(value.shape)}; resize the base's "
                 "embeddings as they were in training and save it, or pass the base of this adapter"
             )
-        if not _finite(value):
+        if not all_finite(value):
             raise MergeError(f"{place}: adapter {name} holds NaN or infinite values; train it again")
         if kind != "table" and weights[name] != 1:
             raise MergeError(
@@ -149,10 +150,6 @@ def _kind(base: StoredModel, place: str, name: str, one: Stored) -> str:
     if isinstance(module, nn.Embedding) or any(module is head for head in heads):
         return "table"
     return ""
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def parts_of(folders: Sequence[Any], weights: Sequence[float] | None) -> dict[str, float]:

@@ -27,6 +27,7 @@ ORDER = [
         "qlora_kit.architectures",
         "qlora_kit.on_import",
         "qlora_kit.pipeline",
+        "qlora_kit.finite",
         "qlora_kit.journal",
         "qlora_kit.spill",
     ],
