@@ -113,17 +113,20 @@ def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path
     assert result.reloads[-1].adapter_bytes == (out / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
-def test_three_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
+def test_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
     result, _ = outcome
     by_name = {way.into: way for way in result.merges}
-    assert list(by_name) == ["float32", "bfloat16", "NF4, requantized"]
+    nearest, feedback, branch = "NF4, nearest codes", "NF4, error feedback", "NF4 + rank 8 in bfloat16"
+    assert list(by_name) == ["float32", "bfloat16", nearest, feedback, branch]
     kept = next(run for run in result.fine_tunes if run.bits == 4 and run.start == "LoftQ start")
     # merged in float32 it is the same function, up to the order of float32 sums
     assert by_name["float32"].perplexity == pytest.approx(kept.perplexity_after, rel=1e-5)
     assert by_name["float32"].retained == pytest.approx(1, abs=1e-5)
-    errors = [way.error for way in result.merges]
-    assert errors == sorted(errors)
-    assert by_name["NF4, requantized"].weight_bytes < by_name["bfloat16"].weight_bytes
+    errors = {name: way.error for name, way in by_name.items()}
+    assert errors["float32"] < errors["bfloat16"] < errors[nearest]
+    assert errors[branch] < errors[nearest]
+    sizes = {name: way.weight_bytes for name, way in by_name.items()}
+    assert sizes[nearest] == sizes[feedback] < sizes[branch] < sizes["bfloat16"] < sizes["float32"]
 
 
 def test_reports_hold_the_numbers_that_were_measured(outcome: tuple[Result, Path]) -> None:

@@ -30,6 +30,15 @@ from .training import fine_tune_, perplexity
 LOFTQ_STEPS = 5
 BLOCKSIZE = 64
 DOUBLE_QUANT = {2: True, 4: False}
+# Ways to merge the 4-bit adapter, by what the tables call them: options of ``qlora_kit.merge``.
+MERGES: dict[str, dict[str, Any]] = {
+    "float32": {"into": "float32"},
+    "bfloat16": {"into": "bfloat16"},
+    "NF4, nearest codes": {"force": True},
+    "NF4, error feedback": {"rounding": "error-feedback", "force": True},
+    "NF4 + rank 8 in bfloat16": {"residual_rank": 8, "residual_dtype": torch.bfloat16, "force": True},
+}
+STATISTICS_ROWS = 64
 PROMPTS = (
     "class Dropout(Module):\n    def __init__(self, p: float = 0.5) -> None:",
     "    def forward(self, input: Tensor) -> Tensor:",
@@ -109,7 +118,7 @@ def run_demo(settings: Settings, say: Say | None = None) -> Result:
             difference = reloads[-1].largest_difference
             say(f"saved and reloaded at {bits} bits: largest difference of a logit {difference:.1e}")
         runs.append(calibrated_start(source, settings, windows, 2, say))
-        merges = [merge_into(into, source, settings, windows) for into in ("float32", "bfloat16", "same")]
+        merges = [merged_by(way, source, settings, windows) for way in MERGES]
     return Result(
         settings={**asdict(settings), "out": str(settings.out)},
         environment=environment(settings.device),
@@ -217,11 +226,14 @@ def reloaded(source: Source, settings: Settings, bits: int = 4) -> LoraModel:
     return LoraModel.from_pretrained(source.quantized(base_folder), adapter_folder)
 
 
-def merge_into(into: str, source: Source, settings: Settings, windows: Windows) -> Merged:
-    """Merge a freshly read copy and measure what came out."""
-    report = merge(reloaded(source, settings), into=into)
+def merged_by(way: str, source: Source, settings: Settings, windows: Windows) -> Merged:
+    """Merge a freshly read copy and measure what came out; layers' inputs are those of the text trained on."""
+    options = dict(MERGES[way])
+    if options.get("rounding") == "error-feedback":
+        options["statistics"] = windows.train[:STATISTICS_ROWS]
+    report = merge(reloaded(source, settings), **options)
     return Merged(
-        into="NF4, requantized" if into == "same" else into,
+        into=way,
         perplexity=perplexity(report.model, windows.held_out),
         retained=report.mean("retained"),
         error=report.mean("error"),
