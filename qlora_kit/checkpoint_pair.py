@@ -1,9 +1,9 @@
 """Two checkpoints of one model side by side, whatever prefix, head, shards and types each was stored with.
 
 A tensor is known by its name in *the model*: the tuned one, or the base where the tuned checkpoint is the same without
-its head. What is stored under a name with or without the backbone's prefix, under one of two tied names, or as the
-codes and scales of a quantized module, is found under that name all the same. Nothing but the shards' headers is read
-until a difference is asked for, and then these two tensors alone.
+its head. What is stored with or without the backbone's prefix, under a name of an older release, under one of two tied
+names, or as the codes and scales of a quantized module, is found under that name all the same. Nothing but the shards'
+headers is read until a difference is asked for, and then these two tensors alone.
 
 Names that don't pair are sorted by what they can mean. A module that only the base's own class has (BERT's head for
 masked words beside a tuned classifier) is no part of the tuned model and is only listed. What only the tuned checkpoint
@@ -28,10 +28,30 @@ from .model_folder import locate, skeleton
 from .shards import ShardReader
 from .stored import weight_of
 
-# Names that transformers still reads in old checkpoints.
-_OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 _PIECE = 1 << 22
 _OLD_BUFFERS = (".inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
+
+
+class Variants:
+    """Names under which ``model`` may have what is stored under a given one, best first: as it is or as transformers
+    renames it (ViT's layers, BERT's first norms), with or without the prefix that stands before the backbone's names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        # Conversions that do more than rename (experts stacked) have no tensor of one name on both sides.
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+
+    def __call__(self, name: str) -> list[str]:
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, _ = rename_source_key(name, self._renamings, [])
+        both = dict.fromkeys((name, renamed))
+        return [found for n in both for found in (n, self.prefix + n, n.removeprefix(self.prefix))]
 
 
 class Side:
@@ -54,12 +74,11 @@ class Side:
     def assign_(self, model: nn.Module) -> None:
         """Find the names of ``model`` among those that are stored."""
         self.model = model
-        known, tied = set(model.state_dict()), tied_names(model)
-        prefix = prefix_of(model)
+        known, tied, variants = set(model.state_dict()), tied_names(model), Variants(model)
         for stored in self.reader:
-            name = next((n for n in _variants(stored, prefix) if n in known), None)
+            name = next((n for n in variants(stored) if n in known), None)
             if name is None:
-                self.extra[stored.removeprefix(prefix)] = stored
+                self.extra[stored.removeprefix(variants.prefix)] = stored
             else:
                 self.names[name] = stored
         for name, first in tied.items():
@@ -67,7 +86,7 @@ class Side:
                 stored = self.names.pop(name)
                 self.names.setdefault(first, stored)
         for raw in list(self.extra):
-            weight = self._quantized_weight(raw, prefix)
+            weight = self._quantized_weight(raw, variants)
             if weight is not None:
                 stored = self.extra.pop(raw)
                 stem = self.names[weight].removesuffix("weight")
@@ -89,11 +108,11 @@ class Side:
             return tuple(self.model.get_parameter(name).shape)
         return self.types[self.names[name]][1]
 
-    def _quantized_weight(self, raw: str, prefix: str) -> str | None:
+    def _quantized_weight(self, raw: str, variants: Variants) -> str | None:
         """The weight of a linear layer in whose module ``raw`` lies."""
         pieces = raw.split(".")
         for end in range(len(pieces) - 1, 0, -1):
-            for name in _variants(".".join([*pieces[:end], "weight"]), prefix):
+            for name in variants(".".join([*pieces[:end], "weight"])):
                 if name in self.names and isinstance(self.model.get_submodule(name.removesuffix(".weight")), nn.Linear):
                     return name
         return None
@@ -140,7 +159,7 @@ class CheckpointPair:
                 "the model that this one was tuned from"
             )
         self.model = self.base.own if _headless(self.tuned.own) and not _headless(self.base.own) else self.tuned.own
-        self._prefix = prefix_of(self.model)
+        self._variants = Variants(self.model)
         for side in (self.base, self.tuned):
             side.assign_(self.model)
         self._check_ties()
@@ -194,7 +213,7 @@ class CheckpointPair:
 
     def _check_layers(self) -> None:
         for name in self.only_tuned:
-            if any(_lacks_a_layer(self.base.own, variant) for variant in _variants(name, self._prefix)):
+            if any(_lacks_a_layer(self.base.own, variant) for variant in self._variants(name)):
                 raise StorageError(
                     f"{self.tuned.folder}: expected the base's layers, found {name!r}, of a layer that the model in "
                     f"{self.base.folder} doesn't have; pass the model that this one was tuned from"
@@ -223,7 +242,7 @@ class CheckpointPair:
         """Whether ``name`` is of a module that the base's class has and the tuned model's doesn't, such as a head; a
         layer that only one of the two models has is none of these."""
         base, tuned = self.base.own, self.tuned.own
-        variants = _variants(name, self._prefix)
+        variants = self._variants(name)
         return (
             type(base) is not type(tuned)
             and any(variant in base.state_dict() for variant in variants)
@@ -274,11 +293,6 @@ def norm(tensor: Tensor) -> float:
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in tensor.reshape(-1).split(_PIECE)))
 
 
-def prefix_of(model: nn.Module) -> str:
-    """What names have before them in a model with a head, and not in its backbone."""
-    return f"{getattr(model, 'base_model_prefix', '')}."
-
-
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Names of parameters that are another one's too, and the first of that one's names."""
     first: dict[int, str] = {}
@@ -287,15 +301,6 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     return tied
-
-
-def _variants(name: str, prefix: str) -> list[str]:
-    """Names under which the model may have what is stored as ``name``: best first."""
-    names = [name]
-    for old, new in _OLD_ENDS.items():
-        if name.endswith(old):
-            names.append(name.removesuffix(old) + new)
-    return [variant for n in names for variant in (n, prefix + n, n.removeprefix(prefix))]
 
 
 def _lacks_a_layer(model: nn.Module, name: str) -> bool:

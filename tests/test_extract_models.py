@@ -220,13 +220,26 @@ def test_a_classifier_tuned_from_a_masked_model(tmp_path: Path) -> None:
 def test_a_convolution(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=2))
-    base, tuned = pair(model, tmp_path, low_rank(2, only="projection"), noise(0.1, only=("cls_token",)))
+    base, tuned = pair(model, tmp_path, low_rank(2, only="projection"))
     report = extract_folders(base, tuned, tmp_path / "out", 2, target_modules=["projection"])
     assert [row.path for row in report.modules] == ["vit.embeddings.patch_embeddings.projection"]
-    assert report.modules[0].captured == pytest.approx(1)
-    state = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert report.captured == pytest.approx(1)
+    state = tensors(tmp_path / "out")
     assert sorted(tuple(t.shape) for t in state.values()) == [(2, 3, 4, 4), (16, 2, 1, 1)]
-    assert [t.name for t in report.others] == ["vit.embeddings.cls_token"]
+    images = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    assert_reproduces(loader(ViTForImageClassification, base), tmp_path / "out", model, images)
+
+
+def test_parameters_of_a_module_that_holds_others(tmp_path: Path) -> None:
+    """The class token is a parameter of the module around the convolution, which is then stored whole."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=2))
+    base, tuned = pair(model, tmp_path, low_rank(2, only="layer"), noise(0.1, only=("cls_token", "projection")))
+    report = extract_folders(base, tuned, tmp_path / "out", 2, whole="changed")
+    assert LoraConfig.from_pretrained(tmp_path / "out").modules_to_save == ["vit.embeddings"]
+    assert report.captured == pytest.approx(1)
+    images = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    assert_reproduces(loader(ViTForImageClassification, base), tmp_path / "out", model, images)
 
 
 def test_a_pooler_that_the_tuned_class_lacks(tmp_path: Path) -> None:
