@@ -143,6 +143,8 @@ class Merger:
             if found is None:
                 self.residuals[path] = branch
                 return base, branch
+        if target != own:
+            self._release(codec, base)
         found = found or self._rounded(path, ideal, target)
         if found.residual is not None:
             self.residuals[path] = found.residual
@@ -150,9 +152,7 @@ class Merger:
             self._keep(codec, base)
             codec.take_(base, found.quantized)
             return base, found.residual
-        module = with_hooks_of(base, linear_holding(base, found.quantized))
-        self._release(codec, base)
-        return module, found.residual
+        return with_hooks_of(base, linear_holding(base, found.quantized)), found.residual
 
     def _branch_alone(
         self, path: str, ideal: Tensor, target: Quantizer, delta: Factors
@@ -201,11 +201,12 @@ class Merger:
             codec.write_(base, ideal)
             return base
         if codec.quantizer(base) is not None and isinstance(base, nn.Linear):
+            self._release(codec, base)
             dense: nn.Module = dense_linear(base, torch.empty_like(ideal, dtype=dtype), dtype)
         else:
             dense = codec.dense_like(base, dtype)
+            self._release(codec, base)
         codec_for(dense).write_(dense, ideal)
-        self._release(codec, base)
         return with_hooks_of(base, dense)
 
     def _recast(self, base: nn.Module, dtype: torch.dtype) -> None:
@@ -214,22 +215,26 @@ class Merger:
             if tensor.is_floating_point():
                 before = self.spill.keep(tensor.data)
                 self.undo.on_undo(partial(set_data_, tensor, before))
-                if name == "weight":
-                    tensor.data = torch.empty_like(tensor.data, dtype=dtype)
-                else:
+                if name != "weight":
                     tensor.data = checked_cast(name, tensor, dtype)
+                elif tensor.dtype != dtype:
+                    like = tensor.data.to("meta")  # its strides; the memory is freed before it is taken again
+                    tensor.data = tensor.data.new_empty(0)
+                    tensor.data = torch.empty_like(like, dtype=dtype, device=tensor.device)
 
     def _keep(self, codec: Codec, base: nn.Module) -> None:
         """Note what ``base`` stores, to be put back on an error."""
-        before = self.spill.keep(codec.snapshot(base))
+        before = self.spill.keep(codec.contents(base))
         self.undo.on_undo(lambda: codec.restore_(base, before()))
 
     def _release(self, codec: Codec, base: nn.Module) -> None:
-        """Free the memory of a module that has been replaced, unless its weight is another module's too."""
+        """Free the memory of a module that is being replaced, unless its weight is another module's too."""
+        if self._holders.get(id(base.weight), 0) != 1:
+            return
         if codec.quantizer(base) is not None:
             self._keep(codec, base)
             codec.release_(base)
-        elif self._holders.get(id(base.weight), 0) == 1 and type(codec).dense_like is Codec.dense_like:
+        elif type(codec).dense_like is Codec.dense_like:
             weight: Any = base.weight
             before = self.spill.keep(weight.data)
             self.undo.on_undo(partial(set_data_, weight, before))

@@ -221,7 +221,7 @@ def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:
     """Take an earlier ``merge_adapter`` out of ``layer``'s weight."""
     if not layer.merged_adapters:
         return
-    merged, before, names = spill.keep(layer.codec.snapshot(layer.base_layer)), layer._unmerged, layer.merged_adapters
+    merged, before, names = spill.keep(layer.codec.contents(layer.base_layer)), layer._unmerged, layer.merged_adapters
 
     def restore() -> None:
         layer.codec.restore_(layer.base_layer, merged())

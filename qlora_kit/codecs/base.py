@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import CodecError, UnsupportedModuleError
+from ..finite import all_finite
 
 if TYPE_CHECKING:
     from .quantized import Quantized, Quantizer
@@ -44,6 +46,10 @@ class Codec:
     """
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        if "snapshot" in vars(cls) and "contents" not in vars(cls):  # a copy will do
+            cls.contents = cls.snapshot  # type: ignore[method-assign]
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """The logical (out, in), known without touching storage (meta tensors included)."""
@@ -78,7 +84,7 @@ class Codec:
         )
 
     def release_(self, module: nn.Module) -> None:
-        """Let go of the stored weight's memory, the scales apart; ``restore_`` brings it back from a snapshot."""
+        """Let go of the stored weight's memory; ``restore_`` brings it back from a snapshot."""
         module.weight.data = module.weight.data.new_empty(0)  # type: ignore[operator]
 
     def stored(self, module: nn.Module) -> list[Tensor]:
@@ -96,9 +102,13 @@ class Codec:
     def device(self, module: nn.Module) -> torch.device:
         return module.weight.device  # type: ignore[return-value]
 
+    def contents(self, module: nn.Module) -> Any:
+        """All that ``write_`` changes, not copied: tensors, or tuples, lists and dictionaries of them."""
+        return module.weight.detach()  # type: ignore[operator]
+
     def snapshot(self, module: nn.Module) -> Any:
-        """All that ``write_`` changes, copied, for a bitwise ``restore_``."""
-        return module.weight.detach().clone()  # type: ignore[operator]
+        """``contents``, copied, for a bitwise ``restore_``."""
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.contents(module))
 
     @torch.no_grad()
     def restore_(self, module: nn.Module, snapshot: Any) -> None:
@@ -233,7 +243,7 @@ def checked_weight(module: nn.Module, weight: Tensor, shape: tuple[int, int], dt
             f"found {tuple(weight.shape)}; pass the whole matrix in (out, in) orientation"
         )
     weight = weight.detach().to(module.weight.device)  # type: ignore[arg-type]
-    if not all(weight[rows].to(dtype).isfinite().all() for rows in row_pieces(shape)):
+    if not all(all_finite(weight[rows].to(dtype)) for rows in row_pieces(shape)):
         raise CodecError(
             f"{described(module)}.weight: expected values that are finite in {dtype}, found NaN or infinity; "
             "check the adapter's factors for overflow"

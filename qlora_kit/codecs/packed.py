@@ -168,14 +168,19 @@ class PackedCodec(Codec):
     def take_(self, module: Any, quantized: Quantized) -> None:
         module.store_(quantized)
 
+    def release_(self, module: Any) -> None:
+        super().release_(module)
+        for name, buffer in module._buffers.items():
+            setattr(module, name, buffer.new_empty(0))
+
     def stored(self, module: Any) -> list[Tensor]:
         return [module.weight.data, *module._buffers.values()]
 
     def compute_dtype(self, module: Any) -> torch.dtype:
         return module.compute_dtype
 
-    def snapshot(self, module: Any) -> Any:
-        return module.weight.data.clone(), {name: buffer.clone() for name, buffer in module._buffers.items()}
+    def contents(self, module: Any) -> Any:
+        return module.weight.data, dict(module._buffers)
 
     @torch.no_grad()
     def restore_(self, module: Any, snapshot: Any) -> None:

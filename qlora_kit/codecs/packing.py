@@ -17,6 +17,8 @@ from ..errors import CodecError
 
 # bits -> (codes, bytes) of a group.
 GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
+# Groups of 3 bits that are packed at a time: as numbers they take more memory than the bytes.
+_CHUNK = 1 << 16
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -48,10 +50,14 @@ def pack(codes: Tensor, bits: int, *, first_high: bool = False) -> Tensor:
             out = out.bitwise_left_shift_(2).bitwise_or_(quads[:, place])
         return out
     octets = flat.view(-1, 8)
-    number = octets[:, 7].int()
-    for place in range(6, -1, -1):
-        number = number.bitwise_left_shift_(3).bitwise_or_(octets[:, place])
-    return torch.stack([(number >> shift & 0xFF).to(torch.uint8) for shift in (0, 8, 16)], dim=1).reshape(-1)
+    bytes_ = torch.empty(len(octets), 3, dtype=torch.uint8, device=flat.device)
+    for part, out in zip(octets.split(_CHUNK), bytes_.split(_CHUNK), strict=True):
+        number = part[:, 7].int()
+        for place in range(6, -1, -1):
+            number = number.bitwise_left_shift_(3).bitwise_or_(part[:, place])
+        for byte in range(3):
+            out[:, byte] = number >> 8 * byte & 0xFF
+    return bytes_.reshape(-1)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:

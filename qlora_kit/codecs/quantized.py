@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError, ConfigError
+from .base import row_pieces
 from .blockwise import dequantize, quantize, quantize_range
 from .codebooks import codebook, scheme
 
@@ -168,15 +169,19 @@ class Quantizer:
 
 def _int8(matrix: Tensor) -> Quantized:
     # bitsandbytes rounds the weight to float16 first, and multiplies by 127 / absmax rather than dividing.
-    half = matrix.half()
-    if not torch.isfinite(half).all():
-        raise CodecError(
-            f"matrix: expected magnitudes below 65504 for int8, found {matrix.abs().max():.4g}; bitsandbytes "
-            "quantizes from float16, so use 4 bits or leave the module out of the targets"
-        )
-    scales = half.abs().amax(dim=1).float()
-    inverse = torch.where(scales > 0, 127.0 / scales, torch.zeros_like(scales))
-    codes = torch.round(half * inverse[:, None]).to(torch.int8)
+    codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+    scales = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
+    for rows in row_pieces(matrix.shape):
+        half = matrix[rows].half()
+        if not torch.isfinite(half).all():
+            raise CodecError(
+                f"matrix: expected magnitudes below 65504 for int8, found {matrix.abs().max():.4g}; bitsandbytes "
+                "quantizes from float16, so use 4 bits or leave the module out of the targets"
+            )
+        scale = half.abs().amax(dim=1).float()
+        inverse = torch.where(scale > 0, 127.0 / scale, torch.zeros_like(scale))
+        codes[rows] = torch.mul(half, inverse[:, None]).round_()
+        scales[rows] = scale
     return Quantized("int8", codes, Scales(scales), None, None, matrix, True)
 
 

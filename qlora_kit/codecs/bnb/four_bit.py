@@ -105,6 +105,11 @@ class Codec4bit(DenseCodec):
         state.absmax, state.offset, state.state2 = fresh.absmax, fresh.offset, fresh.state2
         _adopt_(module, state)
 
+    def release_(self, module: Any) -> None:
+        super().release_(module)
+        if (state := _state(module)) is not None:
+            state.absmax = state.absmax.new_empty(0)
+
     def stored(self, module: Any) -> list[Tensor]:
         """The codes row by row and all scales; the small look-up tables aren't among them."""
         state = _state(module)
@@ -125,8 +130,8 @@ class Codec4bit(DenseCodec):
         weight: Tensor = module.weight
         return weight.dtype if weight.is_floating_point() else torch.float32
 
-    def snapshot(self, module: Any) -> Any:
-        return module.weight.data.clone(), _as_data(_state(module))
+    def contents(self, module: Any) -> Any:
+        return module.weight.data, _as_data(_state(module))
 
     @torch.no_grad()
     def restore_(self, module: Any, snapshot: Any) -> None:
@@ -286,14 +291,12 @@ def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
 
 
 def _as_data(state: QuantState | None) -> dict[str, Any] | None:
-    """A copy of ``state`` as a dictionary of tensors and plain values."""
+    """``state`` as a dictionary of its tensors and plain values."""
     if state is None:
         return None
     data = {}
     for name, value in vars(state).items():
         data[name] = _as_data(value) if isinstance(value, QuantState) else value
-        if isinstance(value, Tensor):
-            data[name] = value.clone()
     return data
 
 

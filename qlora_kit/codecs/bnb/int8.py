@@ -57,7 +57,7 @@ class CodecInt8(DenseCodec):
         if _is_int8(module):
             _int8_parts(module)
             # float16 is what bitsandbytes quantizes from, so a value must be finite in it.
-            weight = checked_weight(module, weight, self.shape(module), torch.float16).half()
+            weight = checked_weight(module, weight, self.shape(module), torch.float16)
             _store_int8_(module, *_quantize_int8(weight))
         else:
             super().write_(module, weight)
@@ -76,11 +76,8 @@ class CodecInt8(DenseCodec):
         bias: Tensor | None = module.bias
         return torch.float32 if bias is None else bias.dtype
 
-    def snapshot(self, module: Any) -> Any:
-        if not _is_int8(module):
-            return module.weight.data.clone(), None
-        codes, scales = _int8_parts(module)
-        return codes.clone(), scales.clone()
+    def contents(self, module: Any) -> Any:
+        return _int8_parts(module) if _is_int8(module) else (module.weight.data, None)
 
     @torch.no_grad()
     def restore_(self, module: Any, snapshot: Any) -> None:
@@ -109,7 +106,7 @@ def quantize_linear_int8(
     Raises:
         CodecError: the weight doesn't fit, or has a value that overflows float16.
     """
-    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float16).half()
+    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float16)
     codes, scales = _quantize_int8(weight)
     module = Linear8bitLt(
         linear.in_features,
@@ -154,9 +151,13 @@ def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' row-wise codes and scales of a float16 weight; zeros for an all-zero row."""
-    codes, scales, _ = int8_vectorwise_quant(weight.contiguous())
-    return codes.masked_fill_((scales == 0)[:, None], 0), scales
+    """bitsandbytes' row-wise codes and scales of a weight that is finite in float16; zeros for an all-zero row."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in row_pieces(weight.shape):
+        found, scales[rows], _ = int8_vectorwise_quant(weight[rows].half().contiguous())
+        codes[rows] = found.masked_fill_((scales[rows] == 0)[:, None], 0)
+    return codes, scales
 
 
 def _store_int8_(module: Any, codes: Tensor, scales: Tensor) -> None:
