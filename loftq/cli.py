@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from qlora_kit.command_group import command_group, errors_in_red
+from qlora_kit.command_group import command_group, errors_in_red, names_or_pattern
 from qlora_kit.config import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
 
@@ -69,15 +69,11 @@ def init(
             budget = Budget(bits, parse_bytes(memory, "--memory"), _numbers(ranks), allocation)
         elif ranks is not None or allocation != "milp" or bits not in (None, 2, 3, 4, 8):
             budget = Budget(4 if bits is None else bits, None, _numbers(ranks), allocation)
-        if targets != "all-linear" and ("," in targets or targets.replace("_", "").isalnum()):
-            target_modules: list[str] | str = [name.strip() for name in targets.split(",")]
-        else:
-            target_modules = targets
         lora = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,
             use_rslora=rslora,
-            target_modules=target_modules,
+            target_modules=names_or_pattern(targets),
             init_lora_weights="loftq",
             loftq_config=LoftQConfig(
                 loftq_bits=4 if budget is not None or bits is None else int(bits),

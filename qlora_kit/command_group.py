@@ -39,6 +39,13 @@ def errors_in_red(command: str) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def names_or_pattern(text: str) -> list[str] | str:
+    """``--targets`` as ``LoraConfig.target_modules`` takes it: names with commas between, a regex, or "all-linear"."""
+    if text != "all-linear" and ("," in text or text.replace("_", "").isalnum()):
+        return [name.strip() for name in text.split(",")]
+    return text
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from . import __version__

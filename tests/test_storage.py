@@ -252,3 +252,20 @@ def test_a_pickle_is_read_only_on_request_and_never_run(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "adapter_model.bin")
     with pytest.raises(StorageError, match="expected a dict of tensors, found a list"):
         read_adapter(tmp_path, allow_pickle=True)
+
+
+def test_a_model_without_embeddings(tmp_path: Path) -> None:
+    """transformers' convolution models raise where they are asked for their embeddings."""
+    from transformers import ResNetConfig, ResNetModel
+
+    def model() -> ResNetModel:
+        torch.manual_seed(0)
+        return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3)).eval()
+
+    config = LoraConfig(r=2, target_modules=r".*convolution", init_lora_weights=False)
+    lora = apply_lora(model(), config)
+    lora.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        found = LoraModel.from_pretrained(model(), tmp_path)(images).last_hidden_state
+        assert torch.equal(found, lora(images).last_hidden_state)
