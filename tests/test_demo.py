@@ -116,7 +116,7 @@ def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path
 def test_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
     result, _ = outcome
     by_name = {way.into: way for way in result.merges}
-    nearest, feedback, branch = "NF4, nearest codes", "NF4, error feedback", "NF4 + rank 8 in bfloat16"
+    nearest, feedback, branch = "NF4, nearest codes", "NF4, error feedback", "the same, rank 8 beside"
     assert list(by_name) == ["float32", "bfloat16", nearest, feedback, branch]
     kept = next(run for run in result.fine_tunes if run.bits == 4 and run.start == "LoftQ start")
     # merged in float32 it is the same function, up to the order of float32 sums

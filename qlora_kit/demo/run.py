@@ -36,7 +36,10 @@ MERGES: dict[str, dict[str, Any]] = {
     "bfloat16": {"into": "bfloat16"},
     "NF4, nearest codes": {"force": True},
     "NF4, error feedback": {"rounding": "error-feedback", "force": True},
-    "NF4 + rank 8 in bfloat16": {"residual_rank": 8, "residual_dtype": torch.bfloat16, "force": True},
+    "the same, rank 8 beside": {
+        **{"rounding": "error-feedback", "force": True},
+        **{"residual_rank": 8, "residual_dtype": torch.bfloat16},
+    },
 }
 STATISTICS_ROWS = 64
 PROMPTS = (
