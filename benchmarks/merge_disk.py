@@ -13,6 +13,7 @@ Run: python benchmarks/merge_disk.py --folder /big/disk [--sizes 2,8] [--into bf
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -24,11 +25,12 @@ from pathlib import Path
 
 import torch
 from loftq_memory import HIDDEN, LARGEST, MLP, apart, digest, make_checkpoint, run
+from safetensors import safe_open
 
 from qlora_kit import LoraConfig
 from qlora_kit.adapter_folder import PREFIX, write_adapter
 from qlora_kit.merge_files import REPORT_NAME, WORK_FOLDER
-from qlora_kit.shards import ShardReader
+from qlora_kit.shards import INDEX_SUFFIX, ShardReader
 
 RANK = 16
 SAMPLES = 3
@@ -37,6 +39,16 @@ LINEARS = {
     **{f"mlp.{name}_proj": (MLP, HIDDEN) for name in ("gate", "up")},
     "mlp.down_proj": (HIDDEN, MLP),
 }
+
+
+def make_base(folder: Path, gigabytes: float) -> None:
+    """A checkpoint with the index that transformers asks for."""
+    make_checkpoint(folder, gigabytes)
+    weight_map = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            weight_map.update(dict.fromkeys(shard.keys(), file.name))
+    (folder / f"model{INDEX_SUFFIX}").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def make_adapter(base: Path, folder: Path) -> None:
@@ -118,7 +130,7 @@ def main() -> None:
         base, adapter, out = (options.folder / f"{name}-{size:g}" for name in ("base", "adapter", "out"))
         for folder in (base, adapter, out):
             shutil.rmtree(folder, ignore_errors=True)
-        apart(make_checkpoint, base, size)
+        apart(make_base, base, size)
         apart(make_adapter, base, adapter)
         stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
 

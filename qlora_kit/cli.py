@@ -125,6 +125,10 @@ def merge(
     force: Annotated[
         bool, typer.Option("--force", help="Round to few bits even if that loses most of the delta.")
     ] = False,
+    tokenizer: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the tokenizer and chat template for the output. Default: the base's."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """Merge stored adapters into a stored model, a tensor at a time; stopped at any point, the same command goes on."""
@@ -144,6 +148,7 @@ def merge(
             check_backbone=not any_base,
             force=force,
             device=device,
+            tokenizer=tokenizer,
             progressbar=True,
         )
     typer.echo(str(report))

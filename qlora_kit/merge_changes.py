@@ -106,8 +106,8 @@ def _add_values(
     """Take in the whole tensors of one adapter; the keys that have no place."""
     left: list[str] = []
     for key, value in one.rest.items():
-        place = base.name_of(_model_name(key))
-        kind = "" if place is None else _kind(base, place, _model_name(key), one)
+        place = base.name_of(parameter_name(key))
+        kind = "" if place is None else _kind(base, place, parameter_name(key), one)
         if place is None or not kind:
             left.append(key)
             continue
@@ -133,7 +133,7 @@ def _add_values(
     return left
 
 
-def _model_name(key: str) -> str:
+def parameter_name(key: str) -> str:
     """The parameter's name behind a key of an adapter's file, those of older releases included."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
     head, saved, rest = name.partition(".modules_to_save.")

@@ -35,16 +35,16 @@ from .files import write_text_atomically
 from .journal import Journal
 from .merge_base import check_stored_backbone
 from .merge_changes import changes_of, parts_of
-from .merge_heads import class_overrides
 from .merge_plan import MergePlan, Unit
 from .merge_task import MergeTask
 from .merge_unit import Made, make
 from .merge_verify import verify_output
 from .merging import LEAST_RETAINED
-from .model_folder import identity, identity_of, locate, other_files
+from .model_folder import identity, identity_of, locate, other_files, tokenizer_files
 from .pipeline import in_order
 from .sharded_output import ShardedOutput, check_disk, clear
 from .stored_model import StoredModel
+from .trained_config import trained_config
 
 WORK_FOLDER = ".qlora_kit_merge"
 REPORT_NAME = "merge_report.json"
@@ -109,6 +109,7 @@ def merge_folders(
     force: bool = False,
     least_retained: float = LEAST_RETAINED,
     device: str = "cpu",
+    tokenizer: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
     progressbar: bool = False,
 ) -> FolderMergeReport:
@@ -116,7 +117,7 @@ def merge_folders(
 
     Args:
         base: folder, or name on the Hub, of a model in 16 or 32 bits, bitsandbytes' 4 or 8 bits, or packed.
-        adapters: folders of stored adapters; their deltas are summed.
+        adapters: folders of stored adapters, or names on the Hub; their deltas are summed.
         out: new, empty, or of the same command begun earlier.
         weights: what each adapter's delta is multiplied by; 1 by default.
         into, rounding, blocksize, double_quant: as for ``qlora_kit.merge``; rounding is "nearest" or "scale-search".
@@ -124,6 +125,8 @@ def merge_folders(
         check_backbone: refuse a base other than the one that a LoftQ adapter was started on.
         force, least_retained: as for ``qlora_kit.merge``.
         device: where to compute.
+        tokenizer: folder whose tokenizer and chat template the output gets; by default the base's, or, where an adapter
+            has embeddings of more words, those that are stored with it.
         allow_pickle: see ``qlora_kit.adapter_folder.read_adapter``.
 
     Raises:
@@ -140,19 +143,21 @@ def merge_folders(
         )
     task = MergeTask(parts, into, rounding, blocksize=blocksize, double_quant=double_quant)
     source = locate(base, "--base")
-    stored = {name: read_stored(name, allow_pickle=allow_pickle) for name in parts}
+    stored = {name: read_stored(locate(name, "--adapter"), allow_pickle=allow_pickle) for name in parts}
     if out.resolve() in (source.resolve(), *(one.folder.resolve() for one in stored.values())):
         raise StorageError(
             f"{out}: expected a folder of its own for the merged model, found a source's; choose another"
         )
-    model = StoredModel(source, class_overrides(source, stored))
+    overrides = trained_config(source, stored)
+    model = StoredModel(source, overrides)
     if check_backbone:
         for name, one in stored.items():
             check_stored_backbone(model, name, one)
     plan = MergePlan(model, changes_of(model, stored, parts), task)
     _check_rounding(plan)
+    words = Path(tokenizer) if tokenizer is not None else _resized_by(overrides, stored)
     check_disk(out, plan.nbytes)
-    with closing(Journal(out, _head(task, source, stored, shard_bytes, device), WORK_FOLDER)) as journal:
+    with closing(Journal(out, _head(task, source, stored, shard_bytes, device, words), WORK_FOLDER)) as journal:
         finished = {line["unit"] for line in journal.done}
         if len(finished) == len(plan.units) and (out / "config.json").exists():
             clear(out / WORK_FOLDER)
@@ -165,7 +170,7 @@ def merge_folders(
             if not force:
                 _check_retained(plan, report, least_retained)
             with _withdrawn_on_error(out):
-                _finish(plan, output, journal, report, device)
+                _finish(plan, output, journal, report, words, device)
             return report
 
 
@@ -188,18 +193,29 @@ def _carry_out(
             bar.update(unit.nbytes)
 
 
-def _finish(plan: MergePlan, output: ShardedOutput, journal: Journal, report: FolderMergeReport, device: str) -> None:
+def _finish(
+    plan: MergePlan,
+    output: ShardedOutput,
+    journal: Journal,
+    report: FolderMergeReport,
+    words: Path | None,
+    device: str,
+) -> None:
     """Put everything in its place, config.json last; run again after a kill, it ends the same."""
     source, out = plan.base.folder, Path(report.out)
     config = json.dumps(plan.settings, indent=2) + "\n"
     write_text_atomically(out / WORK_FOLDER / "config.json", config)
     output.place(out)
     report.verified = verify_output(plan, out, out / WORK_FOLDER, journal.done, device)
-    for file in other_files(source):
-        if file.name != REPORT_NAME:
-            shutil.copyfile(file, out / file.name)
-    if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, out / _TEMPLATES, dirs_exist_ok=True)
+    copied = {file.name: file for file in other_files(source) if file.name != REPORT_NAME}
+    if words is not None:
+        copied = {name: file for name, file in copied.items() if file not in tokenizer_files(source)}
+        copied |= {file.name: file for file in tokenizer_files(words)}
+    for name, file in copied.items():
+        shutil.copyfile(file, out / name)
+    templates = (words or source) / _TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, out / _TEMPLATES, dirs_exist_ok=True)
     write_text_atomically(out / REPORT_NAME, json.dumps(report.to_dict(), indent=1) + "\n")
     output.write_index(out)
     write_text_atomically(out / "config.json", config)
@@ -235,7 +251,7 @@ def _check_retained(plan: MergePlan, report: FolderMergeReport, least: float) ->
 
 
 def _head(
-    task: MergeTask, source: Path, stored: dict[str, Stored], shard_bytes: int, device: str
+    task: MergeTask, source: Path, stored: dict[str, Stored], shard_bytes: int, device: str, words: Path | None
 ) -> dict[str, dict[str, Any]]:
     """What the output's bytes depend on."""
     options = {
@@ -250,7 +266,15 @@ def _head(
     for number, (name, one) in enumerate(stored.items()):
         files = [file for file in (one.folder / CONFIG_NAME, one.folder / WEIGHTS_NAME) if file.exists()]
         head[f"adapter {number + 1}"] = {"weight": task.parts[name], **identity_of(files)}
+    if words is not None:
+        head["tokenizer"] = identity_of(tokenizer_files(words))
     return head
+
+
+def _resized_by(overrides: dict[str, Any], stored: dict[str, Stored]) -> Path | None:
+    """The adapter's folder that has a tokenizer for its own number of words."""
+    with_words = [one.folder for one in stored.values() if one.rest and tokenizer_files(one.folder)]
+    return with_words[0] if "vocab_size" in overrides and with_words else None
 
 
 @contextmanager

@@ -29,27 +29,26 @@ class Unit:
     """One parameter of the output.
 
     Attributes:
-        name: in the output; also the model's name of it, unless ``foreign``.
+        name: in the output. place: in the model; None for a tensor that the model doesn't have.
         reads: stored names by their names in the module; empty for what only an adapter has.
         change: what adapters change of it.
         to: the dtype to store it in, or how to quantize it; None leaves it as it is stored.
         shape: of the tensor, as the model has it.
         nbytes: about what it will take.
-        foreign: the model has no such parameter.
     """
 
     name: str
+    place: str | None
     reads: dict[str, str]
     change: Change = field(repr=False)
     to: torch.dtype | Quantizer | None
     shape: tuple[int, ...]
     nbytes: int
-    foreign: bool = False
 
     @property
     def path(self) -> str:
-        """Of the module."""
-        return self.name.rpartition(".")[0]
+        """Of the module in the model."""
+        return (self.place or self.name).rpartition(".")[0]
 
     @property
     def stem(self) -> str:
@@ -81,6 +80,13 @@ class MergePlan:
         self.quantized: dict[str, Quantizer] = {}
         changes, sources = dict(changes), dict(base.names)
         self.untied = [group for group in base.ties() if not settle(base, group, changes, sources)]
+        for name in base.outgrown:
+            if changes.get(name, Change()).value is None:
+                raise MergeError(
+                    f"{name}: expected {base.shapes[name][0]} rows, as an adapter has of another table, found "
+                    f"{base.types[base.names[name]][1][0]} in {base.folder} and none in an adapter; save the adapter "
+                    "with both tables (save_embedding_layers=True), or resize the base first"
+                )
         units = [self._unit(name, stored, changes.pop(name, Change())) for name, stored in sources.items()]
         units += [self._only_in_adapter(name, change) for name, change in changes.items()]
         units += [self._foreign(stored) for stored in base.foreign]
@@ -114,7 +120,7 @@ class MergePlan:
             nbytes = weight_bytes(matrix, kept.quant_type, kept.blocksize, kept.double_quant)
         else:
             nbytes = prod(shape) * (kept or dtype).itemsize
-        return Unit(name, reads, change, to, shape, nbytes)
+        return Unit(base.output_name(name), name, reads, change, to, shape, nbytes)
 
     def _only_in_adapter(self, name: str, change: Change) -> Unit:
         if change.branches or change.value is None:
@@ -123,12 +129,12 @@ class MergePlan:
                 "pass a checkpoint that has it"
             )
         dtype, shape = self.task.dtype or change.value.dtype, self.base.shapes[name]
-        return Unit(name, {}, change, dtype, shape, prod(shape) * dtype.itemsize)
+        return Unit(name, name, {}, change, dtype, shape, prod(shape) * dtype.itemsize)
 
     def _foreign(self, stored: str) -> Unit:
         dtype, shape = self.base.types[stored]
         to = self.task.dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
-        return Unit(stored, {"weight": stored}, Change(), to, shape, prod(shape) * (to or dtype).itemsize, foreign=True)
+        return Unit(stored, None, {"weight": stored}, Change(), to, shape, prod(shape) * (to or dtype).itemsize)
 
     def _own_quantizer(self, name: str, reads: dict[str, str]) -> Quantizer | None:
         """How the weight ``name`` is quantized now; None if it is dense."""

@@ -55,7 +55,8 @@ def make(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: str
 
 def _merged(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: str) -> Made:
     base, change = plan.base, unit.change
-    module = base.module(unit.name, tensors) if tensors else None
+    assert unit.place is not None
+    module = base.module(unit.place, tensors) if tensors else None
     value = module if change.value is None else holding(base.modules[unit.path], change.value.to(device))
     assert value is not None
     weight = codec_for(value, unit.path).read(value)

@@ -19,7 +19,7 @@ from .errors import StorageError
 from .merge_plan import MergePlan, Unit
 from .merge_unit import make
 from .model_folder import skeleton
-from .shards import ShardReader
+from .shards import FORMAT_NAMES, ShardReader
 from .stored_model import tied_groups
 
 # Of merged tensors and of others each.
@@ -50,8 +50,11 @@ def verify_output(
         )
     types = reader.types()
     for name, entry in written.items():
-        if list(types[name][1]) != entry["shape"]:
-            raise StorageError(f"{out}: {name}: expected shape {entry['shape']}, found {list(types[name][1])}")
+        dtype, shape = types[name]
+        if (list(shape), FORMAT_NAMES[dtype]) != (entry["shape"], entry["dtype"]):
+            raise StorageError(
+                f"{out}: {name}: expected shape {entry['shape']} of {entry['dtype']}, found {list(shape)} of {dtype}"
+            )
     _check_model(plan, out, config_folder, types)
     sample = _sample(plan.units)
     for unit in sample:
@@ -65,6 +68,7 @@ def _check_model(plan: MergePlan, out: Path, config_folder: Path, types: Mapping
     known = plan.base.known
     missing_before = {name for name in known.values() if name not in plan.base.names}
     tied = {name: group for group in tied_groups(model, known) for name in group}
+    written = {unit.place: types[unit.name] for unit in plan.units if unit.place is not None}
     changed = {name for group in plan.untied for name in group}
     for name, tensor in model.state_dict().items():
         own = known.get(name, name)
@@ -73,12 +77,12 @@ def _check_model(plan: MergePlan, out: Path, config_folder: Path, types: Mapping
                 f"{own}: expected parameters that the config can untie, found {tied[own]} tied whatever it says; take "
                 "the tied modules out of the adapter's targets"
             )
-        if own not in types:
-            if own not in missing_before and not any(other in types for other in tied.get(own, ())):
+        if own not in written:
+            if own not in missing_before and not any(other in written for other in tied.get(own, ())):
                 raise StorageError(f"{out}: expected a tensor {own!r} as {type(model).__name__} has, found none")
-        elif own.rpartition(".")[0] not in plan.quantized and types[own][1] != tuple(tensor.shape):
+        elif own.rpartition(".")[0] not in plan.quantized and written[own][1] != tuple(tensor.shape):
             raise StorageError(
-                f"{out}: {own}: expected shape {tuple(tensor.shape)} as config.json says, found {types[own][1]}"
+                f"{out}: {own}: expected shape {tuple(tensor.shape)} as config.json says, found {written[own][1]}"
             )
 
 

@@ -41,6 +41,11 @@ def identity_of(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: f"{file.stat().st_size} bytes, {_sampled_hash(file)}" for file in files}
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What turns a text into tokens, and a chat into a text."""
+    return [file for file in other_files(folder) if _TOKENIZER.match(file.name) or "chat_template" in file.name]
+
+
 def other_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation config and the like: to be copied as they are."""
     entries = sorted(entry for entry in folder.iterdir() if entry.is_file())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .codecs import codec_for
 from .errors import StorageError
 from .model_folder import skeleton
+from .renamings import Renamings
 from .shards import ShardReader
 from .stored import PARTS, module_of
 
@@ -34,7 +35,7 @@ class StoredModel:
     """The checkpoint in ``folder``.
 
     Args:
-        overrides: entries of config.json to be taken in the place of the folder's, see ``merge_heads``.
+        overrides: entries of config.json to be taken in the place of the folder's, see ``trained_config``.
 
     Attributes:
         model: on the meta device, all its modules dense.
@@ -45,6 +46,7 @@ class StoredModel:
         names: stored names, by those in the model.
         parts: of quantized weights, all stored names by their names in the module, by the weight's name in the model.
         foreign: stored names that the model doesn't have.
+        outgrown: names of tables that have as many rows as the folder's config has words, and not as the model has.
 
     Raises:
         StorageError: no model, one quantized in a way not known here, or a tensor of another shape than expected.
@@ -68,23 +70,36 @@ class StoredModel:
         state = self.model.state_dict()
         self.known = {name: self._first_name(name) for name in state}
         self.shapes = {self.known[name]: tuple(tensor.shape) for name, tensor in state.items()}
+        self.renamings = Renamings(self.model)
         self.names: dict[str, str] = {}
         self.parts: dict[str, dict[str, str]] = {}
         self.foreign: list[str] = []
+        self.outgrown: list[str] = []
         self._sort()
         if overrides:  # what the folder's own class knows is its head
             own = set(skeleton(folder, quantized=True).state_dict())
             self.foreign = [name for name in self.foreign if own.isdisjoint(variants(name, self.prefix))]
-        self._check_shapes()
+        self._check_shapes(resized="vocab_size" in (overrides or {}))
 
     def name_of(self, name: str) -> str | None:
         """The model's name for what a checkpoint or an adapter calls ``name``; None if it has none."""
-        return next((self.known[variant] for variant in variants(name, self.prefix) if variant in self.known), None)
+        found = self._own_name(name)
+        if found is None and (renamed := self.renamings(name)) is not None:
+            found = self._own_name(renamed)
+        return found
 
     def path_of(self, path: str) -> str | None:
         """The model's path of the module that an adapter calls ``path``; None if it has none."""
         candidates = (path, self.prefix + path, path.removeprefix(self.prefix))
-        return next((self.first[p] for p in candidates if p and p in self.first), None)
+        found = next((self.first[p] for p in candidates if p and p in self.first), None)
+        weight = self.name_of(f"{path}.weight") if found is None else None
+        return found if weight is None else weight.removesuffix(".weight")
+
+    def output_name(self, name: str) -> str:
+        """What a checkpoint should call the model's ``name``: the same, or what this one calls it where transformers
+        has a renaming, which it reverses on saving."""
+        stored = self.names.get(name, name)
+        return name if self._own_name(stored) == name else stored
 
     def ties(self) -> list[list[str]]:
         """Groups of names, by first paths, that one parameter has in the model."""
@@ -137,6 +152,9 @@ class StoredModel:
                 )
             self.parts.setdefault(weight, {"weight": self.names[weight]})[part] = stored
 
+    def _own_name(self, name: str) -> str | None:
+        return next((self.known[variant] for variant in variants(name, self.prefix) if variant in self.known), None)
+
     def _first_name(self, name: str) -> str:
         path, _, local = name.rpartition(".")
         return f"{self.first[path]}.{local}" if path in self.first and path else name
@@ -159,9 +177,12 @@ class StoredModel:
                 f"quant_method={quantization.get('quant_method')!r}; pass the 16-bit model that it was made from"
             )
 
-    def _check_shapes(self) -> None:
+    def _check_shapes(self, *, resized: bool) -> None:
         for name, stored in self.names.items():
             dtype, shape = self.types[stored]
+            if resized and shape[1:] == self.shapes[name][1:] and shape != self.shapes[name]:
+                self.outgrown.append(name)
+                continue
             if name not in self.parts and (shape != self.shapes[name] or dtype in (torch.uint8, torch.int8)):
                 raise StorageError(
                     f"{self.folder}: {stored}: expected a tensor of shape {self.shapes[name]}, as config.json says, "
