@@ -202,9 +202,9 @@ def swap_(model: nn.Module, path: str, module: nn.Module, injection: Injection |
     parent = model.get_submodule(parent_path)
     before = getattr(parent, name)
     if before is not module:
-        setattr(parent, name, module)
         if injection is not None:
             injection.on_undo(lambda: setattr(parent, name, before))
+        setattr(parent, name, module)
 
 
 def _check_free(model: nn.Module, plan: Plan, name: str) -> None:

@@ -61,9 +61,7 @@ class Merger:
         self.spill, self.undo = spill, undo
         self.rounded: set[str] = set()
         self.residuals: dict[str, Factors] = {}
-        self._places: dict[int, list[str]] = {}
-        for path, module in modules_of(root):
-            self._places.setdefault(id(module), []).append(path)
+        self._places = _places_in(root)
         self._holders: dict[int, int] = {}
         for module in root.modules():
             for parameter in module._parameters.values():
@@ -90,13 +88,14 @@ class Merger:
         return [account]
 
     @torch.no_grad()
-    def others(self, adapted: set[str]) -> None:
-        """Bring the modules that nothing was merged into, but those at ``adapted``, into the storage asked for."""
+    def others(self) -> None:
+        """Once all adapter layers are gone, bring the modules that nothing was merged into into the storage asked for."""
         if self.task.into == "same":
             return
+        self._places = _places_in(self.root)
         for path, module in list(modules_of(self.root)):
             codec = find_codec(module)
-            if codec is None or path in self.residuals or path in self.rounded or path != self._first(module, path):
+            if codec is None or path in self.rounded or path != self._places[id(module)][0]:
                 continue
             own = codec.quantizer(module)
             if self.task.dtype is not None:
@@ -112,9 +111,6 @@ class Merger:
             elif own is not None and own != self.task.target(own, linear=True):
                 weight, _ = self._read(path, codec, module)
                 self._put(module, self._stored(path, codec, module, weight, None, linear=True)[0])
-
-    def _first(self, module: nn.Module, path: str) -> str:
-        return self._places.get(id(module), [path])[0]
 
     def _read(self, path: str, codec: Codec, base: nn.Module) -> tuple[Tensor, float | None]:
         """The weight to add to, and how far the one that is stored is from it where that is another."""
@@ -243,3 +239,11 @@ class Merger:
     def _put(self, old: nn.Module, new: nn.Module) -> None:
         for path in self._places[id(old)]:
             swap_(self.root, path, new, self.undo)
+
+
+def _places_in(root: nn.Module) -> dict[int, list[str]]:
+    """All paths of each module that isn't inside an adapter layer, by its id."""
+    places: dict[int, list[str]] = {}
+    for path, module in modules_of(root):
+        places.setdefault(id(module), []).append(path)
+    return places

@@ -16,12 +16,47 @@ from .fidelity import checked_cast
 from .inject import Injection, swap_
 from .merge_task import MergeTask
 from .spill import Spill, set_data_
+from .targets import base_of
 
 if TYPE_CHECKING:
     from .model import LoraModel
 
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+_RECORDS = ("peft_config", "active_adapters", "_trainable", "_disabled", "_merged_when_disabled", "backbones", "plan")
+_FLAGS = ("training", "active_adapters", "disable_adapters", "scaling")
+_FLAGS += ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _ATTRIBUTES = ("hf_quantizer", "quantization_method", "memory_bill")
+
+
+def keep_state_(model: LoraModel, undo: Injection) -> None:
+    """Note what ``model`` and its modules say of themselves (adapters, modes, hooks, biases), to be put back as it is
+    now once the modules are."""
+    held: list[tuple[Any, str, Any, Any]] = []
+    for holder, names in ((model, _RECORDS), *((module, _FLAGS) for module in model.modules())):
+        for name in names:
+            if name in vars(holder):
+                value = vars(holder)[name]
+                held.append((holder, name, value, copy.copy(value)))
+    kept = model._kept_biases.values
+    held.append((model._kept_biases, "values", kept, copy.copy(kept)))
+    biases: list[Any] = [base_of(model.model.get_submodule(path)).bias for path in kept]
+    values = [None if bias is None else bias.detach().clone() for bias in biases]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for holder, name, value, content in held:
+            if isinstance(value, dict):  # others may hold it
+                value.clear()
+                value.update(content)
+            setattr(holder, name, value if isinstance(value, dict) else content)
+        with torch.no_grad():
+            for bias, before in zip(biases, values, strict=True):
+                if bias is not None:
+                    bias.copy_(before)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+    undo.on_undo(restore)
 
 
 def put_trained_copies_(model: LoraModel, task: MergeTask, undo: Injection) -> None:

@@ -28,7 +28,7 @@ from .layers import AdapterLayer
 from .merge_advice import refusal
 from .merge_layer import Merger
 from .merge_task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
-from .merged_model import cast_rest_, declare_storage_, put_trained_copies_
+from .merged_model import cast_rest_, declare_storage_, keep_state_, put_trained_copies_
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
 from .spill import Spill
@@ -156,13 +156,15 @@ def _carried_out(
     model: LoraModel, task: MergeTask, statistics: Any, text: Any, spill: Spill, undo: Injection, progressbar: bool
 ) -> tuple[MergeReport, bool]:
     """The report, and whether too little of the deltas is left; the model is then still to be undone."""
-    if model._disabled:
-        undo.on_undo(model.disable_adapter_layers)
-        model.enable_adapter_layers()
+    keep_state_(model, undo)
     layers = model.adapter_layers()
+    if model._disabled:
+        for path in model._merged_when_disabled:
+            undo.on_undo(layers[path].way_back())
+        model.enable_adapter_layers()
     for layer in layers.values():
         _set_aside_(layer, spill, undo)
-    _leave_biases_(model, task, undo)
+    _leave_biases_(model, task)
     with _as_merged(model, task.parts):
         kbit = quantized_modules(model.model)
         wanted = [path for path, layer in layers.items() if task.rounds(layer)]
@@ -196,7 +198,7 @@ def _carried_out(
     for path in tqdm(paths, desc="merging", disable=not progressbar):
         report.layers += merger.adapted(path, layers.pop(path))
     put_trained_copies_(model, task, undo)
-    merger.others(set(paths))
+    merger.others()
     if task.dtype is not None:
         cast_rest_(model.model, task.dtype, spill, undo)
     rounded = [layer for layer in report.layers if layer.path in merger.rounded]
@@ -206,11 +208,11 @@ def _carried_out(
     if task.into != "same":
         declare_storage_(model.model, task, undo)
     residual = attach_residual_(model, merger.residuals, task.residual_dtype, undo)
+    if task.dtype is not None:
+        release_from_float32_(model.model)
     if compare is not None:
         report.agreement = compare(model.model)
     model._forget_()
-    if task.dtype is not None:
-        release_from_float32_(model.model)
     if residual is not None:
         residual.adopt(model)
         report.model = model
@@ -231,12 +233,11 @@ def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:
     layer.unmerge_()
 
 
-def _leave_biases_(model: LoraModel, task: MergeTask, undo: Injection) -> None:
+def _leave_biases_(model: LoraModel, task: MergeTask) -> None:
     """Put the base's biases back if the adapter that trained them isn't merged."""
     trained = [name for name, config in model.peft_config.items() if config.bias != "none"]
     if trained and not set(trained) & set(task.parts):
         model._kept_biases.swap_(model.model)
-        undo.on_undo(lambda: model._kept_biases.swap_(model.model))
 
 
 @contextmanager
