@@ -89,7 +89,7 @@ class Merger:
 
     @torch.no_grad()
     def others(self) -> None:
-        """Once all adapter layers are gone, bring the modules that nothing was merged into into the storage asked for."""
+        """Bring the modules that nothing was merged into to the storage asked for, once no adapter layer is left."""
         if self.task.into == "same":
             return
         self._places = _places_in(self.root)

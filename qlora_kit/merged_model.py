@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 _RECORDS = ("peft_config", "active_adapters", "_trainable", "_disabled", "_merged_when_disabled", "backbones", "plan")
-_FLAGS = ("training", "active_adapters", "disable_adapters", "scaling")
-_FLAGS += ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_FLAGS = ("training", "active_adapters", "disable_adapters", "scaling", *_HOOKS)
 _ATTRIBUTES = ("hf_quantizer", "quantization_method", "memory_bill")
 
 
