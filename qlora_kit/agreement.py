@@ -163,9 +163,18 @@ def _add(sums: dict[str, float], before: Tensor, after: Tensor, logits: bool) ->
         sums["lost"] += float((y - x).square().sum(dtype=torch.float64))
         sums["whole"] += float(x.square().sum(dtype=torch.float64))
         if logits:
-            p, q = x.log_softmax(-1), y.log_softmax(-1)
-            sums["kl"] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            sums["kl"] += float(_divergence(x.log_softmax(-1), y.log_softmax(-1)).sum(dtype=torch.float64))
             sums["top1"] += float((x.argmax(-1) == y.argmax(-1)).sum())
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Terms that sum to KL(p || q) of log-probabilities: p (q/p - 1 - log(q/p)), none of which is negative.
+
+    The plain p log(p/q) loses a small sum to rounding, for they cancel.
+    """
+    ratio = torch.where(p == q, 0.0, q - p)
+    share = p.exp()
+    return torch.where(ratio.abs() < 1, share * (ratio.expm1() - ratio), q.exp() - share - share * ratio)
 
 
 def _summed_loss(logits: Tensor, targets: Tensor) -> float:

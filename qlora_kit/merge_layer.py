@@ -26,7 +26,7 @@ from .layers import AdapterLayer
 from .lowrank import add_product_
 from .merge_task import MergeTask
 from .quantize import linear_holding
-from .requantize import Rounded, rounded
+from .requantize import Rounded, metric_of, rounded
 from .spill import Spill, set_data_
 from .targets import modules_of
 
@@ -137,18 +137,16 @@ class Merger:
         if target == own and delta is not None and self.task.residual_rank and self.original is None:
             branch, found = self._branch_alone(path, ideal, target, delta)
             if found is None:
-                self.residuals[path] = branch
-                return base, branch
+                return base, self._beside(path, branch)
         if target != own:
             self._release(codec, base)
         found = found or self._rounded(path, ideal, target)
-        if found.residual is not None:
-            self.residuals[path] = found.residual
+        residual = None if found.residual is None else self._beside(path, found.residual)
         if target == own:
             self._keep(codec, base)
             codec.take_(base, found.quantized)
-            return base, found.residual
-        return with_hooks_of(base, linear_holding(base, found.quantized)), found.residual
+            return base, residual
+        return with_hooks_of(base, linear_holding(base, found.quantized)), residual
 
     def _branch_alone(
         self, path: str, ideal: Tensor, target: Quantizer, delta: Factors
@@ -159,23 +157,24 @@ class Merger:
         A small delta moves every block's scale, and with it all values of the block, by as much as itself, so that
         rounding anew loses more than a short branch leaves out.
         """
-        best = combine([Branch(*delta)], [1.0], Recipe("svd", rank=min(self.task.residual_rank, *ideal.shape)), path)
+        metric, rank = metric_of(self.moments.get(path)), min(self.task.residual_rank, *ideal.shape)
+        A, B = delta
+        best = combine([Branch(metric.weigh(A), B)], [1.0], Recipe("svd", rank=rank), path)
+        branch = metric.unweigh(best.A), best.B
         if best.error < _NOTHING:
-            return (best.A, best.B), None
-        A, B = torch.cat([delta[0], -best.A]), torch.cat([delta[1], best.B], dim=1)
-        left = self._weighed(path, torch.linalg.qr(B, mode="r").R @ A)
+            return branch, None
+        left = torch.linalg.qr(torch.cat([B, branch[1]], dim=1), mode="r").R @ torch.cat([A, -branch[0]])
         anew = self._rounded(path, ideal, target)
         assert anew.residual is not None
         lost = add_product_(anew.quantized.dequantize().sub_(ideal), *anew.residual)
-        return (best.A, best.B), anew if self._weighed(path, lost) < left else None
+        return branch, anew if metric.weigh(lost).norm() < metric.weigh(left).norm() else None
 
-    def _weighed(self, path: str, error: Tensor) -> float:
-        """||error||, (out, in), by the second moments of the module's inputs where they are known."""
-        moments = self.moments.get(path)
-        if moments is None:
-            return float(torch.linalg.vector_norm(error))
-        spread = error * moments if moments.dim() == 1 else error @ moments
-        return float((spread * error).sum().clamp_min(0).sqrt())
+    def _beside(self, path: str, factors: Factors) -> Factors:
+        """Note that ``factors`` stay beside the module at ``path``; what they are in the dtype they are kept in."""
+        dtype = self.task.residual_dtype or torch.float32
+        A, B = (checked_cast(f"{path}: a residual factor", factor, dtype) for factor in factors)
+        self.residuals[path] = A, B
+        return A.float(), B.float()
 
     def _rounded(self, path: str, ideal: Tensor, target: Quantizer) -> Rounded:
         try:

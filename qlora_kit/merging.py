@@ -115,7 +115,7 @@ def merge(
         double_quant,
         least_retained,
         not force,
-        residual_dtype,
+        residual_dtype or model.adapter_dtype,
     )
     check_layers(model, task, force)
     with Spill(scratch) as spill:

@@ -51,6 +51,11 @@ def rounded(
     return _loftq().rounded(ideal, quantizer, way, moments, residual_rank)
 
 
+def metric_of(moments: Tensor | None) -> Any:
+    """How errors of a weight whose inputs have these second moments are weighed: a ``loftq.metric.Metric``."""
+    return _loftq().Metric.of(moments)
+
+
 def batches_of(text: Any, model: nn.Module) -> Batches:
     """``text`` ("builtin" or None, a text file, token ids (rows, tokens), or batches) as what ``model`` is called with.
 

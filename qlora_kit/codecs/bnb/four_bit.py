@@ -39,12 +39,12 @@ from .layout import is_repacked, scales_of, standard_bytes
 
 
 def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
-    """Whether bitsandbytes' own forward and backward of ``module`` on ``x`` use the right scales.
+    """Whether bitsandbytes' own forward and backward of ``module`` on ``x`` use the right scales and dtype.
 
-    Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks.
+    Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks; and in
+    float64 they compute garbage.
     """
-    state = _state(module)
-    return x.device.type != "cpu" or state is None or module.in_features % state.blocksize == 0
+    return x.device.type != "cpu" or _state(module) is None or not _misread(module)
 
 
 @register_codec(Linear4bit)
@@ -158,7 +158,7 @@ class Codec4bit(DenseCodec):
         state = _state(module)
         if state is None:
             return
-        if module.in_features % state.blocksize and "forward" not in module.__dict__:
+        if _misread(module) and "forward" not in module.__dict__:
             module.forward = partial(_lookup_forward, module)
         if not is_repacked(state):
             return
@@ -206,6 +206,10 @@ class Codec4bit(DenseCodec):
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
         return dense_linear(module, self.read(module), dtype)
+
+
+def _misread(module: Any) -> bool:
+    return bool(module.in_features % _state(module).blocksize) or module.compute_dtype == torch.float64  # type: ignore[union-attr]
 
 
 def _lookup_forward(module: Any, x: Tensor) -> Tensor:
