@@ -20,10 +20,10 @@ from qlora_kit.cli import app
 from qlora_kit.merge_files import merge_folders
 from qlora_kit.shards import ShardReader
 
-# Every storage into another dtype and into itself; every kind of target from a dense and from a packed base.
-PAIRS = [(storage, into) for storage in STORAGES for into in ("bfloat16", "same")]
-PAIRS += [("bfloat16", into) for into in ("float32", "float16", "nf4", "int8", "nf3")]
-PAIRS += [("nf4", "fp4"), ("nf4", "signed2"), ("int8", "int8"), ("signed2-double", "nf4"), ("nf3", "nf3")]
+# Every storage into a dtype, and those of few bits into themselves; every kind of target, from dense and k-bit bases.
+PAIRS = [(storage, "bfloat16") for storage in STORAGES] + [(storage, "same") for storage in STORAGES[1:]]
+PAIRS += [("bfloat16", "float16"), ("bfloat16", "nf4"), ("bfloat16", "nf3"), ("nf4", "fp4"), ("int8", "int8")]
+PAIRS += [("signed2-double", "nf4")]
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_bits_of_the_merge_in_memory(
     assert torch.isfinite(logits(again)).all()
 
 
-@pytest.mark.parametrize("into", ["float32", "same", "nf4"])
+@pytest.mark.parametrize("into", ["float32", "nf4"])
 def test_conv1d_and_biases(into: str, gpt2_dir: Path, tmp_path: Path) -> None:
     adapter = save_adapter(gpt2_dir, tmp_path / "adapter", bias="all")
     on_disk(gpt2_dir, [adapter], tmp_path / "disk", into=into)
@@ -59,7 +59,7 @@ def test_conv1d_and_biases(into: str, gpt2_dir: Path, tmp_path: Path) -> None:
     assert_same(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8", "nf3"])
+@pytest.mark.parametrize("storage", ["nf4", "nf3"])
 def test_a_dequantized_conv1d_is_stored_as_its_model_loads_it(storage: str, tmp_path: Path) -> None:
     base = save_base(gpt2(), tmp_path / "base", storage)
     adapter = save_adapter(base, tmp_path / "adapter")
@@ -99,7 +99,7 @@ def test_several_adapters_and_weights_against_float64(
 
 def test_embeddings_and_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(bases["bfloat16"], tmp_path / "adapter", ["embed_tokens", "lm_head", "v_proj"])
-    for into in ("bfloat16", "float32", "nf4"):
+    for into in ("bfloat16", "nf4"):
         on_disk(bases["bfloat16"], [adapter], tmp_path / into, into=into)
         in_memory(bases["bfloat16"], [adapter], tmp_path / f"memory-{into}", into=into)
         assert_same(tensors(tmp_path / into), tensors(tmp_path / f"memory-{into}"))
@@ -108,8 +108,7 @@ def test_embeddings_and_the_head(bases: dict[str, Path], tmp_path: Path) -> None
     assert head.dtype == torch.bfloat16, "embeddings stay dense"
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "nf4"])
-@pytest.mark.parametrize("into", ["bfloat16", "same"])
+@pytest.mark.parametrize(("storage", "into"), [("bfloat16", "same"), ("nf4", "bfloat16")])
 def test_trained_copies(storage: str, into: str, bases: dict[str, Path], tmp_path: Path) -> None:
     saved = ["lm_head", "embed_tokens"]
     adapter = save_adapter(bases[storage], tmp_path / "adapter", modules_to_save=saved)
@@ -120,8 +119,9 @@ def test_trained_copies(storage: str, into: str, bases: dict[str, Path], tmp_pat
     assert "taken whole from the adapters: lm_head.weight" in str(report)
 
 
-@pytest.mark.parametrize(("storage", "into"), [("bfloat16", "nf4"), ("nf4", "same"), ("bfloat16", "nf3")])
-def test_searched_scales(storage: str, into: str, bases: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("storage", "into"), [("nf4", "same"), ("bfloat16", "nf3")])
+def test_searched_scales(storage: str, into: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(bases[storage], tmp_path / "adapter", ["q_proj"])
     nearest = on_disk(bases[storage], [adapter], tmp_path / "nearest", into=into)
     searched = on_disk(bases[storage], [adapter], tmp_path / "disk", into=into, rounding="scale-search")
     in_memory(bases[storage], [adapter], tmp_path / "memory", into=into, rounding="scale-search")
@@ -187,7 +187,7 @@ def test_the_base_of_an_adapter_made_by_loftq(bases: dict[str, Path], tmp_path: 
     from qlora_kit import LoftQConfig
 
     config = LoraConfig(
-        r=4, target_modules="all-linear", init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=2)
+        r=4, target_modules=["q_proj"], init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=2)
     )
     out = tmp_path / "quantized"
     stream(Task(bases["float32"], out, config))
