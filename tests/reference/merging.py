@@ -41,3 +41,11 @@ def fidelity(base: np.ndarray, delta: np.ndarray, stored: np.ndarray) -> dict[st
         "error": (lost2 / ideal2) ** 0.5,
         "delta_error": (lost2 / delta2) ** 0.5,
     }
+
+
+def least_left(matrix: np.ndarray, rank: int) -> float:
+    """What the best approximation of that rank leaves of ``matrix`` (Eckart and Young 1936): the root of the sum of the
+    least eigenvalues of the smaller Gram matrix."""
+    wide = matrix if matrix.shape[0] < matrix.shape[1] else matrix.T
+    values = np.linalg.eigvalsh(wide @ wide.T)
+    return float(np.sqrt(max(0.0, values[: max(0, len(values) - rank)].sum())))
