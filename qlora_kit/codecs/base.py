@@ -76,6 +76,10 @@ class Codec:
         """How ``write_`` quantizes; None for storage that doesn't, and for one that no quantizer here describes."""
         return None
 
+    def quantized(self, module: nn.Module) -> Quantized | None:
+        """The stored codes and scales as data, no copies; None where ``quantizer`` is."""
+        return None
+
     def take_(self, module: nn.Module, quantized: Quantized) -> None:
         """Store codes and scales that were chosen elsewhere, as they are; they must be of ``quantizer(module)``."""
         raise CodecError(

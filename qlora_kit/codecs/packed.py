@@ -25,7 +25,7 @@ from .blockwise import scale_blocks_
 from .codebooks import codebook, scheme
 from .dense import dense_linear, take_bias_
 from .lookup import lookup_linear
-from .packing import look_up, pack, packed_bytes
+from .packing import look_up, pack, packed_bytes, unpack
 from .quantized import SCALES_BLOCKSIZE, Quantized, Quantizer, Scales
 
 
@@ -158,6 +158,12 @@ class PackedCodec(Codec):
 
     def quantizer(self, module: Any) -> Quantizer:
         return Quantizer(module.quant_type, module.blocksize, module.double_quant)
+
+    def quantized(self, module: Any) -> Quantized:
+        shape = self.shape(module)
+        codes = unpack(module.weight.data, scheme(module.quant_type).bits, shape[0] * shape[1]).view(shape)
+        shifts = module.stored_scales("shifts")
+        return Quantized(module.quant_type, codes, module.stored_scales(), shifts, module.blocksize, None)
 
     @torch.no_grad()
     def write_(self, module: Any, weight: Tensor) -> None:

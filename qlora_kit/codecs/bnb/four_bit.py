@@ -33,7 +33,7 @@ from .. import blockwise
 from ..base import assembled, checked_weight, codec_for, described, register_codec, row_pieces
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..lookup import lookup_linear
-from ..quantized import Quantized, Quantizer
+from ..quantized import Quantized, Quantizer, Scales
 from .common import stock_forward
 from .layout import is_repacked, scales_of, standard_bytes
 
@@ -79,6 +79,15 @@ class Codec4bit(DenseCodec):
     def quantizer(self, module: Any) -> Quantizer | None:
         state = _state(module)
         return None if state is None else Quantizer(state.quant_type, state.blocksize, state.nested)
+
+    def quantized(self, module: Any) -> Quantized | None:
+        state: Any = _state(module)
+        if state is None:
+            return None
+        pairs = standard_bytes(module.weight.data, state)
+        codes = torch.stack([pairs >> 4, pairs & 0xF], dim=1).reshape(-1)[: state.shape.numel()].view(state.shape)
+        scales = Scales(state.absmax, state.state2.absmax, state.offset.reshape(1)) if state.nested else None
+        return Quantized(state.quant_type, codes, scales or Scales(scales_of(state)), None, state.blocksize, None)
 
     @torch.no_grad()
     def take_(self, module: Any, quantized: Quantized) -> None:
@@ -311,6 +320,8 @@ def _as_state(data: dict[str, Any]) -> QuantState:
         state.__dict__[name] = _as_state(value) if isinstance(value, dict) else value
         if isinstance(value, Tensor):
             state.__dict__[name] = value.clone()
+        elif isinstance(value, tuple):  # a shape, which trees of tensors take apart
+            state.__dict__[name] = torch.Size(value)
     return state
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import CodecError
 from ..base import checked_weight, described, register_codec, row_pieces
 from ..dense import DenseCodec, dense_linear, take_bias_
-from ..quantized import Quantized, Quantizer
+from ..quantized import Quantized, Quantizer, Scales
 from .common import stock_forward
 
 
@@ -44,6 +44,12 @@ class CodecInt8(DenseCodec):
 
     def quantizer(self, module: Any) -> Quantizer | None:
         return Quantizer("int8", None) if _is_int8(module) else None
+
+    def quantized(self, module: Any) -> Quantized | None:
+        if not _is_int8(module):
+            return None
+        codes, scales = _int8_parts(module)
+        return Quantized("int8", codes, Scales(scales), None, None, None, True)
 
     @torch.no_grad()
     def take_(self, module: Any, quantized: Quantized) -> None:
