@@ -25,33 +25,12 @@ from torch import Tensor, nn
 
 from .errors import StorageError, closest
 from .model_folder import locate, skeleton
+from .renamings import Variants
 from .shards import ShardReader
 from .stored import weight_of
 
 _PIECE = 1 << 22
 _OLD_BUFFERS = (".inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
-
-
-class Variants:
-    """Names under which ``model`` may have what is stored under a given one, best first: as it is or as transformers
-    renames it (ViT's layers, BERT's first norms), with or without the prefix that stands before the backbone's names.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        # Conversions that do more than rename (experts stacked) have no tensor of one name on both sides.
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self._renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-
-    def __call__(self, name: str) -> list[str]:
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, _ = rename_source_key(name, self._renamings, [])
-        both = dict.fromkeys((name, renamed))
-        return [found for n in both for found in (n, self.prefix + n, n.removeprefix(self.prefix))]
 
 
 class Side:

@@ -1,37 +1,35 @@
-"""Names that a checkpoint has of an older release, as transformers reads them: it keeps a table for each architecture.
+"""Under which names a model may have what a checkpoint stores: those of older releases, and with another prefix.
 
-Only plain renamings are followed. Where transformers joins or splits stored tensors on loading (experts that are stored
-one by one and stacked, say), a tensor has no one name in the model.
+transformers keeps a table of renamings for each architecture, by which it loads old checkpoints and names the tensors
+of new ones. Only plain renamings are followed. Where it joins or splits stored tensors on loading (experts that are
+stored one by one and stacked, say), a tensor has no one name in the model.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 
-class Renamings:
-    """The table for ``model``; empty for models that aren't transformers', and for releases without one."""
+class Variants:
+    """Names under which ``model`` may have what is stored under a given one, best first: as it is or as transformers
+    renames it (ViT's layers, BERT's first norms), with or without the prefix that stands before the backbone's names.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._simple: list[Any] = []
-        self._others: list[Any] = []
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightRenaming
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
 
-            table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        except (ImportError, AttributeError, TypeError):
-            return
-        for entry in table:
-            (self._simple if isinstance(entry, WeightRenaming) else self._others).append(entry)
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        # Conversions that do more than rename (experts stacked) have no tensor of one name on both sides.
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
 
-    def __call__(self, stored: str) -> str | None:
-        """What the model, or one with another prefix, calls the stored tensor; None if that is no renaming."""
-        name = stored
-        for entry in self._simple:
-            name, _ = entry.rename_source_key(name)
-        if name == stored or any(entry.rename_source_key(name)[1] is not None for entry in self._others):
-            return None
-        return name
+    def __call__(self, name: str) -> list[str]:
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, _ = rename_source_key(name, self._renamings, [])
+        return [found for n in dict.fromkeys((name, renamed)) for found in self.of_prefix(n)]
+
+    def of_prefix(self, name: str) -> tuple[str, str, str]:
+        """``name``, and with or without the prefix."""
+        return name, self.prefix + name, name.removeprefix(self.prefix)

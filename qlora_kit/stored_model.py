@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from .codecs import codec_for
 from .errors import StorageError
 from .model_folder import skeleton
-from .renamings import Renamings
+from .renamings import Variants
 from .shards import ShardReader
 from .stored import PARTS, module_of
 
-# Endings in checkpoints of old releases, which transformers still reads.
-_OLD_ENDS = {".gamma": ".weight", ".beta": ".bias"}
 METHODS = ("bitsandbytes", "qlora_kit")
 
 
@@ -60,7 +58,6 @@ class StoredModel:
         self._check_method()
         self.reader = ShardReader(folder)
         self.types = self.reader.types()
-        self.prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         paths: dict[int, str] = {}
         self.first = {
             path: paths.setdefault(id(module), path)
@@ -70,7 +67,7 @@ class StoredModel:
         state = self.model.state_dict()
         self.known = {name: self._first_name(name) for name in state}
         self.shapes = {self.known[name]: tuple(tensor.shape) for name, tensor in state.items()}
-        self.renamings = Renamings(self.model)
+        self.variants = Variants(self.model)
         self.names: dict[str, str] = {}
         self.parts: dict[str, dict[str, str]] = {}
         self.foreign: list[str] = []
@@ -78,20 +75,16 @@ class StoredModel:
         self._sort()
         if overrides:  # what the folder's own class knows is its head
             own = set(skeleton(folder, quantized=True).state_dict())
-            self.foreign = [name for name in self.foreign if own.isdisjoint(variants(name, self.prefix))]
+            self.foreign = [name for name in self.foreign if own.isdisjoint(self.variants(name))]
         self._check_shapes(resized="vocab_size" in (overrides or {}))
 
     def name_of(self, name: str) -> str | None:
         """The model's name for what a checkpoint or an adapter calls ``name``; None if it has none."""
-        found = self._own_name(name)
-        if found is None and (renamed := self.renamings(name)) is not None:
-            found = self._own_name(renamed)
-        return found
+        return next((self.known[variant] for variant in self.variants(name) if variant in self.known), None)
 
     def path_of(self, path: str) -> str | None:
         """The model's path of the module that an adapter calls ``path``; None if it has none."""
-        candidates = (path, self.prefix + path, path.removeprefix(self.prefix))
-        found = next((self.first[p] for p in candidates if p and p in self.first), None)
+        found = next((self.first[p] for p in self.variants.of_prefix(path) if p and p in self.first), None)
         weight = self.name_of(f"{path}.weight") if found is None else None
         return found if weight is None else weight.removesuffix(".weight")
 
@@ -99,7 +92,8 @@ class StoredModel:
         """What a checkpoint should call the model's ``name``: the same, or what this one calls it where transformers
         has a renaming, which it reverses on saving."""
         stored = self.names.get(name, name)
-        return name if self._own_name(stored) == name else stored
+        own = next((self.known[variant] for variant in self.variants.of_prefix(stored) if variant in self.known), None)
+        return name if own == name else stored
 
     def ties(self) -> list[list[str]]:
         """Groups of names, by first paths, that one parameter has in the model."""
@@ -152,9 +146,6 @@ class StoredModel:
                 )
             self.parts.setdefault(weight, {"weight": self.names[weight]})[part] = stored
 
-    def _own_name(self, name: str) -> str | None:
-        return next((self.known[variant] for variant in variants(name, self.prefix) if variant in self.known), None)
-
     def _first_name(self, name: str) -> str:
         path, _, local = name.rpartition(".")
         return f"{self.first[path]}.{local}" if path in self.first and path else name
@@ -204,10 +195,3 @@ def tied_groups(model: nn.Module, known: Mapping[str, str]) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[id(parameter)][known.get(name, name)] = None
     return [list(names) for names in groups.values() if len(names) > 1]
-
-
-def variants(name: str, prefix: str) -> Iterable[str]:
-    """Names under which a model may have what is stored as ``name``: best first."""
-    renamed = [name[: -len(old)] + new for old, new in _OLD_ENDS.items() if name.endswith(old)]
-    for one in (name, *renamed):
-        yield from (one, prefix + one, one.removeprefix(prefix))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .combine_files import Stored
 from .merge_changes import parameter_name
 from .model_folder import skeleton, task_of
-from .stored_model import variants
+from .renamings import Variants
 
 # transformers' tables from a config's class to a model's, by PEFT's name of the task.
 _CLASSES = {
@@ -46,10 +46,10 @@ def _vocabulary(own: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Any]:
         for name, parameter in own.named_parameters(remove_duplicate=False)
         if any(parameter is table for table in tables)
     }
-    words, prefix = getattr(own.config, "vocab_size", None), f"{getattr(own, 'base_model_prefix', '')}."
+    words, variants = getattr(own.config, "vocab_size", None), Variants(own)
     found = set()
     for name, value in held.items():
-        table = next((names[variant] for variant in variants(name, prefix) if variant in names), None)
+        table = next((names[variant] for variant in variants(name) if variant in names), None)
         if table is not None and value.shape[1:] == table.shape[1:] and table.shape[0] == words != value.shape[0]:
             found.add(value.shape[0])
     return {"vocab_size": found.pop()} if len(found) == 1 else {}
