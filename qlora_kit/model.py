@@ -183,7 +183,8 @@ class LoraModel(Combining):
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Add the named (default: active) adapters to the base weights, keeping what undoes it bit for bit.
 
-        Adapters merged before stay merged. While any is, forward applies no others.
+        Adapters merged before stay merged, and naming these alone is a MergeError. While any is, forward applies no
+        others.
         """
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [chosen] if isinstance(chosen, str) else list(chosen)

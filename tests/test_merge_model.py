@@ -42,7 +42,9 @@ def test_unmerging_is_bitwise(storage: str) -> None:
     assert all(layer.merged_adapters == ["a", "b"] for layer in lora.adapter_layers().values())
     merged = output(lora)
     assert not torch.equal(merged, apart)
-    lora.merge_adapter(["a"])  # it is merged already
+    for names in (None, "a"):
+        with pytest.raises(MergeError, match=r"nothing to merge: .* are merged already; .*unmerge_adapter\(\) first"):
+            lora.merge_adapter(names)
     assert torch.equal(output(lora), merged)
     lora.unmerge_adapter()
     assert_same_bits(lora, before)

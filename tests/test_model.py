@@ -148,7 +148,8 @@ def test_merge_and_unmerge_come_back_bitwise() -> None:
     assert {name for layer in lora.adapter_layers().values() for name in layer.merged_adapters} == {"default"}
     with pytest.raises(AdapterError, match="unmerge_adapter"):
         lora.delete_adapter("default")
-    lora.merge_adapter()  # merged already: nothing is added twice
+    with pytest.raises(MergeError, match="merged already"):
+        lora.merge_adapter()
     torch.testing.assert_close(logits(lora), apart, rtol=0, atol=1e-5)
     lora.unmerge_adapter()
     assert_same_state(lora, before)
