@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def parts_of(folders: Sequence[Any], weights: Sequence[float] | None) -> dict[st
     Raises:
         MergeError: no adapter, one that is named twice, or weights that don't fit.
     """
-    names = [str(folder) for folder in folders]
+    names = [str(Path(folder)) for folder in folders]
     if not names:
         raise MergeError("nothing to merge: expected at least one adapter, found none; pass --adapter DIR")
     if len(set(names)) != len(names):

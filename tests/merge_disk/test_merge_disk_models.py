@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from disk_merges import assert_same, in_memory, llama, logits, on_disk, save_adapter, save_base, tensors
+from safetensors.torch import save_file
 from test_merge_ties import assert_close, is_tied, peft_adapter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 
@@ -113,3 +121,24 @@ def test_several_dtypes_in_one_base(tmp_path: Path) -> None:
 def save_base_as_is(model: object, folder: Path) -> Path:
     model.save_pretrained(folder)  # type: ignore[attr-defined]
     return folder
+
+
+def test_names_of_an_older_release(tmp_path: Path) -> None:
+    """BERT's norms were called gamma and beta once, and are loaded so still."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base, expected = tmp_path / "base", tmp_path / "expected"
+    BertForMaskedLM(BertConfig(**sizes, intermediate_size=64)).save_pretrained(base)
+    adapted = peft_adapter(BertForMaskedLM.from_pretrained(base), tmp_path / "adapter", ["query", "word_embeddings"])
+    on_disk(base, [tmp_path / "adapter"], expected, into="float32")
+    file = base / "model.safetensors"
+    old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+    state = tensors(base)
+    for new, ending in old.items():
+        state = {name.replace(new, ending): tensor for name, tensor in state.items()}
+    assert sum(name.endswith(".gamma") for name in state) == 4
+    save_file(state, file, {"format": "pt"})
+    report = on_disk(base, [tmp_path / "adapter"], tmp_path / "out", into="float32")
+    assert report.untied == [["bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"]]
+    for folder in (expected, tmp_path / "out"):
+        assert_close(logits(BertForMaskedLM.from_pretrained(folder)), logits(adapted))
