@@ -29,7 +29,7 @@ def plot(report: MergeReport, path: Path) -> None:
     sizes.plot(layers, deltas, "o", ms=4, color="C0", label="delta / weight")
     sizes.plot(layers, errors, "o", ms=4, color="C3", label="rounding error / weight")
     sizes.set_yscale("log")
-    sizes.set_ylim(min(*deltas, *errors, 1) / 2, max(*deltas, *errors, _LEAST) * 2)
+    sizes.set_ylim(min([*deltas, *errors, 1]) / 2, max([*deltas, *errors, _LEAST]) * 2)
     sizes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     sizes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     sizes.yaxis.set_minor_formatter(NullFormatter())
@@ -38,7 +38,7 @@ def plot(report: MergeReport, path: Path) -> None:
     kept.axhline(100, color="0.6", lw=0.8, ls=":")
     shares = [100 * layer.retained for layer in report.layers]
     kept.plot(layers, shares, "o", ms=4, color="C0")
-    kept.set_ylim(min(0.0, *shares) - 5, max(100.0, *shares) + 5)
+    kept.set_ylim(min([0.0, *shares]) - 5, max([100.0, *shares]) + 5)
     kept.set_ylabel("delta kept, %")
     kept.set_xlabel("layer, in the order of the model")
     into = "each module's own storage" if report.into == "same" else report.into

@@ -156,13 +156,13 @@ def original_folder(model: LoraModel, base: str, original: str | os.PathLike[str
     Raises:
         MergeError: none is named, or it isn't there.
     """
-    if base == "dequantized":
+    if base not in ("original", "auto"):
         return None
     source = original or getattr(getattr(model.model, "config", None), "_name_or_path", None)
     if not source or not Path(source).is_dir():
         raise MergeError(
-            f"base={base!r}: expected the folder with the 16-bit safetensors of this model, found {source!r}; pass "
-            "original=FOLDER"
+            f"base={base!r}: expected the folder with the 16-bit safetensors of this model, found "
+            f"{str(source or '')!r}; pass original=FOLDER"
         )
     return Path(source)
 

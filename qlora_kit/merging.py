@@ -140,8 +140,8 @@ def merge_in_place_(
     error, as where all of them are merged already, none anywhere."""
     held = {(path, name) for path, names in merges.items() for name in names if name in layers[path].r}
     if held and all(name in layers[path].merged_adapters for path, name in held):
-        names = sorted({name for _, name in held})
-        raise MergeError(f"nothing to merge: {names} are merged already; name others, or unmerge_adapter() first")
+        known = sorted({name for _, name in held})
+        raise MergeError(f"nothing to merge: {known} are merged already; name others, or unmerge_adapter() first")
     injection = Injection()
     try:
         for path, names in merges.items():
