@@ -134,7 +134,7 @@ class MergeReport:
             )
         storage = "each module's own storage" if self.into == "same" else self.into
         lines.append(
-            f"{len(self.layers)} layers merged into {storage}: {self.mean('retained'):.1%} of the delta retained, "
+            f"{len(self.layers)} layers merged into {storage}: {self.retained:.1%} of the delta retained, "
             f"mean error {self.mean('error'):.2e}"
         )
         if self.residual_rank:

@@ -17,7 +17,7 @@ def plot(report: MergeReport, path: Path) -> None:
     """Write the picture of ``report`` to ``path``, whose ending says the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,6 +39,7 @@ def plot(report: MergeReport, path: Path) -> None:
     shares = [100 * layer.retained for layer in report.layers]
     kept.plot(layers, shares, "o", ms=4, color="C0")
     kept.set_ylim(min([0.0, *shares]) - 5, max([100.0, *shares]) + 5)
+    kept.xaxis.set_major_locator(MaxNLocator(integer=True))
     kept.set_ylabel("delta kept, %")
     kept.set_xlabel("layer, in the order of the model")
     into = "each module's own storage" if report.into == "same" else report.into
