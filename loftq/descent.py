@@ -19,10 +19,14 @@ which the share that arrives,
 
     <Q - base, delta>_R / <delta, delta>_R,
 
-is one. What is left of the error then is noise, and no longer a part of what was learned.
+is one. That done, the target is moved a few times by what is still missing along the delta's own singular directions
+under R: there are no more than its rank, so what is missing along them is no noise. What is left of the error then is,
+and no longer a part of what was learned.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,81 +40,123 @@ from .metric import DAMPING, LEAST_DAMPING
 _BLOCK = 64
 # How far beyond the delta a row may aim, and how often it aims anew: steps of a bisection on the logarithm.
 _FARTHEST, _AIMS = 200.0, 6
+# Then how often, and by what part of it, the target is moved by what is missing along the delta's directions.
+_CORRECTIONS, _STEP = 3, 0.5
 
 
 @torch.no_grad()
-def round_from_codes(stored: Quantized, delta: Tensor, moments: Tensor, *, damping: float = DAMPING) -> Quantized:
-    """``stored`` with codes changed, at the same scales, so that it carries ``delta`` besides.
+def round_from_codes(
+    stored: Quantized, A: Tensor, B: Tensor, moments: Tensor, *, damping: float = DAMPING
+) -> Quantized:
+    """``stored`` with codes changed, at the same scales, so that it carries the delta B @ A besides.
 
     Args:
         stored: of blocks, not int8's rows.
-        delta: float32 (out, in), to be added to what ``stored`` reads as.
+        A, B: float32 (rank, in) and (out, rank); B @ A is to be added to what ``stored`` reads as.
         moments: second moments (in, in) of the layer's inputs, or their diagonal (in,).
         damping: share of the mean square that is added to each input's own.
+
+    Raises:
+        ConfigError: codes without a table.
     """
     if stored.blocksize is None:
-        raise ConfigError(
-            "stored: expected codes of blocks with a table, found int8's rows; round those to the nearest"
-        )
-    problem = _Descent(stored, delta, _damped(moments, damping))
-    rows = len(delta)
-    low, high = torch.ones(rows, device=delta.device), torch.full((rows,), _FARTHEST, device=delta.device)
-    best = stored.codes.clone()
-    nearest = torch.ones(rows, device=delta.device)  # |share - 1| of the codes as they are stored
-    aim = low.clone()
-    for _ in range(1 + _AIMS):
-        codes, share = problem.aimed(aim)
-        closer = (share - 1).abs() < nearest
-        best[closer], nearest = codes[closer], torch.where(closer, (share - 1).abs(), nearest)
-        high, low = torch.where(share >= 1, aim, high), torch.where(share >= 1, low, aim)
-        aim = (low * high).sqrt()
-    parts = stored.quant_type, best, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
+        raise ConfigError("stored: expected codes of blocks with a table, found int8's rows; round to the nearest")
+    descent = _Descent(stored, _damped(moments, damping))
+    delta = B @ A
+    codes, aim = _by_rows(descent, delta)
+    codes = _by_directions(descent, A, B, delta, codes, aim)
+    parts = stored.quant_type, codes, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
     return Quantized(*parts)
 
 
+def _by_rows(descent: _Descent, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (out, in), and the c of each row (out,), with which about all of its delta arrives."""
+    weighed = delta @ descent.moments
+    size = (weighed * delta).sum(1)
+    low = torch.ones_like(size)
+    high, aim, best = torch.full_like(size, _FARTHEST), low.clone(), low.clone()
+    codes = descent.stored.codes.clone()
+    missing = torch.ones_like(size)  # |share - 1| of the codes as they are stored
+    for _ in range(1 + _AIMS):
+        found, change = descent.towards(aim[:, None] * delta)
+        arrived = (change * weighed).sum(1)
+        share = torch.where(size > 0, arrived / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
+        closer = ((share - 1).abs() < missing) & (size > 0)
+        codes[closer], best[closer] = found[closer], aim[closer]
+        missing = torch.where(closer, (share - 1).abs(), missing)
+        high, low = torch.where(share >= 1, aim, high), torch.where(share >= 1, low, aim)
+        aim = (low * high).sqrt()
+    return codes, best
+
+
+def _by_directions(descent: _Descent, A: Tensor, B: Tensor, delta: Tensor, codes: Tensor, aim: Tensor) -> Tensor:
+    """``codes``, or better ones, towards a target moved by what is missing along the delta's singular directions."""
+    factor = torch.linalg.cholesky(descent.moments.double()).float()  # R = F F^T
+    left, core = torch.linalg.qr(B)
+    right, other = torch.linalg.qr((A @ factor).T)
+    kept = torch.linalg.svdvals(core @ other.T) > 1e-6 * torch.linalg.matrix_norm(core @ other.T, 2)
+    U, _, Vh = torch.linalg.svd(core @ other.T)
+    U, V = left @ U[:, : int(kept.sum())], right @ Vh[: int(kept.sum())].T
+    back = torch.linalg.solve_triangular(factor, V.T, upper=False, left=False)  # V^T F^-1
+    onto = factor @ V
+    target, change = aim[:, None] * delta, descent.read(codes) - descent.base
+    missing = U.T @ ((delta - change) @ onto)
+    for _ in range(_CORRECTIONS):
+        target = target + _STEP * aim[:, None] * (U @ missing @ back)
+        found, change = descent.towards(target)
+        left_over = U.T @ ((delta - change) @ onto)
+        if left_over.norm() >= missing.norm():
+            break
+        codes, missing = found, left_over
+    return codes
+
+
 class _Descent:
-    """One weight's columns as rows, those of the largest mean square first: what is worked on then lies together."""
+    """Sweeps over one weight's columns, from its stored codes. Inside, columns are rows, those of the largest mean
+    square first: what is worked on at a time then lies together."""
 
-    def __init__(self, stored: Quantized, delta: Tensor, moments: Tensor) -> None:
+    def __init__(self, stored: Quantized, moments: Tensor) -> None:
         assert stored.blocksize is not None
-        self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-        self.moments = moments[self.order][:, self.order].contiguous()
-        self.levels, labels = stored.table().sort(stable=True)
-        self.labels = labels.to(torch.uint8)
-        self.midpoints = (self.levels[:-1] + self.levels[1:]) / 2
-        block = torch.arange(delta.numel(), device=delta.device).div_(stored.blocksize, rounding_mode="floor")
-        block = block.view(delta.shape).T[self.order]
-        self.scales = stored.scales[block]
-        self.shifts = None if stored.shifts is None else stored.shifts[block]
-        self.codes = stored.codes.T[self.order].contiguous()
-        self.delta = delta.T[self.order].contiguous()
-        self.base = stored.dequantize().T[self.order].contiguous()
-        self.weighed = self.moments @ self.delta  # (E R) of E = delta, transposed
-        self.size = (self.weighed * self.delta).sum(0)
+        self.stored, self.moments = stored, moments
+        self.base = stored.dequantize()
+        self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+        self._moments = moments[self._order][:, self._order].contiguous()
+        self._levels, labels = stored.table().sort(stable=True)
+        self._labels = labels.to(torch.uint8)
+        self._midpoints = (self._levels[:-1] + self._levels[1:]) / 2
+        block = torch.arange(self.base.numel(), device=moments.device).div_(stored.blocksize, rounding_mode="floor")
+        block = block.view(self.base.shape).T[self._order]
+        self._scales = stored.scales[block]
+        self._shifts = None if stored.shifts is None else stored.shifts[block]
+        self._sorted = self.base.T[self._order].contiguous()
 
-    def aimed(self, aim: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (out, in) after one sweep towards base + aim * delta, and by row the share of it that arrives."""
-        moments, square = self.moments, self.moments.diagonal()
-        error, weighed = self.delta * aim, self.weighed * aim
-        divisor = torch.where(self.scales == 0, torch.ones_like(self.scales), self.scales)
-        codes, change = torch.empty_like(self.codes), torch.empty_like(error)
-        for begin in range(0, len(error), _BLOCK):
-            rows = slice(begin, min(begin + _BLOCK, len(error)))
-            inner, moved = moments[rows, rows], torch.zeros_like(error[rows])
+    def read(self, codes: Tensor) -> Tensor:
+        """float32 (out, in) of ``codes`` at the stored scales."""
+        return replace(self.stored, codes=codes, source=None).dequantize()
+
+    def towards(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (out, in) after one sweep towards base + ``delta``, and what they change of the base."""
+        square, blocked = self._moments.diagonal(), self._moments
+        weighed = blocked @ delta.T[self._order]  # (E R), of the error E = delta at first
+        divisor = torch.where(self._scales == 0, torch.ones_like(self._scales), self._scales)
+        codes = torch.empty(weighed.shape, dtype=torch.uint8, device=weighed.device)
+        change = torch.empty_like(weighed)
+        for begin in range(0, len(weighed), _BLOCK):
+            rows = slice(begin, min(begin + _BLOCK, len(weighed)))
+            inner, moved = blocked[rows, rows], torch.empty_like(weighed[rows])
             for k, column in enumerate(range(rows.start, rows.stop)):
-                step = weighed[column] if k == 0 else weighed[column] + inner[k, :k] @ moved[:k]
-                goal = self.base[column] + step / square[column]
-                value = goal if self.shifts is None else goal - self.shifts[column]
-                rank = torch.bucketize(value / divisor[column], self.midpoints)
-                read = self.levels[rank] * self.scales[column]
-                change[column] = (read if self.shifts is None else read + self.shifts[column]) - self.base[column]
-                moved[k] = -change[column]  # what the column's error changes by
-                codes[column] = self.labels[rank]
-            weighed.addmm_(moments[:, rows], moved)
-        placed = torch.empty_like(codes)
-        placed[self.order] = codes
-        arrived = (change * self.weighed).sum(0)
-        return placed.T.contiguous(), torch.where(self.size > 0, arrived / self.size.clamp_min(1e-30), 1.0)
+                pull = weighed[column] if k == 0 else weighed[column] - inner[k, :k] @ moved[:k]
+                goal = self._sorted[column] + pull / square[column]
+                value = goal if self._shifts is None else goal - self._shifts[column]
+                rank = torch.bucketize(value / divisor[column], self._midpoints)
+                read = self._levels[rank] * self._scales[column]
+                moved[k] = (read if self._shifts is None else read + self._shifts[column]) - self._sorted[column]
+                codes[column] = self._labels[rank]
+            change[rows] = moved
+            weighed.addmm_(blocked[:, rows], moved, alpha=-1)
+        back = torch.empty_like(self._order)
+        back[self._order] = torch.arange(len(back), device=back.device)
+        return codes[back].T.contiguous(), change[back].T.contiguous()
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, retained_of
 from .merge_task import MergeTask
-from .requantize import rounded
+from .requantize import Grid, rounded
 
 if TYPE_CHECKING:
     from .model import LoraModel
@@ -54,11 +54,12 @@ def _tried(model: LoraModel, task: MergeTask, report: MergeReport) -> list[tuple
             parts = {name: weight for name, weight in task.parts.items() if name in layer.r}
             if target is None or not parts:
                 continue
-            with layer.unmerged():
-                ideal = codec.read(base)
             delta = layer.stacked(parts)
-            norms = add_delta_(ideal, *delta, row.path)
-            tried = rounded(ideal, target, way, None, rank)
+            with layer.unmerged():
+                ideal, quantized = codec.read(base), codec.quantized(base)
+                grid = Grid(quantized, *delta) if quantized is not None and target == codec.quantizer(base) else None
+                norms = add_delta_(ideal, *delta, row.path)
+                tried = rounded(ideal, target, way, None, rank, grid)
             stored = tried.quantized.dequantize()
             accounts.append(
                 compare(row.path, codec.name, ideal, delta, norms, [(slice(0, len(stored)), stored)], tried.residual)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .algebra import Branch, Recipe, combine
 from .base_choice import original_of
 from .codecs import Codec, codec_for, find_codec
 from .codecs.dense import dense_linear
@@ -23,16 +22,13 @@ from .errors import CodecError, ConfigError, MergeError
 from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
 from .inject import Injection, swap_, with_hooks_of
 from .layers import AdapterLayer
-from .lowrank import add_product_
 from .merge_task import MergeTask
 from .quantize import linear_holding
-from .requantize import Rounded, metric_of, rounded
+from .requantize import Grid, Rounded, rounded
 from .spill import Spill, set_data_
 from .targets import modules_of
 
 Factors = tuple[Tensor, Tensor]
-# A branch for the delta alone that leaves less of it than this, relative to it, leaves rounding errors.
-_NOTHING = 1e-6
 
 
 class Merger:
@@ -133,41 +129,19 @@ class Merger:
             self._keep(codec, base)
             codec.write_(base, ideal)
             return base, None
-        found: Rounded | None = None
-        if target == own and delta is not None and self.task.residual_rank and self.original is None:
-            branch, found = self._branch_alone(path, ideal, target, delta)
-            if found is None:
-                return base, self._beside(path, branch)
+        grid = None
+        if target == own and delta is not None and self.original is None:
+            stored = codec.quantized(base)
+            grid = None if stored is None else Grid(stored, *delta)
         if target != own:
             self._release(codec, base)
-        found = found or self._rounded(path, ideal, target)
+        found = self._rounded(path, ideal, target, grid)
         residual = None if found.residual is None else self._beside(path, found.residual)
         if target == own:
             self._keep(codec, base)
             codec.take_(base, found.quantized)
             return base, residual
         return with_hooks_of(base, linear_holding(base, found.quantized)), residual
-
-    def _branch_alone(
-        self, path: str, ideal: Tensor, target: Quantizer, delta: Factors
-    ) -> tuple[Factors, Rounded | None]:
-        """The best branch for the delta on the weight as it is stored; and the weight rounded anew with a branch of its
-        own, if that leaves less.
-
-        A small delta moves every block's scale, and with it all values of the block, by as much as itself, so that
-        rounding anew loses more than a short branch leaves out.
-        """
-        metric, rank = metric_of(self.moments.get(path)), min(self.task.residual_rank, *ideal.shape)
-        A, B = delta
-        best = combine([Branch(metric.weigh(A), B)], [1.0], Recipe("svd", rank=rank), path)
-        branch = metric.unweigh(best.A), best.B
-        if best.error < _NOTHING:
-            return branch, None
-        left = torch.linalg.qr(torch.cat([B, branch[1]], dim=1), mode="r").R @ torch.cat([A, -branch[0]])
-        anew = self._rounded(path, ideal, target)
-        assert anew.residual is not None
-        lost = add_product_(anew.quantized.dequantize().sub_(ideal), *anew.residual)
-        return branch, anew if metric.weigh(lost).norm() < metric.weigh(left).norm() else None
 
     def _beside(self, path: str, factors: Factors) -> Factors:
         """Note that ``factors`` stay beside the module at ``path``; what they are in the dtype they are kept in."""
@@ -176,9 +150,10 @@ class Merger:
         self.residuals[path] = A, B
         return A.float(), B.float()
 
-    def _rounded(self, path: str, ideal: Tensor, target: Quantizer) -> Rounded:
+    def _rounded(self, path: str, ideal: Tensor, target: Quantizer, grid: Grid | None) -> Rounded:
+        task = self.task
         try:
-            return rounded(ideal, target, self.task.rounding, self.moments.get(path), self.task.residual_rank)
+            return rounded(ideal, target, task.rounding, self.moments.get(path), task.residual_rank, grid)
         except ConfigError as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error
 

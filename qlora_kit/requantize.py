@@ -3,7 +3,8 @@ low-rank branch for what is lost. Those ways are LoftQ's, so this is where mergi
 
 - "nearest": each value to its nearest code. A delta smaller than half a step is gone.
 - "scale-search": blocks' scales that leave the least squared error, then nearest codes.
-- "error-feedback": searched scales, and codes that make up for one another under the inputs' second moments (GPTQ).
+- "error-feedback": searched scales, and codes that make up for one another under the inputs' second moments (GPTQ);
+  or, for a small delta on a base that is stored so already, its own codes changed until the delta arrives.
 - a residual rank k: Q and the branch s B A found together, as LoftQ starts an adapter (``loftq.factorize``), by the
   method that goes with the rounding. The branch stays attached: the weight has few bits and the delta isn't lost.
 """
@@ -27,6 +28,20 @@ _ON_DEMAND = "loftq.requantize"
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where an ideal weight comes from, if its base lies on the grid of the quantizer that it is to be rounded by.
+
+    Attributes:
+        stored: the base, as it is stored.
+        A, B: float32 (rank, in) and (out, rank): the ideal weight is what ``stored`` reads as, plus B @ A.
+    """
+
+    stored: Quantized
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
 class Rounded:
     """A quantized weight, and A (rank, in) and B (out, rank) with ``quantized + B @ A`` close to the ideal one."""
 
@@ -36,7 +51,12 @@ class Rounded:
 
 @torch.no_grad()
 def rounded(
-    ideal: Tensor, quantizer: Quantizer, way: str = "nearest", moments: Tensor | None = None, residual_rank: int = 0
+    ideal: Tensor,
+    quantizer: Quantizer,
+    way: str = "nearest",
+    moments: Tensor | None = None,
+    residual_rank: int = 0,
+    grid: Grid | None = None,
 ) -> Rounded:
     """Quantize float32 (out, in) ``ideal``.
 
@@ -45,15 +65,11 @@ def rounded(
         moments: second moments (in, in) of the layer's inputs, or their diagonal (in,); "error-feedback" needs them
             whole, the others weigh errors by them where they are given.
         residual_rank: of the branch; cut to what the weight has.
+        grid: a small delta on codes that are there already needn't be rounded anew; see ``loftq.requantize``.
     """
     if way == "nearest" and not residual_rank:
         return Rounded(quantizer(ideal))
-    return _loftq().rounded(ideal, quantizer, way, moments, residual_rank)
-
-
-def metric_of(moments: Tensor | None) -> Any:
-    """How errors of a weight whose inputs have these second moments are weighed: a ``loftq.metric.Metric``."""
-    return _loftq().Metric.of(moments)
+    return _loftq().rounded(ideal, quantizer, way, moments, residual_rank, grid)
 
 
 def batches_of(text: Any, model: nn.Module) -> Batches:
@@ -73,7 +89,7 @@ def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) ->
             for "error-feedback", which takes the text that every Python has.
 
     Raises:
-        MergeError: they lack a module that needs them.
+        MergeError: they lack a module that needs them, or are of another shape.
     """
     if statistics is None and way != "error-feedback":
         return {}
@@ -86,7 +102,21 @@ def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) ->
             f"({len(missing)} of {len(paths)} modules); pass statistics of all of them, text that reaches them, or "
             "another rounding"
         )
+    for path, moments in found.items() if given else ():
+        if path in paths:
+            _check_shape(path, moments, model.get_submodule(path), way)
     return found
+
+
+def _check_shape(path: str, moments: Tensor, layer: Any, way: str) -> None:
+    width = layer.codec.shape(layer.base_layer)[1]
+    shapes = [(width, width)] if way == "error-feedback" else [(width, width), (width,)]
+    if not isinstance(moments, Tensor) or tuple(moments.shape) not in shapes:
+        raise MergeError(
+            f"{path}: expected second moments of its inputs of shape {' or '.join(map(str, shapes))} for "
+            f"rounding={way!r}, found {tuple(moments.shape) if isinstance(moments, Tensor) else moments!r}; pass those "
+            "of this model's layers, or a text to collect them on"
+        )
 
 
 def target_of(
