@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .command_group import command_group, errors_in_red
+from .command_group import command_group, errors_in_red, names_or_pattern
 from .errors import ConfigError
 
 app = command_group("Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.")
@@ -150,6 +150,43 @@ def merge(
             device=device,
             tokenizer=tokenizer,
             progressbar=True,
+        )
+    typer.echo(str(report))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Option(help="The model before: a folder, or a name on the hub.", show_default=False)],
+    tuned: Annotated[str, typer.Option(help="The same model after tuning.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the adapter goes.", show_default=False)],
+    rank: Annotated[Optional[int], typer.Option(help="Of every module, 32 say.")] = None,  # noqa: UP045
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Instead of --rank: the share of each module's difference to keep, 0.9 say."),
+    ] = None,
+    targets: Annotated[str, typer.Option(help="all-linear, names with commas between, or a regex.")] = "all-linear",
+    whole: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Modules to store whole: norm,lm_head say, or changed for all that the ranks can't hold."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+) -> None:
+    """Turn the difference of two checkpoints into the best adapter there is, and show what it holds and leaves out."""
+    from .extract_files import extract_folders
+
+    with errors_in_red("qlora-kit extract"):
+        report = extract_folders(
+            base,
+            tuned,
+            out,
+            rank,
+            energy=energy,
+            target_modules=names_or_pattern(targets),
+            whole=whole if whole in (None, "changed") else [name.strip() for name in whole.split(",")],
+            dtype=dtype,
+            device=device,
         )
     typer.echo(str(report))
     typer.echo(f"wrote {out}")
