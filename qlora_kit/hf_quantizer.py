@@ -205,7 +205,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _empty(linear: Any, group: Mapping[str, Any]) -> PackedLinear:
     conv1d = _is_conv1d(linear)
     in_features = linear.nx if conv1d else linear.in_features
-    return PackedLinear(
+    packed: Any = PackedLinear(
         in_features,
         linear.nf if conv1d else linear.out_features,
         bias=linear.bias is not None,
@@ -215,3 +215,6 @@ def _empty(linear: Any, group: Mapping[str, Any]) -> PackedLinear:
         compute_dtype=linear.weight.dtype,
         device="meta",
     ).train(linear.training)
+    if conv1d:
+        packed.source_cls = type(linear)
+    return packed

@@ -98,6 +98,15 @@ def cast_rest_(model: nn.Module, dtype: torch.dtype, spill: Spill, undo: Injecti
             tensor.data = cast
 
 
+def forget_loading_(model: nn.Module, undo: Injection) -> None:
+    """Drop the steps by which transformers loaded quantized weights: it would undo them on saving, and can't."""
+    steps: Any = getattr(model, "_weight_conversions", None)
+    if steps:
+        undo.on_undo(partial(setattr, model, "_weight_conversions", steps))
+        kept = [s for s in steps if not any(hasattr(op, "hf_quantizer") for op in getattr(s, "operations", ()))]
+        model._weight_conversions = kept  # type: ignore[assignment]
+
+
 def declare_storage_(model: nn.Module, task: MergeTask, undo: Injection) -> None:
     """Make the model and its config say how the weights are stored now."""
     config = getattr(model, "config", None)

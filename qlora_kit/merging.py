@@ -28,7 +28,7 @@ from .layers import AdapterLayer
 from .merge_advice import refusal
 from .merge_layer import Merger
 from .merge_task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
-from .merged_model import cast_rest_, declare_storage_, keep_state_, put_trained_copies_
+from .merged_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, put_trained_copies_
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
 from .spill import Spill
@@ -209,6 +209,7 @@ def _carried_out(
     short = bool(rounded) and retained_of(rounded) < task.least_retained
     if short and task.refuses:
         return report, True
+    forget_loading_(model.model, undo)
     if task.into != "same":
         declare_storage_(model.model, task, undo)
     residual = attach_residual_(model, merger.residuals, task.residual_dtype, undo)

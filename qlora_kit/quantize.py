@@ -7,7 +7,7 @@ by the same function.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -82,6 +82,13 @@ def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = Fals
     """A module that computes with ``quantized`` in the place of ``base``, a linear layer or ``Conv1D``, however that is
     stored; with ``packed`` one of ours, whatever the type."""
     linear = _as_linear(base)
+    holding = _holding(linear, quantized, packed)
+    if not isinstance(base, nn.Linear):
+        holding.source_cls = type(base)  # as transformers marks its own; who makes it dense again has to know
+    return holding
+
+
+def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
     if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
     from .codecs.bnb import quantize_linear, quantize_linear_int8, take_codes_, take_codes_int8_

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,15 +101,23 @@ class ConvCodec(DenseCodec):
         return matrix.reshape(stored_shape)
 
 
-def take_bias_(module: nn.Linear, source: nn.Linear) -> None:
+def take_bias_(module: Any, source: Any) -> None:
     """Give ``module`` a copy of ``source``'s bias, and its training flag."""
     if source.bias is not None:
         module.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=source.bias.requires_grad)
     module.train(source.training)
 
 
-def dense_linear(module: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A frozen ``nn.Linear`` of ``weight`` in ``dtype``, with ``module``'s bias copied."""
+def dense_linear(module: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A frozen ``nn.Linear`` of ``weight`` (out, in) in ``dtype``, with ``module``'s bias copied; a ``Conv1D`` of
+    transformers where ``module`` took the place of one, since checkpoints of its model hold it transposed."""
+    source = getattr(module, "source_cls", nn.Linear)
+    if source.__name__ == "Conv1D":
+        with torch.device("meta"):
+            conv1d: nn.Module = source(module.out_features, module.in_features)
+        conv1d.weight = nn.Parameter(weight.to(dtype).t().contiguous(), requires_grad=False)
+        take_bias_(conv1d, module)
+        return conv1d.to(dtype)
     dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     take_bias_(dense, module)
