@@ -60,10 +60,11 @@ class Task:
     """What an adapter is trained and measured on.
 
     Attributes:
-        train: batches of the training text, as inputs of the model, that statistics may be collected on.
-        builtin: the same of text that is neither trained nor measured on.
+        train: batches of the training text that statistics are collected on.
+        builtin: text for them that is neither trained nor measured on.
         original: folder of the 16-bit weights.
         task_type: of the adapter.
+        auto, options: how transformers loads the model.
     """
 
     train: list[dict[str, Tensor]]
@@ -80,9 +81,8 @@ class Task:
         raise NotImplementedError
 
     def load(self, folder: str | Path, **options: Any) -> Any:
-        """From a folder, for measuring: nothing rewrites what is stored."""
-        found = self.auto.from_pretrained(folder, dtype=torch.float32, **self.options, **options).eval()
-        return found
+        """The model in a folder, as transformers loads it; not yet kept from being rewritten by a forward pass."""
+        return self.auto.from_pretrained(folder, dtype=torch.float32, **self.options, **options).eval()
 
 
 class Language(Task):
@@ -230,7 +230,7 @@ class Store:
         return self.folder / case.key.replace(" | ", "-")
 
     def base(self, case: Case) -> Any:
-        """The quantized base, from disk; not yet kept from being rewritten by a forward pass."""
+        """The quantized base, from disk."""
         if not (self.base_folder(case) / "config.json").exists():
             self._make(case)
         return self.task(case).load(self.base_folder(case))

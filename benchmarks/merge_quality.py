@@ -17,7 +17,8 @@ Statistics for error feedback are those of 128 rows of the fine-tune's own train
 the row says so. peft's merge is measured in the same run on the NF4 base, loaded by peft from the same two folders. It
 gets its best case: no forward pass before the merge (on a CPU with AVX512_BF16 one in evaluation mode makes
 bitsandbytes rewrite the weights, and the merge then reads garbage: a row of its own), and the merged model is measured
-protected from that. It can't merge into packed storage.
+protected from that. It can't merge into packed storage. For the encoder "cosine" is the mean one of the merged model's
+embeddings with the adapted one's.
 
 Run: python benchmarks/merge_quality.py --state FILE [--models DIR ... MiniLM] [--bits 4 3 2] [--rates 1e-4 ...]
     [--start zero] [--seeds 1] [--ways NAME ...]
@@ -108,6 +109,7 @@ def run(case: Case, store: Store, state: State, wanted: list[str] | None) -> Non
         state.save()
         print(f"{case.key}: base {row['base']:.4f}, adapted {row['adapted']:.4f}", flush=True)
     moments: dict[str, Mapping[str, Tensor]] = {}
+    expected = task.embeddings(store.adapted(case)) if isinstance(task, Encoder) else None
     for way in WAYS:
         skipped = way.options.get("base") == "auto" and isinstance(task, Encoder)
         if way.name in row["ways"] or skipped or (wanted and way.name not in wanted):
@@ -129,13 +131,13 @@ def run(case: Case, store: Store, state: State, wanted: list[str] | None) -> Non
             **options,
         )
         seconds = time.monotonic() - began
-        found = measured(task, report.model)
+        found = measured(task, report.model, expected)
         found |= {"retained": report.retained, "seconds": seconds, "chosen": report.base}
         row["delta_ratio"] = report.mean("delta_ratio")
         _done(state, case, way.name, found)
     for name in (PEFT, PEFT_LATE):
         if case.bits == 4 and name not in row["ways"] and not (wanted and name not in wanted):
-            _done(state, case, name, measured(task, merged_by_peft(case, store, late=name == PEFT_LATE)))
+            _done(state, case, name, measured(task, merged_by_peft(case, store, late=name == PEFT_LATE), expected))
 
 
 def merged_by_peft(case: Case, store: Store, *, late: bool) -> nn.Module:
@@ -150,9 +152,12 @@ def merged_by_peft(case: Case, store: Store, *, late: bool) -> nn.Module:
     return merged
 
 
-def measured(task: Task, model: nn.Module) -> dict[str, Any]:
+def measured(task: Task, model: nn.Module, expected: Tensor | None) -> dict[str, Any]:
+    """The merged model's number and bits; with the adapted model's embeddings, how far its own are from those."""
     protect_storage_(model)
     found: dict[str, Any] = {"value": task.measure(model)}
+    if isinstance(task, Encoder) and expected is not None:
+        found["cosine"] = float((task.embeddings(model).float() * expected).sum(-1).mean())
     found["bits"], found["residual_bits"] = bits_of(model)
     return found
 
@@ -180,8 +185,8 @@ def print_tables(state: State) -> None:
         groups.setdefault((model, int(bits), start), []).append((f"{rate}, {seed}", row))
     for (model, bits, start), rows in sorted(groups.items(), key=lambda group: (group[0][0], -group[0][1])):
         rows.sort(key=lambda named: named[1].get("delta_ratio", 0))
-        number = "loss" if model == "MiniLM" else "perplexity"
-        print(f"\n{model}, {bits} bits, {start} start: {number}, kept, retained\n")
+        number, more = ("loss", ", cosine") if model == "MiniLM" else ("perplexity", "")
+        print(f"\n{model}, {bits} bits, {start} start: {number}, kept, retained{more}\n")
         heads = [f"delta {row.get('delta_ratio', 0):.1%} (rate, seed {name})" for name, row in rows]
         print(f"| | bits | {' | '.join(heads)} |\n| --- | ---: |{' ---: |' * len(rows)}")
         print(f"| base | {rows[0][1]['bits']:.2f} | {' | '.join(_number(row['base']) for _, row in rows)} |")
@@ -199,10 +204,12 @@ def _cell(row: dict[str, Any], name: str) -> str:
     if way is None:
         return ""
     kept = (row["base"] - way["value"]) / (row["base"] - row["adapted"])
-    cell = f"{_number(way['value'])}, {kept:.0%}"
+    cell = f"{_number(way['value'])}, " + (f"{kept:.0%}" if kept > -10 else "all lost")
     if "retained" in way:
         refused = way["bits"] < 16 and way["retained"] < LEAST_RETAINED
         cell += f", {way['retained']:.0%}{'*' if refused else ''}"
+    if "cosine" in way:
+        cell += f", {way['cosine']:.4f}"
     if way.get("chosen") == "original" and "auto" in name:
         cell += " (original)"
     return cell
