@@ -14,19 +14,18 @@ which minimizes tr(E R E^T) over that column, the others as they are. It starts 
 scales, and never raises that error.
 
 What arrives that way is still too little: a code changes only if that pays by itself, so of a small delta most stays
-undone, always in the same direction. So the target of each output row is base + c * delta, with the c of that row for
-which the share that arrives,
+undone, always in the same direction. The least error among codes for which the share of the delta that arrives,
 
     <Q - base, delta>_R / <delta, delta>_R,
 
-is one. That done, the target is moved a few times by what is still missing along the delta's own singular directions
-under R: there are no more than its rank, so what is missing along them is no noise. What is left of the error then is,
-and no longer a part of what was learned.
+is one has, as its Lagrangian, the plain problem with the target base + c * delta, so c is searched. Then the same for
+every direction that the adapter reads and writes rather than for their sum: with delta = B A, what of the lost output
+is a linear function of the adapter's own features A x, lost R A^T (A R A^T)^-1, is projected on the columns of B and
+added to the target's B, c times, and the codes are chosen anew. The target stays of the adapter's rank. What is left of
+the error then is noise, and no longer a part of what was learned.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,21 +37,21 @@ from .metric import DAMPING, LEAST_DAMPING
 
 # Columns between which (E R) is brought up to date by one product.
 _BLOCK = 64
-# How far beyond the delta a row may aim, and how often it aims anew: steps of a bisection on the logarithm.
-_FARTHEST, _AIMS = 200.0, 6
-# Then how often, and by what part of it, the target is moved by what is missing along the delta's directions.
-_CORRECTIONS, _STEP = 3, 0.5
+# How far beyond the delta to aim, how often to aim anew, the share that is near enough to 1, and how often what is
+# lost in the adapter's directions is added.
+_FARTHEST, _AIMS, _NEAR = 200.0, 8, 0.05
+_CORRECTIONS = 4
 
 
 @torch.no_grad()
 def round_from_codes(
     stored: Quantized, A: Tensor, B: Tensor, moments: Tensor, *, damping: float = DAMPING
 ) -> Quantized:
-    """``stored`` with codes changed, at the same scales, so that it carries the delta B @ A besides.
+    """``stored`` with codes changed, at the same scales, so that it carries B A besides.
 
     Args:
         stored: of blocks, not int8's rows.
-        A, B: float32 (rank, in) and (out, rank); B @ A is to be added to what ``stored`` reads as.
+        A, B: float32 (rank, in) and (out, rank); their product is to be added to what ``stored`` reads as.
         moments: second moments (in, in) of the layer's inputs, or their diagonal (in,).
         damping: share of the mean square that is added to each input's own.
 
@@ -60,103 +59,94 @@ def round_from_codes(
         ConfigError: codes without a table.
     """
     if stored.blocksize is None:
-        raise ConfigError("stored: expected codes of blocks with a table, found int8's rows; round to the nearest")
-    descent = _Descent(stored, _damped(moments, damping))
-    delta = B @ A
-    codes, aim = _by_rows(descent, delta)
-    codes = _by_directions(descent, A, B, delta, codes, aim)
-    parts = stored.quant_type, codes, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
+        raise ConfigError(
+            "stored: expected codes of blocks with a table, found int8's rows; round those to the nearest"
+        )
+    descent = _Descent(stored, A, B, _damped(moments, damping))
+    if descent.size == 0:
+        return stored
+    aim, low, high = 1.0, 1.0, None
+    codes, lost = descent.aimed(B)
+    for _ in range(_AIMS):
+        share = descent.share(lost)
+        if abs(share - 1) < _NEAR or (share > 1 and aim == 1):
+            break
+        low, high = (aim, high) if share < 1 else (low, aim)
+        aim = min(aim * (2 if share > 0.3 else 4), _FARTHEST) if high is None else (low * high) ** 0.5
+        codes, lost = descent.aimed(aim * B)
+        if low == _FARTHEST:
+            break
+    target, best, least = aim * B, codes, descent.missing(lost)
+    for _ in range(_CORRECTIONS):
+        target = target + aim * descent.correction(lost)
+        codes, lost = descent.aimed(target)
+        if (missing := descent.missing(lost)) < least:
+            best, least = codes, missing
+    parts = stored.quant_type, best, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
     return Quantized(*parts)
 
 
-def _by_rows(descent: _Descent, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (out, in), and the c of each row (out,), with which about all of its delta arrives."""
-    weighed = delta @ descent.moments
-    size = (weighed * delta).sum(1)
-    low = torch.ones_like(size)
-    high, aim, best = torch.full_like(size, _FARTHEST), low.clone(), low.clone()
-    codes = descent.stored.codes.clone()
-    missing = torch.ones_like(size)  # |share - 1| of the codes as they are stored
-    for _ in range(1 + _AIMS):
-        found, change = descent.towards(aim[:, None] * delta)
-        arrived = (change * weighed).sum(1)
-        share = torch.where(size > 0, arrived / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
-        closer = ((share - 1).abs() < missing) & (size > 0)
-        codes[closer], best[closer] = found[closer], aim[closer]
-        missing = torch.where(closer, (share - 1).abs(), missing)
-        high, low = torch.where(share >= 1, aim, high), torch.where(share >= 1, low, aim)
-        aim = (low * high).sqrt()
-    return codes, best
-
-
-def _by_directions(descent: _Descent, A: Tensor, B: Tensor, delta: Tensor, codes: Tensor, aim: Tensor) -> Tensor:
-    """``codes``, or better ones, towards a target moved by what is missing along the delta's singular directions."""
-    factor = torch.linalg.cholesky(descent.moments.double()).float()  # R = F F^T
-    left, core = torch.linalg.qr(B)
-    right, other = torch.linalg.qr((A @ factor).T)
-    kept = torch.linalg.svdvals(core @ other.T) > 1e-6 * torch.linalg.matrix_norm(core @ other.T, 2)
-    U, _, Vh = torch.linalg.svd(core @ other.T)
-    U, V = left @ U[:, : int(kept.sum())], right @ Vh[: int(kept.sum())].T
-    back = torch.linalg.solve_triangular(factor, V.T, upper=False, left=False)  # V^T F^-1
-    onto = factor @ V
-    target, change = aim[:, None] * delta, descent.read(codes) - descent.base
-    missing = U.T @ ((delta - change) @ onto)
-    for _ in range(_CORRECTIONS):
-        target = target + _STEP * aim[:, None] * (U @ missing @ back)
-        found, change = descent.towards(target)
-        left_over = U.T @ ((delta - change) @ onto)
-        if left_over.norm() >= missing.norm():
-            break
-        codes, missing = found, left_over
-    return codes
-
-
 class _Descent:
-    """Sweeps over one weight's columns, from its stored codes. Inside, columns are rows, those of the largest mean
-    square first: what is worked on at a time then lies together."""
+    """One weight's columns as rows, those of the largest mean square first: what is worked on then lies together."""
 
-    def __init__(self, stored: Quantized, moments: Tensor) -> None:
+    def __init__(self, stored: Quantized, A: Tensor, B: Tensor, moments: Tensor) -> None:
         assert stored.blocksize is not None
-        self.stored, self.moments = stored, moments
-        self.base = stored.dequantize()
-        self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-        self._moments = moments[self._order][:, self._order].contiguous()
-        self._levels, labels = stored.table().sort(stable=True)
-        self._labels = labels.to(torch.uint8)
-        self._midpoints = (self._levels[:-1] + self._levels[1:]) / 2
-        block = torch.arange(self.base.numel(), device=moments.device).div_(stored.blocksize, rounding_mode="floor")
-        block = block.view(self.base.shape).T[self._order]
-        self._scales = stored.scales[block]
-        self._shifts = None if stored.shifts is None else stored.shifts[block]
-        self._sorted = self.base.T[self._order].contiguous()
+        self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+        self.moments = moments[self.order][:, self.order].contiguous()
+        self.levels, labels = stored.table().sort(stable=True)
+        self.labels = labels.to(torch.uint8)
+        self.midpoints = (self.levels[:-1] + self.levels[1:]) / 2
+        block = torch.arange(stored.codes.numel(), device=A.device).div_(stored.blocksize, rounding_mode="floor")
+        block = block.view(stored.codes.shape).T[self.order]
+        self.scales = stored.scales[block]
+        self.shifts = None if stored.shifts is None else stored.shifts[block]
+        self.base = stored.dequantize().T[self.order].contiguous()
+        self.B = B
+        self.features = A.T[self.order].contiguous()  # (in, rank)
+        self.weighed = self.moments @ self.features  # R A^T
+        gram = (self.features.T @ self.weighed).double()
+        self.inverse = torch.linalg.pinv(gram, rtol=1e-7, hermitian=True).float()
+        self.written = torch.linalg.qr(B).Q
+        self.size = float(((B.T @ B).double() * gram).sum())
 
-    def read(self, codes: Tensor) -> Tensor:
-        """float32 (out, in) of ``codes`` at the stored scales."""
-        return replace(self.stored, codes=codes, source=None).dequantize()
-
-    def towards(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (out, in) after one sweep towards base + ``delta``, and what they change of the base."""
-        square, blocked = self._moments.diagonal(), self._moments
-        weighed = blocked @ delta.T[self._order]  # (E R), of the error E = delta at first
-        divisor = torch.where(self._scales == 0, torch.ones_like(self._scales), self._scales)
-        codes = torch.empty(weighed.shape, dtype=torch.uint8, device=weighed.device)
-        change = torch.empty_like(weighed)
+    def aimed(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (out, in) after one sweep from the stored ones towards base + ``target`` (out, rank) @ A; and E R A^T
+        (out, rank) of the error E = base + B A - Q."""
+        moments, square = self.moments, self.moments.diagonal()
+        weighed = self.weighed @ target.T
+        divisor = torch.where(self.scales == 0, torch.ones_like(self.scales), self.scales)
+        codes = torch.empty(self.base.shape, dtype=torch.uint8, device=target.device)
+        changes = torch.zeros_like(target.T)
         for begin in range(0, len(weighed), _BLOCK):
             rows = slice(begin, min(begin + _BLOCK, len(weighed)))
-            inner, moved = blocked[rows, rows], torch.empty_like(weighed[rows])
+            inner, moved = moments[rows, rows], torch.zeros_like(weighed[rows])
             for k, column in enumerate(range(rows.start, rows.stop)):
-                pull = weighed[column] if k == 0 else weighed[column] - inner[k, :k] @ moved[:k]
-                goal = self._sorted[column] + pull / square[column]
-                value = goal if self._shifts is None else goal - self._shifts[column]
-                rank = torch.bucketize(value / divisor[column], self._midpoints)
-                read = self._levels[rank] * self._scales[column]
-                moved[k] = (read if self._shifts is None else read + self._shifts[column]) - self._sorted[column]
-                codes[column] = self._labels[rank]
-            change[rows] = moved
-            weighed.addmm_(blocked[:, rows], moved, alpha=-1)
-        back = torch.empty_like(self._order)
-        back[self._order] = torch.arange(len(back), device=back.device)
-        return codes[back].T.contiguous(), change[back].T.contiguous()
+                step = weighed[column] if k == 0 else weighed[column] + inner[k, :k] @ moved[:k]
+                goal = self.base[column] + step / square[column]
+                value = goal if self.shifts is None else goal - self.shifts[column]
+                rank = torch.bucketize(value / divisor[column], self.midpoints)
+                read = self.levels[rank] * self.scales[column]
+                # What the column's error changes by.
+                moved[k] = self.base[column] - (read if self.shifts is None else read + self.shifts[column])
+                codes[column] = self.labels[rank]
+            weighed.addmm_(moments[:, rows], moved)
+            changes.addmm_(self.weighed[rows].T, moved)
+        placed = torch.empty_like(codes)
+        placed[self.order] = codes
+        return placed.T.contiguous(), self.B @ (self.features.T @ self.weighed) + changes.T
+
+    def share(self, lost: Tensor) -> float:
+        """Of the delta, how much arrives in the direction of its effect."""
+        return 1 - float((lost * self.B).sum(dtype=torch.float64)) / self.size
+
+    def correction(self, lost: Tensor) -> Tensor:
+        """(out, rank) that, times A, has the same effect as the lost output has in the adapter's directions."""
+        return self.written @ (self.written.T @ (lost @ self.inverse))
+
+    def missing(self, lost: Tensor) -> float:
+        """The mean square of that effect."""
+        part = self.written.T @ lost
+        return float(((part @ self.inverse) * part).sum())
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:
