@@ -3,24 +3,31 @@ have most of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from .base_choice import original_of
 from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, retained_of
 from .merge_task import MergeTask
-from .requantize import Grid, rounded
+from .requantize import WAYS, Grid, rounded
 
 if TYPE_CHECKING:
     from .model import LoraModel
 
-# Layers that settings are tried on, and the settings: rounding and residual rank, cheapest first.
-_TRIED = 3
-_SETTINGS = (("scale-search", 0), ("nearest", 8), ("nearest", 16), ("nearest", 32))
+# Layers that settings are tried on; the residual ranks among these; and the share with which the search is over.
+_TRIED, _RANKS, _ENOUGH = 3, (8, 16, 32), 0.9
 
 
-def refusal(model: LoraModel, task: MergeTask, report: MergeReport) -> str:
-    """The message. ``model`` is as before the merge of which ``report`` tells."""
+def refusal(model: LoraModel, task: MergeTask, report: MergeReport, moments: Mapping[str, Tensor]) -> str:
+    """The message.
+
+    Args:
+        model: as before the merge of which ``report`` tells.
+        moments: second moments of the layers' inputs by path, as far as they are known.
+    """
     deltas = sum(layer.delta_norm**2 for layer in report.layers) ** 0.5
     lost = sum((layer.delta_error * layer.delta_norm) ** 2 for layer in report.layers) ** 0.5
     into = "the storage that the layers have" if task.into == "same" else task.into
@@ -30,43 +37,69 @@ def refusal(model: LoraModel, task: MergeTask, report: MergeReport) -> str:
         f"{report.retained:.1%}: rounding moves the weights {lost / deltas:.1f} times as far as the adapter does "
         f"(largest delta: {where.path}, {where.delta_ratio:.2%} of its weight). The model is as it was. "
     )
-    tried = _tried(model, task, report)
-    if tried:
-        found = ", ".join(f"{name} keeps {share:.1%}" for name, share in tried)
-        lines += f"On the {min(_TRIED, len(report.layers))} layers with the largest deltas {found}. "
+    layers = model.adapter_layers()
+    tried = sorted((layer for layer in report.layers if layer.path in layers), key=lambda layer: -layer.delta_norm)
+    paths = [layer.path for layer in tried[:_TRIED]]
+    found = []
+    for setting, way, rank in _settings(task, _whole(moments, paths)):
+        share = _retained(model, task, report, moments, paths, way, rank)
+        found.append(f"{setting} keeps {share:.1%}")
+        if share >= max(task.least_retained, _ENOUGH):
+            break
+    if found:
+        lines += f"On the {len(paths)} layers with the largest deltas {', '.join(found)}. "
+    if task.rounding != "error-feedback" and not _whole(moments, paths):
+        lines += "With statistics=TEXT rounding='error-feedback' may keep more (not tried: it looks at the inputs). "
     return lines + "into='bfloat16' keeps all of it in 16 bits; force=True merges all the same"
 
 
+def _whole(moments: Mapping[str, Tensor], paths: list[str]) -> bool:
+    """Whether error feedback has what it needs on ``paths``: matrices, not diagonals."""
+    return all(path in moments and moments[path].dim() == 2 for path in paths)
+
+
+def _settings(task: MergeTask, whole: bool) -> Iterator[tuple[str, str, int]]:
+    """Changes to what was asked for, cheapest first, and the rounding and residual rank with them."""
+    for way in WAYS[WAYS.index(task.rounding) + 1 :]:
+        if way != "error-feedback" or whole:
+            yield f"rounding={way!r}", way, task.residual_rank
+    for rank in _RANKS:
+        if rank > task.residual_rank:
+            yield f"residual_rank={rank}", task.rounding, rank
+
+
 @torch.no_grad()
-def _tried(model: LoraModel, task: MergeTask, report: MergeReport) -> list[tuple[str, float]]:
-    """Settings in the order of their cost, up to the first that keeps enough, and what each retains."""
-    layers = model.adapter_layers()
-    largest = sorted((layer for layer in report.layers if layer.path in layers), key=lambda layer: -layer.delta_norm)
-    found = []
-    for way, rank in _SETTINGS:
-        if (way, rank) == (task.rounding, task.residual_rank) or rank < task.residual_rank:
+def _retained(
+    model: LoraModel,
+    task: MergeTask,
+    report: MergeReport,
+    moments: Mapping[str, Tensor],
+    paths: list[str],
+    way: str,
+    rank: int,
+) -> float:
+    """The share of the deltas at ``paths`` that is kept by this rounding and residual rank."""
+    accounts: list[LayerFidelity] = []
+    for path in paths:
+        layer = model.adapter_layers()[path]
+        base: Any = layer.base_layer
+        codec, own = layer.codec, layer.codec.quantizer(base)
+        target = task.target(own, linear=layer.family == "linear")
+        if target is None:
             continue
-        accounts: list[LayerFidelity] = []
-        for row in largest[:_TRIED]:
-            layer = layers[row.path]
-            codec, base = layer.codec, layer.base_layer
-            target = task.target(codec.quantizer(base), linear=layer.family == "linear")
-            parts = {name: weight for name, weight in task.parts.items() if name in layer.r}
-            if target is None or not parts:
-                continue
-            delta = layer.stacked(parts)
-            with layer.unmerged():
-                ideal, quantized = codec.read(base), codec.quantized(base)
-                grid = Grid(quantized, *delta) if quantized is not None and target == codec.quantizer(base) else None
-                norms = add_delta_(ideal, *delta, row.path)
-                tried = rounded(ideal, target, way, None, rank, grid)
-            stored = tried.quantized.dequantize()
-            accounts.append(
-                compare(row.path, codec.name, ideal, delta, norms, [(slice(0, len(stored)), stored)], tried.residual)
-            )
-        if accounts:
-            share = retained_of(accounts)
-            found.append((f"residual_rank={rank}" if rank else f"rounding={way!r}", share))
-            if share >= max(task.least_retained, 0.9):
-                break
-    return found
+        delta, grid = layer.stacked({name: weight for name, weight in task.parts.items() if name in layer.r}), None
+        with layer.unmerged():
+            ideal, stored = codec.read(base), codec.quantized(base)
+            if report.base == "original" and task.original is not None and own is not None:
+                ideal, _ = original_of(task.original, path, ideal)
+            elif target == own and stored is not None:
+                grid = Grid(stored, *delta)
+            norms = add_delta_(ideal, *delta, path)
+            found = rounded(ideal, target, way, moments.get(path), rank, grid)
+        residual = found.residual
+        if residual is not None:  # in the dtype that it is kept in
+            A, B = (factor.to(task.residual_dtype or torch.float32).float() for factor in residual)
+            residual = A, B
+        weight = found.quantized.dequantize()
+        accounts.append(compare(path, codec.name, ideal, delta, norms, [(slice(0, len(weight)), weight)], residual))
+    return retained_of(accounts)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .agreement import record
@@ -121,7 +122,7 @@ def merge(
     with Spill(scratch) as spill:
         undo = Injection()
         try:
-            report, short = _carried_out(model, task, statistics, text, spill, undo, progressbar)
+            report, short, moments = _carried_out(model, task, statistics, text, spill, undo, progressbar)
             if not (short and task.refuses):
                 if short:
                     logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.retained)
@@ -130,7 +131,7 @@ def merge(
         except BaseException:
             undo.undo()
             raise
-    raise MergeError(refusal(model, task, report))
+    raise MergeError(refusal(model, task, report, moments))
 
 
 def merge_in_place_(
@@ -158,8 +159,9 @@ def merge_in_place_(
 
 def _carried_out(
     model: LoraModel, task: MergeTask, statistics: Any, text: Any, spill: Spill, undo: Injection, progressbar: bool
-) -> tuple[MergeReport, bool]:
-    """The report, and whether too little of the deltas is left; the model is then still to be undone."""
+) -> tuple[MergeReport, bool, Mapping[str, Tensor]]:
+    """The report; whether too little of the deltas is left, the model then being still to be undone; and the moments of
+    the inputs that were looked at, by path."""
     keep_state_(model, undo)
     layers = model.adapter_layers()
     if model._disabled:
@@ -208,7 +210,7 @@ def _carried_out(
     rounded = [layer for layer in report.layers if layer.path in merger.rounded]
     short = bool(rounded) and retained_of(rounded) < task.least_retained
     if short and task.refuses:
-        return report, True
+        return report, True, moments
     forget_loading_(model.model, undo)
     if task.into != "same":
         declare_storage_(model.model, task, undo)
@@ -221,7 +223,7 @@ def _carried_out(
     if residual is not None:
         residual.adopt(model)
         report.model = model
-    return report, short
+    return report, short, moments
 
 
 def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:
