@@ -33,7 +33,7 @@ from torch import Tensor
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.errors import ConfigError
 
-from .metric import DAMPING, LEAST_DAMPING
+from .metric import DAMPING, LEAST_DAMPING, check_moments
 
 # Columns between which (E R) is brought up to date by one product.
 _BLOCK = 64
@@ -41,6 +41,8 @@ _BLOCK = 64
 # lost in the adapter's directions is added.
 _FARTHEST, _AIMS, _NEAR = 200.0, 8, 0.05
 _CORRECTIONS = 4
+# Relative to the largest, what a direction of the adapter's has to have to be one.
+_NO_DIRECTION = 1e-5
 
 
 @torch.no_grad()
@@ -56,32 +58,41 @@ def round_from_codes(
         damping: share of the mean square that is added to each input's own.
 
     Raises:
-        ConfigError: codes without a table.
+        ConfigError: codes without a table, or moments that can be none.
     """
     if stored.blocksize is None:
         raise ConfigError(
             "stored: expected codes of blocks with a table, found int8's rows; round those to the nearest"
         )
+    check_moments(moments)
     descent = _Descent(stored, A, B, _damped(moments, damping))
     if descent.size == 0:
         return stored
+    best, least = stored.codes, descent.missing(descent.delta)
+
+    def aimed(target: Tensor) -> Tensor:
+        """What is lost with the codes for ``target``, which are kept if less of the delta is missing with them."""
+        nonlocal best, least
+        codes, lost = descent.aimed(target)
+        if (missing := descent.missing(lost)) < least:
+            best, least = codes, missing
+        return lost
+
     aim, low, high = 1.0, 1.0, None
-    codes, lost = descent.aimed(B)
+    lost = aimed(B)
     for _ in range(_AIMS):
         share = descent.share(lost)
         if abs(share - 1) < _NEAR or (share > 1 and aim == 1):
             break
         low, high = (aim, high) if share < 1 else (low, aim)
         aim = min(aim * (2 if share > 0.3 else 4), _FARTHEST) if high is None else (low * high) ** 0.5
-        codes, lost = descent.aimed(aim * B)
+        lost = aimed(aim * B)
         if low == _FARTHEST:
             break
-    target, best, least = aim * B, codes, descent.missing(lost)
+    target = aim * B
     for _ in range(_CORRECTIONS):
         target = target + aim * descent.correction(lost)
-        codes, lost = descent.aimed(target)
-        if (missing := descent.missing(lost)) < least:
-            best, least = codes, missing
+        lost = aimed(target)
     parts = stored.quant_type, best, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
     return Quantized(*parts)
 
@@ -100,14 +111,18 @@ class _Descent:
         block = block.view(stored.codes.shape).T[self.order]
         self.scales = stored.scales[block]
         self.shifts = None if stored.shifts is None else stored.shifts[block]
+        self.stored = stored.codes.T[self.order].contiguous()
         self.base = stored.dequantize().T[self.order].contiguous()
         self.B = B
         self.features = A.T[self.order].contiguous()  # (in, rank)
         self.weighed = self.moments @ self.features  # R A^T
-        gram = (self.features.T @ self.weighed).double()
-        self.inverse = torch.linalg.pinv(gram, rtol=1e-7, hermitian=True).float()
-        self.written = torch.linalg.qr(B).Q
-        self.size = float(((B.T @ B).double() * gram).sum())
+        gram = self.features.T @ self.weighed
+        self.delta = B @ gram  # what is lost with the stored codes
+        # Directions below what float32 sums leave would be noise, many times over.
+        self.inverse = torch.linalg.pinv(gram.double(), rtol=_NO_DIRECTION, hermitian=True).float()
+        columns, sizes, _ = torch.linalg.svd(B, full_matrices=False)
+        self.written = columns[:, sizes > _NO_DIRECTION * sizes.max()]
+        self.size = float((self.delta * B).sum(dtype=torch.float64))
 
     def aimed(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (out, in) after one sweep from the stored ones towards base + ``target`` (out, rank) @ A; and E R A^T
@@ -128,12 +143,13 @@ class _Descent:
                 read = self.levels[rank] * self.scales[column]
                 # What the column's error changes by.
                 moved[k] = self.base[column] - (read if self.shifts is None else read + self.shifts[column])
-                codes[column] = self.labels[rank]
+                # Where two codes read alike, as any do at a scale of 0, the stored one stays.
+                codes[column] = torch.where(moved[k] == 0, self.stored[column], self.labels[rank])
             weighed.addmm_(moments[:, rows], moved)
             changes.addmm_(self.weighed[rows].T, moved)
         placed = torch.empty_like(codes)
         placed[self.order] = codes
-        return placed.T.contiguous(), self.B @ (self.features.T @ self.weighed) + changes.T
+        return placed.T.contiguous(), self.delta + changes.T
 
     def share(self, lost: Tensor) -> float:
         """Of the delta, how much arrives in the direction of its effect."""
@@ -150,10 +166,12 @@ class _Descent:
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:
-    """Moments as a matrix, float32 (in, in), damped as in ``Metric``; the identity for inputs that are all zero."""
-    matrix = torch.diag(moments.float()) if moments.dim() == 1 else moments.float().clone()
-    mean = matrix.diagonal().mean()
+    """Moments as a matrix, float32 (in, in), in units of their mean square, and damped as in ``Metric``; the identity
+    for inputs that are all zero."""
+    matrix = torch.diag(moments.float()) if moments.dim() == 1 else moments.float()
+    mean = matrix.diagonal().double().mean().float()
     if mean == 0:
         return torch.eye(len(matrix), device=matrix.device)
-    matrix.diagonal().add_(max(damping, LEAST_DAMPING) * mean)
+    matrix = matrix / mean
+    matrix.diagonal().add_(max(damping, LEAST_DAMPING))
     return matrix

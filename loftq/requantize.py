@@ -28,7 +28,8 @@ STEPS = 5
 ROWS, WINDOW = 64, 256
 # A branch for the delta alone that leaves less of it than this, relative to it, leaves rounding errors.
 _NOTHING = 1e-6
-# Where rounding anew brings this share of the delta, there is no bias to speak of, and it leaves less noise.
+# Where rounding anew brings this share of the delta, or as little too much, there is no bias to speak of, and it leaves
+# less noise.
 _ENOUGH = 0.95
 
 
@@ -61,7 +62,7 @@ def rounded(
     if kept is None or grid is None:
         return anew
     if way == "error-feedback":
-        return anew if _arrived(anew, ideal, grid, metric) >= _ENOUGH else kept
+        return anew if abs(_arrived(anew, ideal, grid, metric) - 1) <= 1 - _ENOUGH else kept
     left = [norm(metric.weigh(_read(found).sub_(ideal))) for found in (anew, kept)]
     return anew if left[0] < left[1] else kept
 
