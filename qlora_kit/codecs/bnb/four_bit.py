@@ -23,7 +23,6 @@ from math import lcm
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
@@ -290,10 +289,11 @@ def quantize_linear(
 def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
     """Put the codes and scales of ``quantized``, of the module's type and blocksize, in the place of the module's."""
     state: Any = _state(module)
-    codes = quantized.codes.reshape(-1)
-    pairs = F.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-    packed = (pairs[:, 0] << 4) | pairs[:, 1]
-    module.weight.data.view(torch.uint8).view(-1)[: packed.numel()] = packed
+    codes, stored = quantized.codes.reshape(-1), module.weight.data.view(torch.uint8).view(-1)
+    if codes.numel() % 2:  # what fills the last byte up stays
+        codes = torch.cat([codes, stored[codes.numel() // 2, None] & 0xF])
+    packed = (codes[::2] << 4) | codes[1::2]
+    stored[: packed.numel()] = packed
     scales = quantized.stored_scales
     state.absmax = scales.values.clone()
     if state.nested:
