@@ -49,6 +49,9 @@ class LayerFidelity:
         base_error: ||original - dequantized|| / ||delta|| of a base that was quantized, where the original was read.
         rank: of the residual branch; 0 without.
         delta_norm: ||delta||, by whose square layers count in the share that a whole model retained.
+        arrived: <stored - base, delta>_R / <delta, delta>_R for inputs of second moments R, where they are known: the
+            share that is there in the layer's output. Codes that make up for one another can bring a delta whole there
+            of which the weight alone shows little.
     """
 
     path: str
@@ -60,6 +63,12 @@ class LayerFidelity:
     base_error: float | None = None
     rank: int = 0
     delta_norm: float = 0.0
+    arrived: float | None = None
+
+    @property
+    def kept(self) -> float:
+        """The share of the delta that is left: in the output where that is known, else in the weight."""
+        return self.retained if self.arrived is None else self.arrived
 
 
 @dataclass
@@ -95,7 +104,12 @@ class MergeReport:
     @property
     def retained(self) -> float:
         """The share of all deltas that is still there, each layer counting by its delta's square; 1 of none."""
-        return retained_of(self.layers)
+        return share_of(self.layers, "retained")
+
+    @property
+    def kept(self) -> float:
+        """The same of what is left in the layers' outputs, where the moments of their inputs are known."""
+        return share_of(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the model."""
@@ -108,6 +122,7 @@ class MergeReport:
             "rounding": self.rounding,
             "residual_rank": self.residual_rank,
             "retained": self.retained,
+            "kept": self.kept,
             "layers": [asdict(layer) for layer in self.layers],
             "agreement": None if self.agreement is None else asdict(self.agreement),
         }
@@ -139,6 +154,8 @@ class MergeReport:
         )
         if self.residual_rank:
             lines[-1] += f", a residual adapter of rank {self.residual_rank} attached"
+        if any(layer.arrived is not None for layer in self.layers):
+            lines.append(f"{self.kept:.1%} of it in the layers' outputs, by the second moments of their inputs")
         if self.base_losses:
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.base_losses.items())
             lines.append(f"merged into the {self.base} base (loss on the text: {losses})")
@@ -149,9 +166,9 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def retained_of(layers: Iterable[LayerFidelity]) -> float:
-    """The share of the layers' deltas that is still there, each counting by its delta's square; 1 of none."""
-    squares = [(layer.retained, layer.delta_norm**2) for layer in layers]
+def share_of(layers: Iterable[LayerFidelity], attribute: str = "kept") -> float:
+    """The share of the layers' deltas that is left, each counting by its delta's square; 1 of none."""
+    squares = [(getattr(layer, attribute), layer.delta_norm**2) for layer in layers]
     total = sum(square for _, square in squares)
     return sum(kept * square for kept, square in squares) / total if total else 1.0
 
@@ -183,6 +200,7 @@ def compare(
     stored: Iterable[tuple[slice, Tensor]],
     residual: tuple[Tensor, Tensor] | None = None,
     base_error: float | None = None,
+    moments: Tensor | None = None,
 ) -> LayerFidelity:
     """The numbers of one layer.
 
@@ -191,19 +209,25 @@ def compare(
         delta: A and B of the delta. residual: those of a branch that stays beside the stored weight.
         stored: the stored weight in pieces, ``codec.pieces(module)``; they are overwritten.
         base_error: ||original - dequantized||.
+        moments: second moments (in, in) of the inputs, or their diagonal (in,).
 
     Raises:
         MergeError: the stored weight isn't finite; names ``path``.
     """
     A, B = delta
     lost_square, along = 0.0, torch.zeros((), dtype=torch.float64, device=ideal.device)
+    weighed = None if moments is None else A * moments if moments.dim() == 1 else A @ moments
+    along_output = along.clone()
     for rows, values in stored:
         check_finite(path, values)
         lost = values.sub_(ideal[rows])
         if residual is not None:
             add_product_(lost, residual[0], residual[1][rows])
         lost_square += _norm(lost) ** 2
-        along += ((B[rows].T @ lost) * A).sum(dtype=torch.float64)
+        written = B[rows].T @ lost
+        along += (written * A).sum(dtype=torch.float64)
+        if weighed is not None:
+            along_output += (written * weighed).sum(dtype=torch.float64)
     size, lost_norm = norms["delta"], lost_square**0.5
     return LayerFidelity(
         path=path,
@@ -215,6 +239,7 @@ def compare(
         base_error=None if base_error is None else _ratio(base_error, size),
         rank=0 if residual is None else residual[0].shape[0],
         delta_norm=size,
+        arrived=None if weighed is None else _arrived(along_output, A, B, weighed),
     )
 
 
@@ -256,6 +281,12 @@ def _product_norm(A: Tensor, B: Tensor) -> float:
     """||B @ A|| from the two small Gram matrices."""
     A, B = A.double(), B.double()
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _arrived(lost: Tensor, A: Tensor, B: Tensor, weighed: Tensor) -> float:
+    """1 + ``lost`` / <delta, delta>_R, with ``weighed`` A R; 1 for a delta without effect."""
+    size = ((B.double().T @ B.double()) * (weighed.double() @ A.double().T)).sum()
+    return 1 + float(lost / size) if size > 0 else 1.0
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -37,13 +37,18 @@ def plot(report: MergeReport, path: Path) -> None:
     sizes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     kept.axhline(100, color="0.6", lw=0.8, ls=":")
     shares = [100 * layer.retained for layer in report.layers]
-    kept.plot(layers, shares, "o", ms=4, color="C0")
+    kept.plot(layers, shares, "o", ms=4, color="C0", label="in the weight")
+    if any(layer.arrived is not None for layer in report.layers):
+        outputs = [100 * layer.kept for layer in report.layers]
+        kept.plot(layers, outputs, "o", ms=4, mfc="none", color="C2", label="in the output")
+        kept.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+        shares = shares + outputs
     kept.set_ylim(min([0.0, *shares]) - 5, max([100.0, *shares]) + 5)
     kept.xaxis.set_major_locator(MaxNLocator(integer=True))
     kept.set_ylabel("delta kept, %")
     kept.set_xlabel("layer, in the order of the model")
     into = "each module's own storage" if report.into == "same" else report.into
-    figure.suptitle(f"{len(report.layers)} layers merged into {into}: {report.retained:.1%} of the delta kept")
+    figure.suptitle(f"{len(report.layers)} layers merged into {into}: {report.kept:.1%} of the delta kept")
     for axes in (sizes, kept):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base_choice import original_of
-from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, retained_of
+from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, share_of
 from .merge_task import MergeTask
 from .requantize import WAYS, Grid, rounded
 
@@ -34,7 +34,7 @@ def refusal(model: LoraModel, task: MergeTask, report: MergeReport, moments: Map
     where = max(report.layers, key=lambda layer: layer.delta_norm)
     lines = (
         f"expected at least {task.least_retained:.0%} of the delta to survive rounding into {into}, found "
-        f"{report.retained:.1%}: rounding moves the weights {lost / deltas:.1f} times as far as the adapter does "
+        f"{report.kept:.1%}: rounding moves the weights {lost / deltas:.1f} times as far as the adapter does "
         f"(largest delta: {where.path}, {where.delta_ratio:.2%} of its weight). The model is as it was. "
     )
     layers = model.adapter_layers()
@@ -101,5 +101,17 @@ def _retained(
             A, B = (factor.to(task.residual_dtype or torch.float32).float() for factor in residual)
             residual = A, B
         weight = found.quantized.dequantize()
-        accounts.append(compare(path, codec.name, ideal, delta, norms, [(slice(0, len(weight)), weight)], residual))
-    return retained_of(accounts)
+        accounts.append(
+            compare(
+                path,
+                codec.name,
+                ideal,
+                delta,
+                norms,
+                [(slice(0, len(weight)), weight)],
+                residual,
+                None,
+                moments.get(path),
+            )
+        )
+    return share_of(accounts)

@@ -30,7 +30,7 @@ from .adapter_folder import WEIGHTS_NAME
 from .combine_files import Stored, read_stored
 from .config import CONFIG_NAME
 from .errors import MergeError, QLoRAKitError, StorageError
-from .fidelity import LayerFidelity, MergeReport, retained_of
+from .fidelity import LayerFidelity, MergeReport, share_of
 from .files import write_text_atomically
 from .journal import Journal
 from .merge_base import check_stored_backbone
@@ -76,7 +76,7 @@ class FolderMergeReport:
     @property
     def retained(self) -> float:
         """The share of all deltas that is still there; see ``MergeReport.retained``."""
-        return retained_of(self.layers)
+        return share_of(self.layers, "retained")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -242,7 +242,7 @@ def _check_rounding(plan: MergePlan) -> None:
 def _check_retained(plan: MergePlan, report: FolderMergeReport, least: float) -> None:
     """Refuse what rounding to few bits has lost most of; the work stays, for the same command with ``force``."""
     rounded = [layer for layer in report.layers if layer.path in plan.quantized]
-    if rounded and (kept := retained_of(rounded)) < least:
+    if rounded and (kept := share_of(rounded)) < least:
         raise MergeError(
             f"into={plan.task.into!r}: expected rounding to keep at least {least:.0%} of the adapters' delta, found "
             f"{kept:.1%}; merge into 'bfloat16', try rounding='scale-search', or give the same command again with "

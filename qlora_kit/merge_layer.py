@@ -79,7 +79,17 @@ class Merger:
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error
         kept_by = codec_for(module, path)
-        account = compare(path, kept_by.name, weight, delta, norms, kept_by.pieces(module), residual, base_error)
+        account = compare(
+            path,
+            kept_by.name,
+            weight,
+            delta,
+            norms,
+            kept_by.pieces(module),
+            residual,
+            base_error,
+            self.moments.get(path),
+        )
         self._put(layer, module)
         return [account]
 

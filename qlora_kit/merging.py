@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .agreement import record
 from .base_choice import base_losses, quantized_modules
 from .errors import CodecError, MergeError
-from .fidelity import MergeReport, retained_of
+from .fidelity import MergeReport, share_of
 from .inject import Injection
 from .kbit import release_from_float32_
 from .layers import AdapterLayer
@@ -125,7 +125,7 @@ def merge(
             report, short, moments = _carried_out(model, task, statistics, text, spill, undo, progressbar)
             if not (short and task.refuses):
                 if short:
-                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.retained)
+                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.kept)
                 return report
             undo.undo()
         except BaseException:
@@ -208,7 +208,7 @@ def _carried_out(
     if task.dtype is not None:
         cast_rest_(model.model, task.dtype, spill, undo)
     rounded = [layer for layer in report.layers if layer.path in merger.rounded]
-    short = bool(rounded) and retained_of(rounded) < task.least_retained
+    short = bool(rounded) and share_of(rounded) < task.least_retained
     if short and task.refuses:
         return report, True, moments
     forget_loading_(model.model, undo)
