@@ -10,8 +10,9 @@ it, and below 0 the merged model is worse than the base without the adapter. Abo
 and rounding them with error feedback, are better than the base that the adapter was trained on. "retained" is the share
 of the delta along its own direction, ``MergeReport.retained``. "bits" is what the merged linears take a weight, scales
 included, and after "+" what the residual branch adds, its factors in bfloat16: 16 r (in + out) / (in out), which is 1
-bit for r = 8 at 256 x 256 and 0.06 at 4096 x 4096. Where less than half of the delta is retained ``qlora_kit.merge``
-refuses by default, which is marked with an asterisk; here ``force`` is set.
+bit for r = 8 at 256 x 256 and 0.06 at 4096 x 4096. Where less than half of the delta is left (``MergeReport.kept``: in
+the outputs where statistics are known) ``qlora_kit.merge`` refuses by default, which is marked with an asterisk; here
+``force`` is set.
 
 Statistics for error feedback are those of 128 rows of the fine-tune's own training text, or of the built-in text where
 the row says so. peft's merge is measured in the same run on the NF4 base, loaded by peft from the same two folders. It
@@ -132,7 +133,7 @@ def run(case: Case, store: Store, state: State, wanted: list[str] | None) -> Non
         )
         seconds = time.monotonic() - began
         found = measured(task, report.model, expected)
-        found |= {"retained": report.retained, "seconds": seconds, "chosen": report.base}
+        found |= {"retained": report.retained, "arrived": report.kept, "seconds": seconds, "chosen": report.base}
         row["delta_ratio"] = report.mean("delta_ratio")
         _done(state, case, way.name, found)
     for name in (PEFT, PEFT_LATE):
@@ -206,7 +207,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
     kept = (row["base"] - way["value"]) / (row["base"] - row["adapted"])
     cell = f"{_number(way['value'])}, " + (f"{kept:.0%}" if kept > -10 else "all lost")
     if "retained" in way:
-        refused = way["bits"] < 16 and way["retained"] < LEAST_RETAINED
+        refused = way["bits"] < 16 and way["arrived"] < LEAST_RETAINED
         cell += f", {way['retained']:.0%}{'*' if refused else ''}"
     if "cosine" in way:
         cell += f", {way['cosine']:.4f}"
