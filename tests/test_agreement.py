@@ -20,6 +20,8 @@ from qlora_kit.agreement import _divergence
 from qlora_kit.errors import ConfigError
 from qlora_kit.quantize import quantize_
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.randint(1, 128, (3, 7), generator=torch.Generator().manual_seed(4))
 
 

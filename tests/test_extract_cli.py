@@ -13,6 +13,8 @@ from qlora_kit import LoraConfig
 from qlora_kit.cli import app
 from qlora_kit.extract_files import extract_folders
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

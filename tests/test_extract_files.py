@@ -22,6 +22,8 @@ from qlora_kit import LoraConfig, LoraModel
 from qlora_kit.extract_files import best_branch, extract_folders
 from qlora_kit.shards import ShardReader
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # float32 products and decompositions of matrices of this size, against float64.
 CLOSE = 1e-5
 ONLY_PROJECTIONS = low_rank(3, only="proj")

@@ -23,6 +23,8 @@ from qlora_kit.hf_quantizer import record_quantization_
 from qlora_kit.quantize import quantize_
 from qlora_kit.spill import Spill
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.randint(1, 128, (2, 6), generator=torch.Generator().manual_seed(2))
 HERE = Path(merging.__file__).parent
 
