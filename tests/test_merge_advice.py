@@ -81,7 +81,7 @@ def test_with_moments_of_the_inputs(storage: str, asked: dict[str, Any], expecte
     for setting, share in found.items():
         options = {**asked, **as_option(setting)}
         report = merge(small(storage), statistics=moments(), force=True, **options)
-        assert f"{report.retained:.1%}" == share, setting
+        assert f"{report.kept:.1%}" == share, setting
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -93,7 +93,7 @@ def test_without_whole_moments_error_feedback_is_named_and_not_tried(diagonal: b
     assert list(found) == ["rounding='scale-search'", "residual_rank=8"]
     for setting, share in found.items():
         report = merge(small("nf4"), statistics=statistics, force=True, **as_option(setting))
-        assert f"{report.retained:.1%}" == share, setting
+        assert f"{report.kept:.1%}" == share, setting
 
 
 def test_on_the_original_base(tmp_path: Path) -> None:
@@ -113,4 +113,4 @@ def test_on_the_original_base(tmp_path: Path) -> None:
     said = said_by(lora(), base="original", least_retained=2.0)
     for setting, share in advised(said).items():
         report = merge(lora(), base="original", force=True, **as_option(setting))
-        assert f"{report.retained:.1%}" == share, setting
+        assert f"{report.kept:.1%}" == share, setting
