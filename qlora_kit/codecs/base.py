@@ -77,7 +77,8 @@ class Codec:
         return None
 
     def quantized(self, module: nn.Module) -> Quantized | None:
-        """The stored codes and scales as data, no copies; None where ``quantizer`` is."""
+        """The stored codes and scales as data, in the module's own memory where that will do; None where ``quantizer``
+        is."""
         return None
 
     def take_(self, module: nn.Module, quantized: Quantized) -> None:
