@@ -101,16 +101,13 @@ class _Descent:
     """One weight's columns as rows, those of the largest mean square first: what is worked on then lies together."""
 
     def __init__(self, stored: Quantized, A: Tensor, B: Tensor, moments: Tensor) -> None:
-        assert stored.blocksize is not None
         self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         self.moments = moments[self.order][:, self.order].contiguous()
         self.levels, labels = stored.table().sort(stable=True)
         self.labels = labels.to(torch.uint8)
         self.midpoints = (self.levels[:-1] + self.levels[1:]) / 2
-        block = torch.arange(stored.codes.numel(), device=A.device).div_(stored.blocksize, rounding_mode="floor")
-        block = block.view(stored.codes.shape).T[self.order]
-        self.scales = stored.scales[block]
-        self.shifts = None if stored.shifts is None else stored.shifts[block]
+        self.scales = self._of_each(stored, stored.scales)
+        self.shifts = None if stored.shifts is None else self._of_each(stored, stored.shifts)
         self.stored = stored.codes.T[self.order].contiguous()
         self.base = stored.dequantize().T[self.order].contiguous()
         self.B = B
@@ -123,6 +120,12 @@ class _Descent:
         columns, sizes, _ = torch.linalg.svd(B, full_matrices=False)
         self.written = columns[:, sizes > _NO_DIRECTION * sizes.max()]
         self.size = float((self.delta * B).sum(dtype=torch.float64))
+
+    def _of_each(self, stored: Quantized, parts: Tensor) -> Tensor:
+        """A value per block of ``stored`` as one per weight, columns as rows."""
+        assert stored.blocksize is not None
+        flat = parts.repeat_interleave(stored.blocksize)[: stored.codes.numel()]
+        return flat.view(stored.codes.shape).T[self.order].contiguous()
 
     def aimed(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (out, in) after one sweep from the stored ones towards base + ``target`` (out, rank) @ A; and E R A^T
