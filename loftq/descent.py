@@ -68,31 +68,27 @@ def round_from_codes(
     descent = _Descent(stored, A, B, _damped(moments, damping))
     if descent.size == 0:
         return stored
-    best, least = stored.codes, descent.missing(descent.delta)
-
-    def aimed(target: Tensor) -> Tensor:
-        """What is lost with the codes for ``target``, which are kept if less of the delta is missing with them."""
-        nonlocal best, least
-        codes, lost = descent.aimed(target)
-        if (missing := descent.missing(lost)) < least:
-            best, least = codes, missing
-        return lost
-
     aim, low, high = 1.0, 1.0, None
-    lost = aimed(B)
+    codes, lost = descent.aimed(B)
     for _ in range(_AIMS):
         share = descent.share(lost)
         if abs(share - 1) < _NEAR or (share > 1 and aim == 1):
             break
         low, high = (aim, high) if share < 1 else (low, aim)
         aim = min(aim * (2 if share > 0.3 else 4), _FARTHEST) if high is None else (low * high) ** 0.5
-        lost = aimed(aim * B)
+        codes, lost = descent.aimed(aim * B)
         if low == _FARTHEST:
             break
-    target = aim * B
+    if not 0 < descent.share(lost) < 2:  # farther from the delta than nothing is
+        return stored
+    # What is missing is compared among attempts that bring the delta as a whole, never with the stored codes: of a small
+    # delta it is mostly noise, and the codes without noise would win by bringing nothing.
+    target, best, least = aim * B, codes, descent.missing(lost)
     for _ in range(_CORRECTIONS):
         target = target + aim * descent.correction(lost)
-        lost = aimed(target)
+        codes, lost = descent.aimed(target)
+        if (missing := descent.missing(lost)) < least:
+            best, least = codes, missing
     parts = stored.quant_type, best, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
     return Quantized(*parts)
 

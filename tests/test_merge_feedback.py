@@ -19,7 +19,7 @@ from loftq.descent import round_from_codes
 from loftq.metric import Metric
 from loftq.quantizers import quantizer_for
 from loftq.rounding import round_with_feedback
-from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
+from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.quantize import quantize_
@@ -106,7 +106,7 @@ def test_a_branch_beside_changed_codes() -> None:
     # The branch is the best of its rank under R for the delta.
     best = starts.weighted_error(delta - starts.closest_correction(delta, exact, 2), exact)
     assert starts.weighted_error(delta - branch, exact) == pytest.approx(best, rel=1e-4)
-    assert descent.share(change + branch, delta, exact) == pytest.approx(1, abs=0.05)
+    assert descent.share(change + branch, delta, exact) == pytest.approx(1, abs=0.1)  # of a short rest
     assert descent.share(change, delta - branch, exact) == pytest.approx(1, abs=0.15), "of what is left for the codes"
 
     whole = rounded(ideal, quantizer, "error-feedback", R, 8, small)
@@ -168,6 +168,29 @@ def test_the_adapters_effect_is_in_the_output(monkeypatch: pytest.MonkeyPatch, s
         assert abs(there(other.model) - 1) > 2 * abs(there(report.model) - 1)
     assert there(report.model) == pytest.approx(1, abs=0.15)
     assert (report.model(x) - apart).norm() < (nearest.model(x) - apart).norm()
+
+
+def test_statistics_of_other_dtypes_and_ones_that_are_none() -> None:
+    given = {path: moments(width).bfloat16() for path, width in zip(PATHS, (64, 96, 64), strict=True)}
+    merged = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        statistics = {path: R.to(dtype) for path, R in given.items()}
+        merged.append(merge(lora_of("nf4"), rounding="error-feedback", statistics=statistics).to_dict())
+        assert merge(lora_of("nf4"), statistics=statistics, force=True).kept < 0.5
+    assert merged[0] == merged[1] == merged[2]
+
+    lora = lora_of("nf4")
+    before, wrong = bits(lora), {path: R.float() for path, R in given.items()}
+    for value in (torch.nan, torch.inf, -1.0):
+        wrong["2"][3, 3] = value
+        for way in ("nearest", "error-feedback"):
+            with pytest.raises(MergeError, match=r"^2: expected second moments of its inputs that are finite in float"):
+                merge(lora, rounding=way, statistics=wrong)
+    wrong["2"] = torch.eye(96) + 3 * (torch.eye(96).roll(1, 0) + torch.eye(96).roll(-1, 0))  # of no inputs at all
+    for options in ({"rounding": "error-feedback"}, {"least_retained": 2.0}):
+        with pytest.raises(MergeError, match=r"^\d: statistics: expected second moments .* positive semidefinite"):
+            merge(lora, statistics=wrong, **options)  # type: ignore[arg-type]
+    assert_same_bits(lora, before)
 
 
 class BrokenError(Exception):
