@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base_choice import original_of
+from .errors import ConfigError, MergeError
 from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, share_of
 from .merge_task import MergeTask
 from .requantize import WAYS, Grid, rounded
@@ -95,7 +96,10 @@ def _retained(
             elif target == own and stored is not None:
                 grid = Grid(stored, *delta)
             norms = add_delta_(ideal, *delta, path)
-            found = rounded(ideal, target, way, moments.get(path), rank, grid)
+            try:
+                found = rounded(ideal, target, way, moments.get(path), rank, grid)
+            except ConfigError as error:
+                raise MergeError(f"{path}: {error} (no layer was changed)") from error
         residual = found.residual
         if residual is not None:  # in the dtype that it is kept in
             A, B = (factor.to(task.residual_dtype or torch.float32).float() for factor in residual)

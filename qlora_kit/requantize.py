@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .agreement import Batches
 from .codecs.quantized import Quantized, Quantizer
 from .errors import MergeError
+from .finite import all_finite
 
 WAYS = ("nearest", "scale-search", "error-feedback")
 _ON_DEMAND = "loftq.requantize"
@@ -89,7 +90,7 @@ def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) ->
             for "error-feedback", which takes the text that every Python has.
 
     Raises:
-        MergeError: they lack a module that needs them, or are of another shape.
+        MergeError: they lack a module that needs them, are of another shape, or can be none.
     """
     if statistics is None and way != "error-feedback":
         return {}
@@ -102,13 +103,13 @@ def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) ->
             f"({len(missing)} of {len(paths)} modules); pass statistics of all of them, text that reaches them, or "
             "another rounding"
         )
-    for path, moments in found.items() if given else ():
-        if path in paths:
-            _check_shape(path, moments, model.get_submodule(path), way)
-    return found
+    if not given:
+        return found
+    return {path: _checked(path, found[path], model.get_submodule(path), way) for path in paths if path in found}
 
 
-def _check_shape(path: str, moments: Tensor, layer: Any, way: str) -> None:
+def _checked(path: str, moments: Any, layer: Any, way: str) -> Tensor:
+    """``moments`` in float32 on the layer's device, once they are known to be of its inputs' shape and finite."""
     width = layer.codec.shape(layer.base_layer)[1]
     shapes = [(width, width)] if way == "error-feedback" else [(width, width), (width,)]
     if not isinstance(moments, Tensor) or tuple(moments.shape) not in shapes:
@@ -117,6 +118,13 @@ def _check_shape(path: str, moments: Tensor, layer: Any, way: str) -> None:
             f"rounding={way!r}, found {tuple(moments.shape) if isinstance(moments, Tensor) else moments!r}; pass those "
             "of this model's layers, or a text to collect them on"
         )
+    found = moments.detach().to(layer.codec.device(layer.base_layer), torch.float32)
+    if not all_finite(found) or ((found if found.dim() == 1 else found.diagonal()) < 0).any():
+        raise MergeError(
+            f"{path}: expected second moments of its inputs that are finite in float32, mean squares of at least 0, "
+            "found NaN, infinity or a negative one; collect them in float32 or better"
+        )
+    return found
 
 
 def target_of(
