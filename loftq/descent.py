@@ -81,8 +81,8 @@ def round_from_codes(
             break
     if not 0 < descent.share(lost) < 2:  # farther from the delta than nothing is
         return stored
-    # What is missing is compared among attempts that bring the delta as a whole, never with the stored codes: of a small
-    # delta it is mostly noise, and the codes without noise would win by bringing nothing.
+    # What is missing is compared among attempts that bring the delta as a whole, never with the stored codes: of a
+    # small delta it is mostly noise, and the codes without noise would win by bringing nothing.
     target, best, least = aim * B, codes, descent.missing(lost)
     for _ in range(_CORRECTIONS):
         target = target + aim * descent.correction(lost)
