@@ -29,6 +29,7 @@ from .combined_config import check_apart, holder_of
 from .errors import MergeError, StorageError, closest
 from .finite import all_finite
 from .stored_model import StoredModel
+from .targets import end_tables
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _kind(base: StoredModel, place: str, name: str, one: Stored) -> str:
         return "copy"
     if one.config.bias != "none" and "bias" in name:
         return "bias"
-    heads = [getattr(base.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    heads = end_tables(base.model)
     module = base.modules[place.rpartition(".")[0]]
     if isinstance(module, nn.Embedding) or any(module is head for head in heads):
         return "table"

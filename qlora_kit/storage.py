@@ -33,7 +33,7 @@ from .backbone import METADATA_KEY
 from .biases import bias_parameters
 from .errors import AdapterError, StorageError, closest
 from .layers import AdapterLayer, ModulesToSave
-from .targets import base_of
+from .targets import base_of, end_tables
 
 if TYPE_CHECKING:
     from .model import LoraModel
@@ -248,7 +248,7 @@ def _owner(key: str, modules: Mapping[str, nn.Module]) -> str | None:
 def _extra_tensors(model: LoraModel, bias: str) -> dict[str, Tensor]:
     """Tensors of the base model that PEFT may write into an adapter's file, by their keys there."""
     extras: dict[str, Tensor] = {}
-    tables = [_table(model.model, end) for end in ("input", "output")]
+    tables = end_tables(model.model)
     for path, module in model.model.named_modules():
         base = base_of(module)
         if any(module is table for table in tables) or (isinstance(base, nn.Embedding) and base is not module):
@@ -259,14 +259,6 @@ def _extra_tensors(model: LoraModel, bias: str) -> dict[str, Tensor]:
         own = model.model.state_dict(keep_vars=True)
         extras.update({PREFIX + name: tensor for name, tensor in own.items() if "bias" in name and "lora_" not in name})
     return extras
-
-
-def _table(model: nn.Module, end: str) -> nn.Module | None:
-    """The embedding at one end of ``model``; transformers' models without any raise instead of saying so."""
-    try:
-        return getattr(model, f"get_{end}_embeddings", lambda: None)()
-    except NotImplementedError:
-        return None
 
 
 def _folder(directory: Path, adapter_name: str) -> Path:

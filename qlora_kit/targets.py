@@ -125,6 +125,17 @@ def shortest_names(paths: Iterable[str], model: nn.Module) -> list[str]:
     return sorted(names)
 
 
+def end_tables(model: nn.Module) -> list[nn.Module | None]:
+    """The modules of words at both ends of ``model``, as transformers tells them: embedding and head."""
+    found: list[nn.Module | None] = []
+    for end in ("input", "output"):
+        try:
+            found.append(getattr(model, f"get_{end}_embeddings", lambda: None)())
+        except NotImplementedError:  # a model without any says so in this way
+            found.append(None)
+    return found
+
+
 def _adaptable(module: nn.Module) -> bool:
     base = base_of(module)
     return find_codec(base) is not None and find_layer_family(base) is not None
@@ -172,8 +183,7 @@ def _heads(model: nn.Module) -> set[int]:
     """ids of the output head: the output embeddings, and linears that stand directly at a model's root
     beside its backbone (classification and regression heads)."""
     heads = set()
-    get_head = getattr(model, "get_output_embeddings", None)
-    if callable(get_head) and (head := get_head()) is not None:
+    if (head := end_tables(model)[1]) is not None:
         heads.add(id(base_of(head)))
     if getattr(model, "base_model_prefix", "") and getattr(model, "base_model", model) is not model:
         heads |= {id(base_of(child)) for child in model._modules.values() if child is not None and _adaptable(child)}

@@ -18,6 +18,7 @@ from .combine_files import Stored
 from .merge_changes import parameter_name
 from .model_folder import skeleton, task_of
 from .renamings import Variants
+from .targets import end_tables
 
 # transformers' tables from a config's class to a model's, by PEFT's name of the task.
 _CLASSES = {
@@ -39,8 +40,7 @@ def trained_config(folder: Path, adapters: Mapping[str, Stored]) -> dict[str, An
 
 def _vocabulary(own: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Any]:
     """The number of words, if the adapters hold larger or smaller tables."""
-    ends = [getattr(own, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    tables = [getattr(end, "weight", None) for end in ends]
+    tables = [getattr(end, "weight", None) for end in end_tables(own)]
     names = {
         name: parameter
         for name, parameter in own.named_parameters(remove_duplicate=False)
