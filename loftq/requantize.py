@@ -56,6 +56,8 @@ def rounded(
     elif way == "scale-search":
         return Rounded(round_by_search(ideal, quantizer, metric))
     else:
+        if grid is not None and not (grid.A.any() and grid.B.any()):
+            return Rounded(grid.stored)
         changed = None if grid is None else _changed(grid.stored, grid.A, grid.B, moments)
         kept = None if changed is None else Rounded(changed)
         anew = Rounded(round_with_feedback(ideal, quantizer, metric))
@@ -93,10 +95,12 @@ def _beside(grid: Grid, way: str, moments: Tensor | None, metric: Metric, rank: 
 
 
 def _changed(stored: Quantized, A: Tensor, B: Tensor, moments: Tensor | None) -> Quantized | None:
-    """The stored codes, some of them changed, so that B @ A arrives; None where they have no table to choose from."""
+    """The stored codes, some of them changed, so that B @ A arrives; None where they have no table to choose from, or
+    none that brings it."""
     if stored.blocksize is None or moments is None:
         return None
-    return round_from_codes(stored, A, B, moments)
+    found = round_from_codes(stored, A, B, moments)
+    return None if found is stored else found
 
 
 def _with_branch(ideal: Tensor, quantizer: Quantizer, way: str, moments: Tensor | None, rank: int) -> Rounded:

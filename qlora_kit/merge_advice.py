@@ -51,6 +51,8 @@ def refusal(model: LoraModel, task: MergeTask, report: MergeReport, moments: Map
         lines += f"On the {len(paths)} layers with the largest deltas {', '.join(found)}. "
     if task.rounding != "error-feedback" and not _whole(moments, paths):
         lines += "With statistics=TEXT rounding='error-feedback' may keep more (not tried: it looks at the inputs). "
+    if report.base == "dequantized":
+        lines += "Onto the 16-bit weights (base='original', original=DIR) rounding keeps small deltas too. "
     return lines + "into='bfloat16' keeps all of it in 16 bits; force=True merges all the same"
 
 
