@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from qlora_kit.codecs.quantized import Quantized
-from qlora_kit.lowrank import factor_pair, truncated_svd
+from qlora_kit.lowrank import factor_pair, norm, truncated_svd
 
-from .methods import LoftQResult, Problem, norm
+from .methods import LoftQResult, Problem
 from .metric import Metric
 
 Rounding = Callable[[Tensor], Quantized]

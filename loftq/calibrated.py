@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qlora_kit.lowrank import norm
+
 from .alternate import Rounding, alternate
-from .methods import LoftQResult, Problem, norm, register_method
+from .methods import LoftQResult, Problem, register_method
 from .metric import LEAST_DAMPING, Metric
 from .rounding import round_with_feedback
 

@@ -27,6 +27,8 @@ the error then is noise, and no longer a part of what was learned.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -89,8 +91,7 @@ def round_from_codes(
         codes, lost = descent.aimed(target)
         if (missing := descent.missing(lost)) < least:
             best, least = codes, missing
-    parts = stored.quant_type, best, stored.stored_scales, stored.stored_shifts, stored.blocksize, None, stored.rows
-    return Quantized(*parts)
+    return replace(stored, codes=best, source=None)
 
 
 class _Descent:

@@ -30,6 +30,7 @@ from qlora_kit.config import LoftQConfig
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Request, Start
 from qlora_kit.loftq_config import DEFAULT_TYPES, MIXED_TYPES
+from qlora_kit.lowrank import norm
 from qlora_kit.originals import original_weight
 from qlora_kit.quantize import linear_holding
 from qlora_kit.targets import pattern_value
@@ -37,7 +38,7 @@ from qlora_kit.targets import pattern_value
 from .alternate import correction
 from .calibrate import Seen
 from .factorize import factorize
-from .methods import needs_of, norm, output_norm
+from .methods import needs_of, output_norm
 from .metric import Metric
 from .report import LayerReport
 

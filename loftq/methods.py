@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.errors import ConfigError, closest
+from qlora_kit.lowrank import SAFE_NORMS, norm
 
 from .metric import DAMPING, check_moments
 
@@ -95,10 +96,6 @@ class Needs:
     sequential: bool = False
 
 
-# Norms between these have lost nothing to the squares that float32 can't hold; others are taken again in float64,
-# which is several times slower.
-_SAFE = 1e-12, 1e15
-
 Method = Callable[[Problem], LoftQResult]
 _registry: dict[str, Method] = {}
 _needs: dict[str, Needs] = {}
@@ -140,20 +137,12 @@ def needs_of(name: str) -> Needs:
     return _needs.get(name, Needs())
 
 
-def norm(matrix: Tensor) -> float:
-    """The Frobenius norm; rows are summed up in float64, since steps that differ in the seventh digit are compared."""
-    found = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.float64))
-    if _SAFE[0] < found < _SAFE[1]:
-        return found
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-
-
 def output_norm(matrix: Tensor, statistics: Tensor) -> float:
     """sqrt(E ||matrix @ x||^2) = sqrt(tr(matrix R matrix^T)) for inputs of second moments R, or its diagonal."""
     if statistics.dim() == 1:
         return norm(matrix * statistics.sqrt())
     found = float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
-    if not _SAFE[0] < found < _SAFE[1]:
+    if not SAFE_NORMS[0] < found < SAFE_NORMS[1]:
         matrix = matrix.double()
         found = float(((matrix @ statistics.double()) * matrix).sum().clamp_min(0).sqrt())
     return found

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qlora_kit.lowrank import factor_pair, truncated_svd
+from qlora_kit.lowrank import factor_pair, norm, truncated_svd
 
 from .alternate import alternate
 from .factorize import nearest
-from .methods import LoftQResult, Problem, norm, register_method
+from .methods import LoftQResult, Problem, register_method
 from .metric import Metric
 
 # Shares of the rank that SRR tries to give to the weight's own directions.

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from qlora_kit.agreement import Batches
 from qlora_kit.algebra import Branch, Recipe, combine
 from qlora_kit.codecs.quantized import Quantized, Quantizer
-from qlora_kit.lowrank import add_product_
+from qlora_kit.lowrank import add_product_, norm
 from qlora_kit.requantize import Grid, Rounded
 
 from .calibration import batches_for
 from .descent import round_from_codes
 from .factorize import factorize
-from .methods import norm
 from .metric import Metric
 from .rounding import round_by_search, round_with_feedback
 from .statistics import collect_statistics

@@ -25,8 +25,8 @@ from torch import Tensor
 from qlora_kit.codecs.blockwise import nearest_codes, search_codes
 from qlora_kit.codecs.codebooks import scheme
 from qlora_kit.codecs.quantized import Quantized, Quantizer, Scales
+from qlora_kit.lowrank import norm
 
-from .methods import norm
 from .metric import Metric
 
 # Tried in the place of 1: the largest magnitude as the scale.

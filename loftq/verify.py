@@ -14,12 +14,12 @@ from qlora_kit.adapter_folder import PREFIX, WEIGHTS_NAME, read_metadata
 from qlora_kit.backbone import METADATA_KEY, codes_digest, combine
 from qlora_kit.config import CONFIG_NAME, LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError
+from qlora_kit.lowrank import norm
 from qlora_kit.model_folder import locate
 from qlora_kit.shards import ShardReader
 from qlora_kit.stored import read_stored
 
 from .checkpoint import Checkpoint
-from .methods import norm
 from .report import LayerReport, Report
 from .writers import ADAPTER_FOLDER
 

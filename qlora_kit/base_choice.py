@@ -18,18 +18,15 @@ from torch import Tensor, nn
 
 from .agreement import Batches, mean_loss
 from .codecs import find_codec
-from .layers import AdapterLayer, ModulesToSave
 from .originals import original_weight
-from .targets import modules_of
+from .targets import base_of, modules_of
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of ``model`` that holds a quantized weight, under adapters too, by its first path without them."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in modules_of(model):
-        base: Any = module.base_layer if isinstance(module, AdapterLayer) else module
-        if isinstance(module, ModulesToSave):
-            continue
+        base = base_of(module)
         codec = find_codec(base)
         if codec is not None and codec.quantizer(base) is not None:
             found.setdefault(id(base), (path, base))

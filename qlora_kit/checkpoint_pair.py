@@ -27,7 +27,7 @@ from .errors import StorageError, closest
 from .model_folder import locate, skeleton
 from .renamings import Variants
 from .shards import ShardReader
-from .stored import weight_of
+from .stored import packing_of, weight_of
 
 _PIECE = 1 << 22
 _OLD_BUFFERS = (".inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
@@ -37,13 +37,16 @@ class Side:
     """One of the two checkpoints.
 
     Attributes:
-        own: its own model on the meta device. names: stored names, by those in the model.
-        parts: of quantized weights, all stored names by their names in the module. extra: stored names that the model
-            doesn't have, by these names without the backbone's prefix.
+        own: its own model on the meta device.
+        quantization: how config.json says that its weights are stored.
+        names: stored names, by those in the model.
+        parts: of quantized weights, all stored names by their names in the module.
+        extra: stored names that the model doesn't have, by these names without the backbone's prefix.
     """
 
     def __init__(self, folder: Path, own: nn.Module) -> None:
         self.folder, self.own = folder, own
+        self.quantization = _settings(folder).get("quantization_config")
         self.reader = ShardReader(folder)
         self.types = self.reader.types()
         self.names: dict[str, str] = {}
@@ -78,7 +81,7 @@ class Side:
         path = name.removesuffix(".weight")
         linear: Any = self.model.get_submodule(path)
         tensors = {part: self.reader.tensor(stored) for part, stored in self.parts[name].items()}
-        kind, options = self._packing(path)
+        kind, options = packing_of(self.quantization, lambda module: module == path)
         where = f"{self.folder}: {self.names[name].removesuffix('weight')}"
         return weight_of(tensors, (linear.out_features, linear.in_features), kind, options, where)
 
@@ -95,14 +98,6 @@ class Side:
                 if name in self.names and isinstance(self.model.get_submodule(name.removesuffix(".weight")), nn.Linear):
                     return name
         return None
-
-    def _packing(self, path: str) -> tuple[str, dict[str, Any]]:
-        """The type and options of a packed module, from config.json; of others, which need none, as good as none."""
-        for group in (_settings(self.folder).get("quantization_config") or {}).get("groups", ()):
-            if path in group["modules"]:
-                blocksize = "row" if group["blocksize"] is None else group["blocksize"]
-                return group["quant_type"], {"blocksize": blocksize, "double_quant": group["double_quant"]}
-        return "", {"blocksize": "row", "double_quant": False}
 
 
 class CheckpointPair:

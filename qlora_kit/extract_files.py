@@ -30,12 +30,10 @@ from .checks import check_int, failure
 from .errors import ConfigError, StorageError
 from .extract_contents import Contents
 from .extract_report import ExtractedModule, ExtractReport
-from .lowrank import factor_pair, pick_solver, truncated_svd
+from .lowrank import LEAST_COLUMNS, factor_pair, pick_solver, truncated_svd
 
 # Blocks of the Krylov solver; see the module's text.
 _DEPTH = 24
-# It takes blocks of no fewer columns.
-_LEAST_COLUMNS = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,7 +125,7 @@ def best_branch(difference: Tensor, rank: int | None, energy: float | None = Non
         rank = max(1, min(rank_for_energy(values, energy), exact_rank(values, noise, torch.float32)))
     kept = min(rank or size, size)
     solver = pick_solver(difference.shape, kept)
-    if solver == "krylov" and (energy is not None or 2 * _DEPTH * max(kept, _LEAST_COLUMNS) > size):
+    if solver == "krylov" and (energy is not None or 2 * _DEPTH * max(kept, LEAST_COLUMNS) > size):
         solver = "gram"
     return factor_pair(*truncated_svd(difference, kept, solver=solver, depth=_DEPTH), scaling=1.0)
 

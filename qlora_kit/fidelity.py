@@ -13,7 +13,6 @@ there as a matrix.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -24,14 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import Agreement
-from .codecs.base import row_pieces
 from .errors import MergeError
 from .files import write_text_atomically
 from .finite import all_finite
-from .lowrank import add_product_
-
-# Norms between these have lost nothing to the squares that float32 can't hold; others are taken again in float64.
-_SAFE = 1e-12, 1e15
+from .lowrank import add_product_, norm
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def add_delta_(weight: Tensor, A: Tensor, B: Tensor, path: str) -> dict[str, flo
     Raises:
         MergeError: the sum isn't finite; names ``path``.
     """
-    base = _norm(weight)
+    base = norm(weight)
     add_product_(weight, A, B)
     check_finite(path, weight)
     return {"delta": _product_norm(A, B), "base": base}
@@ -223,7 +218,7 @@ def compare(
         lost = values.sub_(ideal[rows])
         if residual is not None:
             add_product_(lost, residual[0], residual[1][rows])
-        lost_square += _norm(lost) ** 2
+        lost_square += norm(lost) ** 2
         written = B[rows].T @ lost
         along += (written * A).sum(dtype=torch.float64)
         if weighed is not None:
@@ -234,7 +229,7 @@ def compare(
         codec=codec,
         delta_ratio=_ratio(size, norms["base"]),
         retained=1 + float(along) / size**2 if size else 1.0,
-        error=_ratio(lost_norm, _norm(ideal)),
+        error=_ratio(lost_norm, norm(ideal)),
         delta_error=_ratio(lost_norm, size),
         base_error=None if base_error is None else _ratio(base_error, size),
         rank=0 if residual is None else residual[0].shape[0],
@@ -266,15 +261,6 @@ def checked_cast(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{path}: a value overflows {dtype}; merge into a wider dtype, such as 'bfloat16' (no layer was changed)"
         )
     return cast
-
-
-def _norm(matrix: Tensor) -> float:
-    # Rows in float32, whose few thousand squares lose nothing that counts, and their squares in float64.
-    found = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.float64))
-    if _SAFE[0] < found < _SAFE[1]:
-        return found
-    parts = (torch.linalg.vector_norm(matrix[rows], dtype=torch.float64) for rows in row_pieces(matrix.shape))
-    return math.hypot(*(float(part) for part in parts))
 
 
 def _product_norm(A: Tensor, B: Tensor) -> float:

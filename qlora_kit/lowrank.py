@@ -32,6 +32,7 @@ import math
 import torch
 from torch import Tensor
 
+from .codecs.base import row_pieces
 from .errors import ConfigError
 
 SOLVERS = ("auto", "full", "gram", "krylov", "subspace")
@@ -42,7 +43,10 @@ COLD_DEPTH, WARM_DEPTH = 6, 2
 # sqrt(eps64 / eps32) = 4.3e-5 up to the constant in the eigensolver's error bound.
 _GRAM_FLOOR = 1e-4
 # Products with fewer columns than this cost as much, and more columns hold more energy.
-_LEAST_COLUMNS = 16
+LEAST_COLUMNS = 16
+# Norms between these have lost nothing to the squares that float32 can't hold; others are taken again in float64, which
+# is several times slower.
+SAFE_NORMS = 1e-12, 1e15
 # Columns farther from orthogonal than this aren't a basis.
 _ORTHOGONAL = 1e-3
 # Where the Gram route starts to pay: small matrices are quick in full, and large shares of the spectrum
@@ -72,6 +76,16 @@ def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
         )
     with torch.autocast(B.device.type if B.device.type != "meta" else "cpu", enabled=False):
         return (B.float() @ A.float()) * scaling
+
+
+def norm(matrix: Tensor) -> float:
+    """The Frobenius norm. Rows are summed up in float32, whose few thousand squares lose nothing that counts, and their
+    squares in float64: norms that differ in the seventh digit are compared."""
+    found = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1), dtype=torch.float64))
+    if SAFE_NORMS[0] < found < SAFE_NORMS[1]:
+        return found
+    parts = (torch.linalg.vector_norm(matrix[rows], dtype=torch.float64) for rows in row_pieces(matrix.shape))
+    return math.hypot(*(float(part) for part in parts))
 
 
 def add_product_(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -227,7 +241,7 @@ def _block_svd(
     the matrix's own rank is too low for them."""
     out_features, in_features = matrix.shape
     depth = depth or (COLD_DEPTH if start is None else WARM_DEPTH)
-    columns = min(max(rank, _LEAST_COLUMNS), out_features, in_features)
+    columns = min(max(rank, LEAST_COLUMNS), out_features, in_features)
     block = matrix.new_empty(out_features, 0) if start is None else start.detach().to(matrix)
     if (missing := columns - block.shape[1]) > 0:
         generator = torch.Generator(matrix.device).manual_seed(seed)

@@ -90,7 +90,7 @@ def _retained(
         target = task.target(own, linear=layer.family == "linear")
         if target is None:
             continue
-        delta, grid = layer.stacked({name: weight for name, weight in task.parts.items() if name in layer.r}), None
+        delta, grid = layer.stacked(task.parts), None
         with layer.unmerged():
             ideal, stored = codec.read(base), codec.quantized(base)
             if report.base == "original" and task.original is not None and own is not None:
@@ -107,17 +107,6 @@ def _retained(
             A, B = (factor.to(task.residual_dtype or torch.float32).float() for factor in residual)
             residual = A, B
         weight = found.quantized.dequantize()
-        accounts.append(
-            compare(
-                path,
-                codec.name,
-                ideal,
-                delta,
-                norms,
-                [(slice(0, len(weight)), weight)],
-                residual,
-                None,
-                moments.get(path),
-            )
-        )
+        pieces = [(slice(0, len(weight)), weight)]
+        accounts.append(compare(path, codec.name, ideal, delta, norms, pieces, residual, moments=moments.get(path)))
     return share_of(accounts)

@@ -67,12 +67,11 @@ class Merger:
     def adapted(self, path: str, layer: AdapterLayer) -> list[LayerFidelity]:
         """Merge into ``layer``'s base and put that in its place; the account, if there was anything to merge."""
         base, codec = layer.base_layer, layer.codec
-        parts = {name: weight for name, weight in self.task.parts.items() if name in layer.r}
-        if not parts:
+        if not any(name in layer.r for name in self.task.parts):
             self._put(layer, base)
             return []
         weight, base_error = self._read(path, codec, base)
-        delta = layer.stacked(parts)
+        delta = layer.stacked(self.task.parts)
         norms = add_delta_(weight, *delta, path)
         try:
             module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
@@ -169,15 +168,11 @@ class Merger:
 
     def _dense(self, codec: Codec, base: nn.Module, ideal: Tensor) -> nn.Module:
         dtype = self.task.dtype
-        if type(codec).dense_like is Codec.dense_like:
+        if dtype is None or type(codec).dense_like is Codec.dense_like:
             if dtype is None:
                 self._keep(codec, base)
             else:
                 self._recast(base, dtype)
-            codec.write_(base, ideal)
-            return base
-        if dtype is None:  # its own way to be dense: the codec's business
-            self._keep(codec, base)
             codec.write_(base, ideal)
             return base
         if codec.quantizer(base) is not None and isinstance(base, nn.Linear):

@@ -183,10 +183,12 @@ def _carried_out(
         losses: dict[str, float] = {}
         if task.original is not None and not kbit:
             raise MergeError(f"base={task.base!r}: expected a quantized base, found none; leave base out")
-        if task.base == "auto":
+        auto = task.base == "auto"
+        batches = batches_of(text, model.model) if auto or text is not None else ()
+        if auto:
             assert task.original is not None
-            losses = base_losses(model.model, task.original, batches_of(text, model.model))
-        compare = None if text is None else record(model.model, batches_of(text, model.model), spill)
+            losses = base_losses(model.model, task.original, batches)
+        compare = None if text is None else record(model.model, batches, spill)
     chosen = min(losses, key=losses.__getitem__) if losses else task.base
     report = MergeReport(
         model.model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,20 @@ def _filled(
     from .codecs.bnb import linear_from_tensors
 
     return linear_from_tensors(tensors, in_features, out_features)
+
+
+def packing_of(quantization: Mapping[str, Any] | None, holds: Callable[[str], bool]) -> tuple[str, dict[str, Any]]:
+    """Type and options of a packed module, for ``module_of``; bitsandbytes' modules say theirs in their own tensors.
+
+    Args:
+        quantization: config.json's ``quantization_config``.
+        holds: whether a path in it is the module's.
+    """
+    for group in (quantization or {}).get("groups", ()):
+        if any(holds(path) for path in group["modules"]):
+            blocksize = "row" if group["blocksize"] is None else group["blocksize"]
+            return group["quant_type"], {"blocksize": blocksize, "double_quant": group["double_quant"]}
+    return "", {"blocksize": "row", "double_quant": False}
 
 
 def weight_bytes(shape: tuple[int, ...], kind: str, blocksize: int | None, double_quant: bool) -> int:

@@ -24,7 +24,7 @@ from .errors import StorageError
 from .model_folder import skeleton
 from .renamings import Variants
 from .shards import ShardReader
-from .stored import PARTS, module_of
+from .stored import PARTS, module_of, packing_of
 
 METHODS = ("bitsandbytes", "qlora_kit")
 
@@ -110,16 +110,8 @@ class StoredModel:
         own = self.modules[path]
         if len(tensors) == 1:
             return holding(own, tensors["weight"])
-        kind, options = self._packing(path)
+        kind, options = packing_of(self.settings.get("quantization_config"), lambda p: self.path_of(p) == path)
         return module_of(tensors, codec_for(own, path).shape(own), kind, options, f"{self.folder}: {path}.")
-
-    def _packing(self, path: str) -> tuple[str, dict[str, Any]]:
-        """Type and options of a packed module; bitsandbytes' say it in their own tensors."""
-        for group in (self.settings.get("quantization_config") or {}).get("groups", ()):
-            if any(self.path_of(module) == path for module in group["modules"]):
-                blocksize = "row" if group["blocksize"] is None else group["blocksize"]
-                return group["quant_type"], {"blocksize": blocksize, "double_quant": group["double_quant"]}
-        return "", {"blocksize": "row", "double_quant": False}
 
     def _sort(self) -> None:
         left = []

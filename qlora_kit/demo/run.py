@@ -37,8 +37,10 @@ MERGES: dict[str, dict[str, Any]] = {
     "NF4, nearest codes": {"force": True},
     "NF4, error feedback": {"rounding": "error-feedback", "force": True},
     "the same, rank 8 beside": {
-        **{"rounding": "error-feedback", "force": True},
-        **{"residual_rank": 8, "residual_dtype": torch.bfloat16},
+        "rounding": "error-feedback",
+        "residual_rank": 8,
+        "residual_dtype": torch.bfloat16,
+        "force": True,
     },
 }
 STATISTICS_ROWS = 64

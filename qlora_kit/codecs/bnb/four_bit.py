@@ -307,10 +307,7 @@ def _as_data(state: QuantState | None) -> dict[str, Any] | None:
     """``state`` as a dictionary of its tensors and plain values."""
     if state is None:
         return None
-    data = {}
-    for name, value in vars(state).items():
-        data[name] = _as_data(value) if isinstance(value, QuantState) else value
-    return data
+    return {name: _as_data(value) if isinstance(value, QuantState) else value for name, value in vars(state).items()}
 
 
 def _as_state(data: dict[str, Any]) -> QuantState:
