@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from qlora_kit.shard_writer import ShardWriter, header_room
+from qlora_kit.checkpoints.shard_writer import ShardWriter, header_room
 
 HIDDEN, MLP, VOCABULARY = 4096, 11008, 8000
 LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP)

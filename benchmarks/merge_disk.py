@@ -28,9 +28,9 @@ from loftq_memory import HIDDEN, LARGEST, MLP, apart, digest, make_checkpoint, r
 from safetensors import safe_open
 
 from qlora_kit import LoraConfig
-from qlora_kit.adapter_folder import PREFIX, write_adapter
-from qlora_kit.merge_files import REPORT_NAME, WORK_FOLDER
-from qlora_kit.shards import INDEX_SUFFIX, ShardReader
+from qlora_kit.adapter_files.folder import PREFIX, write_adapter
+from qlora_kit.checkpoints.shards import INDEX_SUFFIX, ShardReader
+from qlora_kit.folders.merge.run import REPORT_NAME, WORK_FOLDER
 
 RANK = 16
 SAMPLES = 3

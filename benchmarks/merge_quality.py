@@ -46,8 +46,8 @@ from loftq.requantize import moments_on
 from qlora_kit import LoraModel, merge
 from qlora_kit.codecs import codec_for, protect_storage_
 from qlora_kit.demo.models import quiet, reference_model_path
+from qlora_kit.injection.targets import modules_of
 from qlora_kit.layers import AdapterLayer
-from qlora_kit.targets import modules_of
 
 LEAST_RETAINED = 0.5
 PEFT, PEFT_LATE = "peft", "peft, a forward pass before"

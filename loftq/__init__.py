@@ -2,13 +2,13 @@
 
 from qlora_kit.codecs.quantized import Quantized
 
-from . import calibrated as _calibrated  # noqa: F401  # registers its methods, as the next one does
-from . import principal as _principal  # noqa: F401
-from .allocate import Allocation, allocate
-from .factorize import factorize
-from .methods import LoftQResult, Problem, register_method
+from .bits.allocation import Allocation, allocate
+from .inputs.moments import collect_statistics
+from .methods import error_feedback as _calibrated  # noqa: F401  # registers its methods, as the next one does
+from .methods import principal as _principal  # noqa: F401
+from .methods.factorization import factorize
+from .methods.registry import LoftQResult, Problem, register_method
 from .report import LayerReport, Report, start_report
-from .statistics import collect_statistics
 
 __all__ = [
     "Allocation",

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from qlora_kit.command_group import command_group, errors_in_red, names_or_pattern
-from qlora_kit.config import LoftQConfig, LoraConfig
+from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
 
 app = command_group("Quantize a model and start its adapters together, a tensor at a time, from folder to folder.")
@@ -53,11 +53,11 @@ def init(
     shard_size: Annotated[float, typer.Option(min=0.001, help="GB a shard of the output.")] = 5.0,
 ) -> None:
     """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on."""
-    from qlora_kit.model_folder import locate
+    from qlora_kit.checkpoints.model_folder import locate
 
-    from .budget import Budget, parse_bytes
-    from .progress import bar
-    from .stream import Task, stream
+    from .bits.budget import Budget, parse_bytes
+    from .disk.progress import bar
+    from .disk.stream import Task, stream
 
     with errors_in_red("loftq init"):
         if allocation not in ("milp", "first-layers"):
@@ -122,7 +122,7 @@ def verify(
     layers: Annotated[int, typer.Option(min=1, help="How many layers to measure again.")] = 8,
 ) -> None:
     """Check that OUT's quantized model and adapter belong together, and that its report is true."""
-    from .verify import verify as check
+    from .disk.verify import verify as check
 
     with errors_in_red("loftq verify"):
         for line in check(out, against, layers=layers):

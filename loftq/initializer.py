@@ -24,22 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.checkpoints.originals import original_weight
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
-from qlora_kit.config import LoftQConfig
+from qlora_kit.config.loftq import DEFAULT_TYPES, MIXED_TYPES
+from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Request, Start
-from qlora_kit.loftq_config import DEFAULT_TYPES, MIXED_TYPES
+from qlora_kit.injection.targets import pattern_value
 from qlora_kit.lowrank import norm
-from qlora_kit.originals import original_weight
 from qlora_kit.quantize import linear_holding
-from qlora_kit.targets import pattern_value
 
-from .alternate import correction
-from .calibrate import Seen
-from .factorize import factorize
-from .methods import needs_of, output_norm
-from .metric import Metric
+from .inputs.groups import Seen
+from .methods.alternation import correction
+from .methods.factorization import factorize
+from .methods.metric import Metric
+from .methods.registry import needs_of, output_norm
 from .report import LayerReport
 
 # Codecs of modules whose weight is not quantized yet.

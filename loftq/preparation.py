@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for
+from qlora_kit.config.loftq import LoftQConfig
 from qlora_kit.initializers import Initializer, register_initializer
-from qlora_kit.inject import Request, Start
-from qlora_kit.loftq_config import LoftQConfig
+from qlora_kit.injection.engine import Request, Start
 from qlora_kit.lowrank import delta
 
-from .calibrate import stages
-from .calibration import calibration_batches
 from .initializer import checked, loftq_start, start_of
-from .methods import needs_of
+from .inputs.groups import stages
+from .inputs.text import calibration_batches
+from .methods.registry import needs_of
 from .report import not_reached, short_calibration
 
 # Bytes of activations in memory between blocks, before they go to files.
@@ -30,7 +30,7 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     """The starts of ``requests``, found in the order of the model's forward.
 
     Raises:
-        ConfigError, StorageError, TargetError: see ``loftq.initializer`` and ``loftq.calibration``.
+        ConfigError, StorageError, TargetError: see ``loftq.initializer`` and ``loftq.inputs.text``.
     """
     options = requests[0].config.loftq_config or LoftQConfig()
     needs = needs_of(options.chosen_method)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import LoftQConfig
+from qlora_kit.checkpoints.files import write_text_atomically
+from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import AdapterError, StorageError
-from qlora_kit.files import write_text_atomically
-from qlora_kit.model import LoraModel
+from qlora_kit.model.lora_model import LoraModel
 
 JSON_NAME = "loftq_report.json"
 PLOT_NAME = "loftq_report.png"

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.agreement import Batches
 from qlora_kit.algebra import Branch, Recipe, combine
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.lowrank import add_product_, norm
-from qlora_kit.requantize import Grid, Rounded
+from qlora_kit.merging.agreement import Batches
+from qlora_kit.merging.requantize import Grid, Rounded
 
-from .calibration import batches_for
-from .descent import round_from_codes
-from .factorize import factorize
-from .metric import Metric
-from .rounding import round_by_search, round_with_feedback
-from .statistics import collect_statistics
+from .inputs.moments import collect_statistics
+from .inputs.text import batches_for
+from .methods.descent import round_from_codes
+from .methods.factorization import factorize
+from .methods.metric import Metric
+from .methods.rounding import round_by_search, round_with_feedback
 
 # Alternations of the residual branch, and how much of a text is read.
 STEPS = 5
@@ -36,7 +36,7 @@ _ENOUGH = 0.95
 def rounded(
     ideal: Tensor, quantizer: Quantizer, way: str, moments: Tensor | None, residual_rank: int, grid: Grid | None
 ) -> Rounded:
-    """``qlora_kit.requantize.rounded`` where the nearest codes aren't all.
+    """``qlora_kit.merging.requantize.rounded`` where the nearest codes aren't all.
 
     Rounding anew costs a small delta on the grid twice: nearly all of it is lost, and each block's scale moves by as
     much as its largest value does, and every value of the block with it. So there the codes that are stored are tried

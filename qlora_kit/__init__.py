@@ -5,7 +5,7 @@ Importing this package imports torch, and neither bitsandbytes nor transformers.
 """
 
 from .codecs import Codec, codec_for, register_codec
-from .config import LoftQConfig, LoraConfig
+from .config.lora import LoftQConfig, LoraConfig
 from .errors import (
     AdapterError,
     CodecError,
@@ -16,13 +16,13 @@ from .errors import (
     TargetError,
     UnsupportedModuleError,
 )
-from .fidelity import MergeReport
 from .initializers import register_initializer
-from .inject import Plan, make_plan
+from .injection.engine import Plan, make_plan
 from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .layers import AdapterLayer, register_layer
-from .merging import merge
-from .model import LoraModel, apply_lora
+from .merging.fidelity import MergeReport
+from .merging.in_memory import merge
+from .model.lora_model import LoraModel, apply_lora
 from .on_import import import_after
 from .quantize import quantize_
 from .training import check_gradients

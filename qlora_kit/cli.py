@@ -58,7 +58,7 @@ def combine(
     any_base: Annotated[bool, typer.Option("--any-base", help="Don't check that the base models are one.")] = False,
 ) -> None:
     """Combine stored adapters into a new one; the base model isn't needed."""
-    from .combine_files import combine_folders
+    from .folders.combine import combine_folders
 
     with errors_in_red("qlora-kit combine"):
         folders, weights = zip(*map(_weighted, sources), strict=True)
@@ -89,7 +89,7 @@ def compress(
     ] = None,
 ) -> None:
     """Lower a stored adapter's ranks, and show what it costs; the base model isn't needed."""
-    from .combine_files import compress_folder
+    from .folders.combine import compress_folder
 
     with errors_in_red("qlora-kit compress"):
         report = compress_folder(folder, out, rank, energy=energy)
@@ -132,7 +132,7 @@ def merge(
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """Merge stored adapters into a stored model, a tensor at a time; stopped at any point, the same command goes on."""
-    from .merge_files import merge_folders
+    from .folders.merge.run import merge_folders
 
     with errors_in_red("qlora-kit merge"):
         report = merge_folders(
@@ -174,7 +174,7 @@ def extract(
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """Turn the difference of two checkpoints into the best adapter there is, and show what it holds and leaves out."""
-    from .extract_files import extract_folders
+    from .folders.extract.run import extract_folders
 
     with errors_in_red("qlora-kit extract"):
         report = extract_folders(

@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .config import INIT_NAMES
+from .config.lora import INIT_NAMES
 from .errors import AdapterError, ConfigError, closest
-from .inject import Request, Start
+from .injection.engine import Request, Start
 
 Initializer = Callable[[Request], Start]
 Prepare = Callable[[nn.Module, Sequence[Request]], Initializer]

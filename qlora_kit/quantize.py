@@ -15,10 +15,10 @@ from torch import nn
 from .codecs import codec_for
 from .codecs.packed import pack_linear
 from .codecs.quantized import Quantized, quantize_matrix
-from .config import LoraConfig
+from .config.loftq import DEFAULT_TYPES
+from .config.lora import LoraConfig
 from .errors import TargetError
-from .inject import Injection, make_plan, swap_, with_hooks_of
-from .loftq_config import DEFAULT_TYPES
+from .injection.engine import Injection, make_plan, swap_, with_hooks_of
 
 # What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
 BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -43,7 +43,7 @@ def quantize_(
     ``from_pretrained`` loads.
 
     Args:
-        bits: 2, 3, 4 or 8: ``qlora_kit.loftq_config.DEFAULT_TYPES`` of it.
+        bits: 2, 3, 4 or 8: ``qlora_kit.config.loftq.DEFAULT_TYPES`` of it.
         quant_type: a type of ``qlora_kit.codecs.codebooks`` or "int8"; stands above ``bits``.
         blocksize: weights that share a scale; None for rows.
         double_quant: keep the scales in 8 bits.

@@ -9,13 +9,7 @@ import torch
 from tiny_llama import adapted, batch, llama, load
 from torch import Tensor, nn
 
-from qlora_kit import (
-    AdapterError,
-    LoraConfig,
-    apply_lora,
-    check_gradients,
-    prepare_model_for_kbit_training,
-)
+from qlora_kit import AdapterError, LoraConfig, apply_lora, check_gradients, prepare_model_for_kbit_training
 
 
 def test_check_runs_its_own_backward_and_leaves_no_trace() -> None:

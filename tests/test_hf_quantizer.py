@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHead
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, codec_for
 from qlora_kit.codecs.codebooks import scheme
 from qlora_kit.codecs.packed import PackedLinear
+from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.hf_quantizer import PackedConfig, record_quantization_, skipped_modules
-from qlora_kit.loftq_config import DEFAULT_TYPES
 
 QUANTIZED = ("PackedLinear", "Linear4bit", "Linear8bitLt")
 WAYS = [(2, False), (2, True), (3, False), (3, True), (4, False), (4, True), (8, False)]

@@ -13,11 +13,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from qlora_kit import (
-    LoraConfig,
-    LoraModel,
-    apply_lora,
-)
+from qlora_kit import LoraConfig, LoraModel, apply_lora
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 96, 128
 HALF = [torch.bfloat16, torch.float16]

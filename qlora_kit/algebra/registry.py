@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_choice, check_int, failure
+from ..config.checks import check_choice, check_int, failure
 from ..errors import AdapterError
 from .records import Branch, Combined
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-from .. import config as core
+from ..config import lora as core
 from ..errors import ConfigError
 from .configs import PeftConfig
 from .hub import HUB_ARGUMENTS, adapter_folder

@@ -7,9 +7,9 @@ import os
 from abc import ABC
 from typing import Any
 
-from .. import config as core
+from ..config import lora as core
+from ..config.peft_json import FOREIGN_DEFAULTS
 from ..errors import ConfigError
-from ..peft_json import FOREIGN_DEFAULTS
 from .hub import adapter_folder
 
 

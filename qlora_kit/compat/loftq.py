@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone import fingerprint
+from ..adapter_files.backbone import fingerprint
+from ..checkpoints.originals import original_weight
 from ..codecs import codec_for
 from ..errors import AdapterError, StorageError
 from ..layers import AdapterLayer
 from ..lowrank import factor_pair, truncated_svd
-from ..model import LoraModel
-from ..originals import original_weight
+from ..model.lora_model import LoraModel
 
 
 def replace_lora_weights_loftq(

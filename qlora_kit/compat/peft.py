@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import storage
-from ..adapter_folder import PREFIX
-from ..config import LoftQConfig
-from ..config import LoraConfig as CoreLoraConfig
+from ..adapter_files import tensors as storage
+from ..adapter_files.folder import PREFIX
+from ..config.lora import LoftQConfig
+from ..config.lora import LoraConfig as CoreLoraConfig
 from ..errors import AdapterError
 from ..kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from ..layers import AdapterLayer as LoraLayer
-from ..model import LoraModel
+from ..model.lora_model import LoraModel
 from .auto import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..codecs import Codec
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
-from ..model import LoraModel
+from ..model.lora_model import LoraModel
 
 Irregular = Literal["irregular"]
 

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .. import config as core
+from ..config import lora as core
 from ..errors import AdapterError
-from ..inject import Plan
-from ..model import LoraModel
-from ..targets import ends_with, modules_of
+from ..injection.engine import Plan
+from ..injection.targets import ends_with, modules_of
+from ..model.lora_model import LoraModel
 from .configs import LoraConfig, PeftType
 from .hub import adapter_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..files import write_atomically
+from ..checkpoints.files import write_atomically
 from .results import FineTune, Result
 
 COLOURS = {"zero start": "#8c8c8c", "LoftQ start": "#1f6fb2", "calibrated start": "#2a8c4a"}

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..config import LoftQConfig, LoraConfig
+from ..config.loftq import DEFAULT_TYPES
+from ..config.lora import LoftQConfig, LoraConfig
 from ..hf_quantizer import record_quantization_
-from ..inject import make_plan
+from ..injection.engine import make_plan
 from ..kbit import memory_bill, prepare_model_for_kbit_training
-from ..loftq_config import DEFAULT_TYPES
-from ..merging import merge
-from ..model import LoraModel, apply_lora
+from ..merging.in_memory import merge
+from ..model.lora_model import LoraModel, apply_lora
 from ..quantize import quantize_
 from .models import Source, pick_device, quiet, reference_model_path
 from .results import FineTune, Generation, Merged, Reload, Result

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..model import LoraModel
+from ..model.lora_model import LoraModel
 
 if TYPE_CHECKING:
     from .run import Settings

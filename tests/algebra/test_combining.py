@@ -16,10 +16,10 @@ from golden_nets import base_net, ids
 from torch import nn
 
 from qlora_kit import AdapterError, ConfigError, LoftQConfig, LoraConfig, LoraModel, apply_lora
-from qlora_kit import combining as combining_module
+from qlora_kit.adapter_files.backbone import fingerprint
 from qlora_kit.algebra import CombineReport, combination_types
-from qlora_kit.backbone import fingerprint
 from qlora_kit.compat.peft import get_peft_model
+from qlora_kit.model import combining as combining_module
 
 FLOAT32 = 1e-5
 

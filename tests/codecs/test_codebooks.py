@@ -9,8 +9,8 @@ from reference import quantization as ref
 
 from qlora_kit.codecs.codebooks import SCHEMES, codebook, scheme
 from qlora_kit.codecs.quantized import quantize_matrix
+from qlora_kit.config.loftq import DEFAULT_TYPES, QUANT_TYPES
 from qlora_kit.errors import CodecError
-from qlora_kit.loftq_config import DEFAULT_TYPES, QUANT_TYPES
 
 FITTED = ["lloyd2", "lloyd3", "signed2", "signed3"]
 # ||W - read|| / ||W|| of normal weights in blocks of 64.

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from loftq.disk.stream import stream
+from loftq.disk.task import Task
+from loftq.disk.writers import ADAPTER_FOLDER
 from loftq.report import Report
-from loftq.stream import stream
-from loftq.task import Task
-from loftq.writers import ADAPTER_FOLDER
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 from qlora_kit.hf_quantizer import record_quantization_
 

@@ -11,8 +11,8 @@ from tiny_llama import batch, llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from loftq.task import Task
-from loftq.writers import ADAPTER_FOLDER
+from loftq.disk.task import Task
+from loftq.disk.writers import ADAPTER_FOLDER
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora
 from qlora_kit.hf_quantizer import record_quantization_
 

@@ -11,7 +11,7 @@ from small_models import one_thread
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from loftq.calibration import BUILTIN, token_rows
+from loftq.inputs.text import BUILTIN, token_rows
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "reference_lm"

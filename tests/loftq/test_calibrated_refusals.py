@@ -10,7 +10,8 @@ import torch
 from small_models import Routed, one_thread, seeded, tiny_llama, tokens, vectors
 from torch import nn
 
-from loftq import methods, register_method, start_report
+from loftq import register_method, start_report
+from loftq.methods import registry as methods
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 from qlora_kit.errors import AdapterError, ConfigError
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.packed import PackedLinear
-from qlora_kit.config import LoftQConfig, LoraConfig
+from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError, StorageError, TargetError
 from qlora_kit.initializers import Request, Start, start_for
 from qlora_kit.lowrank import delta

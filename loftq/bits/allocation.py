@@ -1,0 +1,203 @@
+"""How many bits each layer gets: what every choice would leave of its output, measured, and then ``budget.choose``.
+
+The error of a choice is what remains after the low-rank correction, E ||(W - Q - sBA) x||^2 as a share of
+E ||W x||^2 (of ||W||^2 where there are no statistics). Shares, since a layer's scale says nothing of its weight in
+the model's output: norms and residual sums come between. benchmarks/RESULTS.md compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.config.loftq import MIXED_TYPES, LoftQConfig
+from qlora_kit.config.lora import LoraConfig
+from qlora_kit.errors import ConfigError, TargetError
+from qlora_kit.injection.engine import PlanEntry, Request, make_plan, request_for
+
+from ..disk.output import module_bytes
+from ..initializer import DENSE, checked
+from ..inputs.groups import Seen, stages
+from ..inputs.text import calibration_batches
+from ..methods.factorization import factorize
+from ..methods.registry import needs_of
+from .budget import Budget, Choice, check_possible, choose, mean_bits
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        config: the LoraConfig that carries it out: ``loftq_config.bits_pattern`` and ``rank_pattern`` by path.
+        choices: each layer's choice by path, in the model's order.
+        bits: mean bits of a code.
+        nbytes: of the whole model with its adapters.
+        error: the choices' total.
+    """
+
+    config: LoraConfig
+    choices: Mapping[str, Choice]
+    bits: float
+    nbytes: int
+    error: float
+
+    def __str__(self) -> str:
+        width = max([len(path) for path in self.choices] + [6])
+        lines = [f"{'module':{width}}  bits  rank  error"]
+        lines += [f"{path:{width}}  {c.bits:>4}  {c.rank:>4}  {c.error**0.5:.4f}" for path, c in self.choices.items()]
+        return "\n".join([*lines, f"{self.bits:.3f} bits a code, {self.nbytes:,} bytes in all"])
+
+
+@torch.no_grad()
+def allocate(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    bits: float | None = None,
+    memory: int | None = None,
+    ranks: Sequence[int] = (),
+    rule: str = "milp",
+) -> Allocation:
+    """Bits (2, 3, 4 or 8), and ranks if asked, of the modules that ``config`` targets; ``model`` isn't changed.
+
+    Args:
+        config: with ``init_lora_weights="loftq"``; its ``loftq_config`` says how starts are found and calibrated.
+        bits, memory, ranks, rule: see ``loftq.bits.budget.Budget``.
+
+    Raises:
+        ConfigError: the budget can't be met (says the smallest possible), or ``config`` has types or bits already.
+        TargetError: a module is quantized already; besides, as StorageError, see ``loftq.preparation.prepare``.
+    """
+    budget = Budget(bits, memory, tuple(ranks), rule)
+    options = undecided(config.loftq_config or LoftQConfig())
+    plan = make_plan(model, config)
+    requests = {entry.path: _dense(checked(request_for(model, entry, config))) for entry in plan.entries}
+    targeted = {id(request.base.weight) for request in requests.values()}
+    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)
+    # Those are copied beside the adapter.
+    fixed += sum(p.nbytes for path in plan.modules_to_save for p in model.get_submodule(path).parameters())
+    sizes = {path: request.shape[0] * request.shape[1] for path, request in requests.items()}
+    costs = {path: costs_of(request, options, budget) for path, request in requests.items()}
+    rank_of = {entry.path: entry.rank for entry in plan.entries}
+    check_possible(costs, sizes, budget, fixed=fixed, rank_of=rank_of)
+    found: dict[str, list[Choice]] = {}
+
+    def measure(path: str, seen: Seen | None) -> None:
+        request = requests[path]
+        found[path] = measured(request.codec.read(request.base), request, options, budget, seen)
+
+    if needs_of(options.chosen_method).statistics is None:
+        for path in requests:
+            measure(path, None)
+    else:
+        batches = calibration_batches(options, model)
+        for stage in stages(model, batches, requests):
+            for path in stage.paths:
+                measure(path, stage.seen().get(path))
+        for path in requests.keys() - found.keys():
+            measure(path, None)
+    return allocation(config, {path: found[path] for path in requests}, sizes, budget, fixed, plan.entries)
+
+
+def allocation(
+    config: LoraConfig,
+    choices: Mapping[str, Sequence[Choice]],
+    sizes: Mapping[str, int],
+    budget: Budget,
+    fixed: int,
+    entries: Sequence[PlanEntry],
+) -> Allocation:
+    """Choose, and write the choice into ``config``, by which ``entries`` were planned."""
+    chosen = choose(choices, sizes, budget, fixed=fixed, rank_of={entry.path: entry.rank for entry in entries})
+    # Patterns match the ends of paths too: longer ones first, so that each path meets its own.
+    order = sorted(chosen, key=len, reverse=True)
+    loftq = replace(
+        config.loftq_config or LoftQConfig(), quant_type=None, bits_pattern={path: chosen[path].bits for path in order}
+    )
+    ranks: dict[str, int] = {path: chosen[path].rank for path in order} if budget.ranks else dict(config.rank_pattern)
+    alphas = dict(config.alpha_pattern)
+    if budget.ranks:
+        # Each scaling stays what it was meant to be: alpha follows the rank as the scaling does.
+        more = {entry.path: chosen[entry.path].rank / entry.rank for entry in entries}
+        alpha_of = {e.path: e.alpha * (sqrt(more[e.path]) if config.use_rslora else more[e.path]) for e in entries}
+        alphas = {path: alpha_of[path] for path in order}
+    return Allocation(
+        replace(config, init_lora_weights="loftq", loftq_config=loftq, rank_pattern=ranks, alpha_pattern=alphas),
+        chosen,
+        mean_bits(chosen, sizes),
+        fixed + sum(choice.nbytes for choice in chosen.values()),
+        sum(choice.error for choice in chosen.values()),
+    )
+
+
+def undecided(options: LoftQConfig) -> LoftQConfig:
+    """``options``, if they leave types and bits to the budget. Raises ConfigError otherwise."""
+    for name in ("quant_type", "bits_pattern"):
+        if value := getattr(options, name):
+            raise ConfigError(
+                f"{name}: expected none with a budget, which gives each layer one of "
+                f"{', '.join(MIXED_TYPES.values())}, found {value!r}; leave it out, or the budget"
+            )
+    return options
+
+
+def _dense(request: Request) -> Request:
+    if request.codec.name not in DENSE:
+        raise TargetError(
+            f"{request.path}: expected a weight in 16 or 32 bits to choose bits for, found one that is quantized "
+            f"already ({request.codec.name}); load the model in 16 bits"
+        )
+    return request
+
+
+def costs_of(request: Request, options: LoftQConfig, budget: Budget) -> list[Choice]:
+    """One layer's choices, and what they take; errors are left 0. The weight may be on the meta device."""
+    out_features, in_features = request.shape
+    own = (request.rank,) if not budget.ranks else budget.ranks
+    choices = []
+    for bits, kind in MIXED_TYPES.items():
+        for rank in sorted({min(rank, out_features, in_features) for rank in own}):
+            factors = 4 * rank * (out_features + in_features)
+            nbytes = module_bytes((out_features, in_features), kind, options)
+            if request.family == "embedding":  # simulated: stored as it was
+                nbytes = request.codec.nbytes(request.base)
+            choices.append(Choice(bits, rank, nbytes + factors, 0.0, factors))
+    return choices
+
+
+def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Budget, seen: Seen | None) -> list[Choice]:
+    """What one layer's choices cost and leave; each is started in one step, which orders them as more steps would.
+
+    Raises:
+        ConfigError: see ``factorize``; names the path.
+    """
+    needs = needs_of(options.chosen_method)
+    method = options.chosen_method if seen is not None or not needs.statistics else "loftq"
+    if needs.sequential:
+        method = "cloq" if seen is not None else "loftq"  # what earlier layers become isn't known yet
+    choices = []
+    for choice in costs_of(request, options, budget):
+        try:
+            result = factorize(
+                weight,
+                choice.rank,
+                quant_type=MIXED_TYPES[choice.bits],
+                steps=1,
+                statistics=None if seen is None else seen.statistics,
+                blocksize=options.blocksize,
+                double_quant=options.double_quant,
+                method=method,
+                seed=options.seed,
+                damping=options.damping,
+                scale_search=options.scale_search,
+            )
+        except ConfigError as fault:
+            raise ConfigError(f"{request.path}: {fault}") from fault
+        left = result.error if result.output_error is None else result.output_error
+        choices.append(replace(choice, error=left**2))
+    return choices

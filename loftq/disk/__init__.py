@@ -1,0 +1,11 @@
+"""``loftq init``: a 16-bit checkpoint in, a quantized one and its adapter out, a tensor at a time, resumed if cut off.
+
+- ``task``: what is asked for, and what each stored tensor becomes
+- ``checkpoint``: what is to be done, from config and headers
+- ``stream``: the run
+- ``making``: from a stored tensor to what takes its place
+- ``writers``: the files while they grow
+- ``output``: what the output is called and how large it will be
+- ``progress``: the bar
+- ``verify``: do model and adapter belong together, and is the report true?
+"""

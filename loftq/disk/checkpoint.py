@@ -1,0 +1,141 @@
+"""What is to be done with a checkpoint, from its config and the headers of its shards: nothing of it is loaded.
+
+The model is built on the meta device, which gives the modules and their types; the shards say what is stored.
+Every stored tensor is a unit of work: the weight of a targeted module is quantized, all else is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.checkpoints.model_folder import skeleton
+from qlora_kit.checkpoints.shards import ShardReader
+from qlora_kit.codecs import Codec, codec_for
+from qlora_kit.config.loftq import DEFAULT_TYPES
+from qlora_kit.config.lora import LoftQConfig, LoraConfig
+from qlora_kit.errors import StorageError, TargetError
+from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
+from qlora_kit.quantize import in_bitsandbytes
+
+# Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
+_MATRIX = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    entry: PlanEntry | None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """A folder with a 16-bit model, and what ``config`` targets in it.
+
+    Args:
+        folder: config.json and safetensors.
+        config: targets, ranks and alphas; see ``qlora_kit.LoraConfig``.
+
+    Attributes:
+        model: the modules on the meta device.
+        plan: what is targeted.
+        units: every stored tensor, in the order of their names.
+        dtypes: of the targeted modules' weights, by path.
+
+    Raises:
+        StorageError: no config, unknown architecture, quantized already, or weights are missing.
+        TargetError: the targets match nothing, a convolution, or a tied weight.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: LoraConfig) -> None:
+        self.folder = Path(folder)
+        self.reader = ShardReader(self.folder)
+        self.model = skeleton(self.folder)
+        self.plan: Plan = _without(make_plan(self.model, config), _kept_by_bitsandbytes(self.model, config))
+        self.dtypes: dict[str, torch.dtype] = {}
+        by_name: dict[str, PlanEntry] = {}
+        for entry in self.plan.entries:
+            if entry.family == "conv" or entry.codec not in ("dense", "conv1d", "embedding"):
+                raise TargetError(
+                    f"{entry.path}: expected a linear layer or an embedding to quantize, found a "
+                    f"{entry.module_type}; take it out of the targets"
+                )
+            by_name[self._stored_name(entry.path)] = entry
+        self.units = [self._unit(name, *stored, by_name.get(name)) for name, stored in self.reader.types().items()]
+
+    def empty_module(self, entry: PlanEntry) -> tuple[nn.Module, Codec]:
+        """A copy of ``entry``'s module without its bias, the weight on the meta device, and its codec."""
+        module = copy.copy(self.model.get_submodule(entry.path))
+        module._parameters = {name: None if name == "bias" else p for name, p in module._parameters.items()}
+        return module, codec_for(module, entry.path)
+
+    def filled_module(self, entry: PlanEntry, weight: Tensor) -> tuple[nn.Module, Codec]:
+        """As ``empty_module``, with ``weight`` as it is stored."""
+        module, codec = self.empty_module(entry)
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        return module, codec
+
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Matrices and stacks of matrices that stay as they are, alike ones together: (how many, bytes)."""
+        groups: dict[str, tuple[int, int]] = {}
+        for unit in self.units:
+            if unit.entry is None and len(unit.shape) >= _MATRIX:
+                pattern = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", unit.name))
+                count, size = groups.get(pattern, (0, 0))
+                groups[pattern] = count + 1, size + unit.nbytes
+        return groups
+
+    def _stored_name(self, path: str) -> str:
+        """The name of a module's weight in the shards, which may be those of the model without its head."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        whole = f"{path}.weight"
+        for name in (whole, prefix + whole, whole.removeprefix(prefix)):
+            if name in self.reader:
+                return name
+        raise StorageError(
+            f"{path}: expected its weight in {self.folder}, found no tensor {whole!r}; targeted modules must be "
+            "stored as they stand in the model: save it with transformers' save_pretrained, or take it out"
+        )
+
+    def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> Unit:
+        if entry is not None:
+            expected = tuple(self.model.get_parameter(f"{entry.path}.weight").shape)
+            if shape != expected or not dtype.is_floating_point:
+                raise StorageError(
+                    f"{name}: expected a floating-point tensor of shape {expected} as config.json says, found "
+                    f"{dtype} {shape}; the shards belong to another model, or are quantized already"
+                )
+            self.dtypes[entry.path] = dtype
+        return Unit(name, shape, prod(shape) * dtype.itemsize, entry)
+
+
+def _kept_by_bitsandbytes(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Patterns of modules that transformers leaves dense in a bitsandbytes model whatever its config says: those
+    that it keeps in float32, T5's ``wo`` for one."""
+    loftq = config.loftq_config if isinstance(config.loftq_config, LoftQConfig) else LoftQConfig()
+    if loftq.bits_pattern or not in_bitsandbytes(loftq.quant_type or DEFAULT_TYPES[loftq.loftq_bits], loftq.blocksize):
+        return []
+    return list(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def _without(plan: Plan, patterns: list[str]) -> Plan:
+    """``plan`` less the modules that ``patterns`` name as transformers reads them."""
+    if not patterns:
+        return plan
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return replace(plan, entries=tuple(e for e in plan.entries if should_convert_module(e.path, patterns)))

@@ -1,0 +1,101 @@
+"""From a stored tensor to what takes its place: on its own, or in the order of the model's forward where the method
+looks at the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.adapter_files.backbone import codes_digest
+from qlora_kit.adapter_files.folder import PREFIX
+from qlora_kit.checkpoints.pipeline import in_order
+from qlora_kit.codecs import codec_for
+from qlora_kit.initializers import Request
+
+from ..initializer import start_of
+from ..inputs.groups import Seen
+from ..inputs.streamed_model import streamed_stages
+from ..methods.registry import needs_of
+from ..preparation import change
+from .checkpoint import Checkpoint, Unit
+from .output import adapter_names
+from .task import Made, Task
+from .writers import Writers
+
+
+def in_forward_order(
+    task: Task,
+    checkpoint: Checkpoint,
+    units: list[Unit],
+    writers: Writers,
+    batches: Sequence[Mapping[str, Any]],
+) -> Generator[tuple[Unit, Made]]:
+    """Each unit's result: calibrated ones block by block as a forward comes to them, then all others.
+
+    The model's own weights stay in its shards; each module reads its own while it computes. After an interruption
+    the text runs through the finished blocks again, without statistics being taken of them.
+    """
+    needs = needs_of(task.loftq.chosen_method)
+    waiting = {unit.entry.path: unit for unit in units if unit.entry is not None}
+    entries = {entry.path: entry for entry in checkpoint.plan.entries}
+    with streamed_stages(task, checkpoint, writers.work, batches, wanted=bool(waiting)) as walk:
+        for stage in walk:
+            now = [waiting.pop(path) for path in stage.paths if path in waiting]
+            finished = set(stage.paths) - {unit.entry.path for unit in now if unit.entry is not None}
+            for unit, made in computed(task, checkpoint, now, stage.seen() if now else {}):
+                if made.change is not None and unit.entry is not None:
+                    stage.replaced[unit.entry.path] = made.change
+                yield unit, made
+            for path in sorted(finished) if needs.sequential else ():
+                stage.replaced[path] = writers.change(checkpoint, entries[path])
+            if not waiting:
+                break
+    rest = [unit for unit in units if unit.entry is None or unit.entry.path in waiting]
+    yield from computed(task, checkpoint, rest)
+
+
+def computed(
+    task: Task, checkpoint: Checkpoint, units: list[Unit], seen: Mapping[str, Seen] | None = None
+) -> Generator[tuple[Unit, Made]]:
+    """Each unit's result, in order: one tensor is read ahead while ``workers`` are computed."""
+
+    def read(unit: Unit) -> Tensor:
+        return checkpoint.reader.tensor(unit.name)
+
+    def work(unit: Unit, tensor: Tensor) -> Made:
+        known = None if unit.entry is None or seen is None else seen.get(unit.entry.path)
+        return make(task, checkpoint, unit, tensor, known)
+
+    return in_order(units, read, work, task.workers)
+
+
+@torch.no_grad()
+def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor, seen: Seen | None = None) -> Made:
+    """What ``unit``, read as ``tensor``, becomes in the output; ``seen`` is what is known of its inputs."""
+    if unit.entry is None:
+        return Made({unit.name: tensor})
+    entry = unit.entry
+    module, codec = checkpoint.filled_module(entry, tensor.to(task.device))
+    scaling = task.lora.scaling_of(entry.rank, entry.alpha)
+    request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
+    start = start_of(request, task.loftq, seen)
+    assert start.base is not None
+    changed = change(request, start) if needs_of(task.loftq.chosen_method).sequential and seen is not None else None
+    base = start.base.state_dict()
+    digest = codes_digest(codec_for(start.base).stored(start.base)[0])
+    # A 4-bit weight and its module refer to each other, and would wait for the garbage collector, which counts
+    # objects and not their megabytes.
+    vars(start.base).clear()
+    prefix = unit.name.removesuffix("weight")
+    names = adapter_names(entry)
+    adapter = {PREFIX + names[0]: start.A, PREFIX + names[1]: start.B}
+    return Made(
+        {prefix + name: value for name, value in base.items()},
+        {name: value.float().cpu() for name, value in adapter.items()},
+        digest,
+        start.report,
+        changed,
+    )

@@ -1,0 +1,72 @@
+"""What the output of a streamed run is called, how large it will be, and how its config describes it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_kit.checkpoints.quantized_tensors import PARTS, weight_bytes
+from qlora_kit.config.lora import LoftQConfig
+from qlora_kit.injection.engine import PlanEntry
+from qlora_kit.quantize import in_bitsandbytes
+
+from ..initializer import storage_of
+from .checkpoint import Checkpoint
+
+
+def adapter_names(entry: PlanEntry) -> tuple[str, str]:
+    """The names of a module's two factors, without the prefix of adapter files."""
+    if entry.family == "embedding":
+        return f"{entry.path}.lora_embedding_A", f"{entry.path}.lora_embedding_B"
+    return f"{entry.path}.lora_A.weight", f"{entry.path}.lora_B.weight"
+
+
+def stored_names(checkpoint: Checkpoint) -> Iterator[str]:
+    """All names that the output's base may hold."""
+    for unit in checkpoint.units:
+        if unit.entry is None:
+            yield unit.name
+        else:
+            yield from (unit.name.removesuffix("weight") + suffix for suffix in ("weight", *PARTS))
+
+
+def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
+    """Bytes of the output, to a few per mille."""
+    total = 0
+    for unit in checkpoint.units:
+        if unit.entry is None or unit.entry.family == "embedding":
+            total += unit.nbytes
+        else:
+            total += module_bytes(unit.shape, storage_of(unit.entry.path, options)[0], options)
+        if unit.entry is not None:
+            total += 4 * unit.entry.trainable_parameters
+    return total
+
+
+def module_bytes(shape: tuple[int, ...], kind: str, options: LoftQConfig) -> int:
+    """Bytes of a weight (out, in) in the type ``kind``; see ``weight_bytes``."""
+    blocksize = None if options.blocksize == "row" else int(options.blocksize)
+    return weight_bytes(shape, kind, blocksize, options.double_quant)
+
+
+def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[str, Any] | None:
+    """What ``from_pretrained`` has to know of the output's linear layers; None if only embeddings are targeted."""
+    from qlora_kit.hf_quantizer import PackedConfig, bitsandbytes_config, skipped_modules
+
+    linears = [entry for entry in checkpoint.plan.entries if entry.family == "linear"]
+    if not linears:
+        return None
+    groups: dict[str, list[str]] = defaultdict(list)
+    for entry in linears:
+        kind, packed = storage_of(entry.path, options)
+        groups[kind] += [entry.path, *entry.aliases]
+    if not packed and in_bitsandbytes(kind, options.blocksize):
+        dtype = checkpoint.dtypes[linears[0].path]
+        skip = skipped_modules(checkpoint.model, set(groups[kind]))
+        return bitsandbytes_config(kind, dtype, skip, double_quant=options.double_quant).to_dict()
+    shared = {
+        "blocksize": None if options.blocksize == "row" else options.blocksize,
+        "double_quant": options.double_quant,
+    }
+    return PackedConfig([{"quant_type": kind, "modules": paths, **shared} for kind, paths in groups.items()]).to_dict()

@@ -1,0 +1,104 @@
+"""The files of a streamed run while they grow, and how they come to their places."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from qlora_kit.adapter_files.backbone import METADATA_KEY, combine
+from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME
+from qlora_kit.checkpoints.files import write_atomically, write_text_atomically
+from qlora_kit.checkpoints.journal import Journal
+from qlora_kit.checkpoints.model_folder import other_files, task_type
+from qlora_kit.checkpoints.quantized_tensors import weight_of
+from qlora_kit.checkpoints.shard_writer import ShardWriter, header_room, read_appended
+from qlora_kit.checkpoints.sharded_output import ShardedOutput, clear, place
+from qlora_kit.config.lora import CONFIG_NAME
+from qlora_kit.injection.engine import PlanEntry
+from qlora_kit.injection.targets import shortest_names
+from qlora_kit.lowrank import delta
+
+from ..report import LayerReport, Report
+from .checkpoint import Checkpoint, Unit
+from .output import adapter_names, quantization_config, stored_names
+from .task import WORK_FOLDER, Made, Task
+
+ADAPTER_FOLDER = "loftq_init"
+
+
+class Writers:
+    """The output's files while they grow: base shards one after the other, and the adapter."""
+
+    def __init__(self, task: Task, checkpoint: Checkpoint, journal: Journal) -> None:
+        self.task, self.journal = task, journal
+        self.work = task.out / WORK_FOLDER
+        self.model = ShardedOutput(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
+        placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
+        room = header_room(PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry))
+        self.adapter = ShardWriter(self.work / WEIGHTS_NAME, room, placed)
+
+    def write(self, unit: Unit, made: Made) -> dict[str, Any]:
+        """Append one unit's tensors; the journal's line for it, once they are on the disk."""
+        base = self.model.append(made.base)
+        adapter = {name: self.adapter.append(name, tensor) for name, tensor in made.adapter.items()}
+        if adapter:
+            self.adapter.sync()
+        row = None if made.row is None else asdict(made.row)
+        return {"unit": unit.name, **base, "adapter": adapter, "digest": made.digest, "row": row}
+
+    def change(self, checkpoint: Checkpoint, entry: PlanEntry) -> Tensor:
+        """Q + sBA - W, float32 (out, in), of a module that was finished in an earlier run."""
+        line = next(line for line in self.journal.done if line["row"] and line["row"]["path"] == entry.path)
+        stem = line["unit"].removesuffix("weight")
+        part = self.model.part(line["shard"])
+        tensors = {
+            name.removeprefix(stem): read_appended(part, self.model.room, found) for name, found in line["base"].items()
+        }
+        module, codec = checkpoint.filled_module(entry, checkpoint.reader.tensor(line["unit"]))
+        kind = line["row"]["quant_type"]
+        stored = weight_of(tensors, codec.shape(module), kind, asdict(self.task.loftq), f"{part}: {stem}")
+        names = [PREFIX + name for name in adapter_names(entry)]
+        A, B = (read_appended(self.adapter.path, self.adapter.room, line["adapter"][name]) for name in names)
+        return stored.add_(delta(A, B, self.task.lora.scaling_of(entry.rank, entry.alpha))).sub_(codec.read(module))
+
+    def finish(self, checkpoint: Checkpoint) -> Report:
+        """Put everything in its place, config.json last; run again after a kill, it ends the same."""
+        task, out = self.task, self.task.out
+        order = {unit.name: number for number, unit in enumerate(checkpoint.units)}
+        lines = sorted((line for line in self.journal.done if line["row"]), key=lambda line: order[line["unit"]])
+        rows = [LayerReport(**line["row"]) for line in lines]
+        digests = {line["row"]["path"]: line["digest"] for line in self.journal.done if line["row"]}
+        self.adapter.finish({METADATA_KEY: combine(digests)})
+        self.model.place(out)
+        self.model.write_index(out)
+        adapter_folder = out / ADAPTER_FOLDER
+        adapter_folder.mkdir(exist_ok=True)
+        place(self.work / WEIGHTS_NAME, adapter_folder / WEIGHTS_NAME)
+        paths = [path for entry in checkpoint.plan.entries for path in (entry.path, *entry.aliases)]
+        lora = dataclasses.replace(
+            task.lora,
+            target_modules=shortest_names(paths, checkpoint.model),
+            task_type=task.lora.task_type or task_type(checkpoint.model),
+            base_model_name_or_path=str(out.resolve()),
+        )
+        write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())
+        for file in other_files(task.source):
+            shutil.copyfile(file, out / file.name)
+        report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
+        report.save(out)
+        settings = json.loads((task.source / "config.json").read_text(encoding="utf-8"))
+        if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:
+            settings["quantization_config"] = stored_as
+        write_text_atomically(out / "config.json", json.dumps(settings, indent=2) + "\n")
+        clear(self.work)
+        return report
+
+    def close(self) -> None:
+        """Leave the files as they are, to be gone on with."""
+        self.model.close()
+        self.adapter.close()

@@ -1,0 +1,255 @@
+"""Statistics for one group of modules after the other, in the order of the model's forward.
+
+Two ways. Plainly, every module's inputs are those of the original model, and one forward per batch gives all of a
+block's statistics. Sequentially, two copies of each batch go through the model, x as before and x^ with what the
+modules so far have become; within a block too, the modules are done in turns, each group that shares an input after
+the groups before it.
+
+What a module has become is given as D = Q + sBA - W and added to its output by a hook, so the model itself isn't
+touched, and may lie in memory or be read from files while it runs.
+
+A row of text goes ahead, to see which blocks a forward enters. What it calls more than once, as models do that share
+layers, comes last, with the original model's inputs of all calls: at a first call nothing is known of the later ones.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_kit.injection.targets import base_of
+
+from .moments import Collector, Moments, collected, counted_statistics, evaluating, inputs_of, rows_of, vocabularies
+from .walk import Run, Walk, stops_for
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a module's inputs.
+
+    Attributes:
+        statistics: float32 E[x x^T] (in, in) or its diagonal (in,), of the quantized model's inputs if sequential.
+        cross: E[x x^^T] if sequential.
+        tokens: how many inputs there were.
+    """
+
+    statistics: Tensor
+    cross: Tensor | None
+    tokens: int
+
+
+@dataclass
+class Stage:
+    """Modules whose turn it is.
+
+    Attributes:
+        paths: of them.
+        replaced: to be filled in, where sequential: D = Q + sBA - W, float32 (out, in), by path.
+    """
+
+    paths: list[str]
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    _collect: Any = None
+    _seen: dict[str, Seen] | None = None
+
+    @torch.no_grad()
+    def seen(self) -> dict[str, Seen]:
+        """By path; a module that no token reached is absent. Collected when first asked for, shared among paths.
+
+        Raises:
+            RuntimeError: not asked for before the next stage was.
+        """
+        if self._seen is None:
+            if self._collect is None:
+                raise RuntimeError(
+                    f"stage of {self.paths[0]}: the model has gone on; call seen() before the next stage"
+                )
+            self._seen = self._collect()
+        return self._seen
+
+
+@torch.no_grad()
+def stages(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    paths: Iterable[str],
+    *,
+    diagonal: bool = False,
+    sequential: bool = False,
+    limit: int = 1 << 30,
+    folder: Path | None = None,
+) -> Generator[Stage]:
+    """The modules at ``paths`` in the order in which a forward comes to them; those that it never does don't come.
+
+    Args:
+        model: called as ``model(**batch)``, in evaluation mode meanwhile; computed on wherever its hooks say.
+        diagonal: the diagonals are enough; not for ``sequential``.
+        sequential: see the module's text.
+        limit: bytes of activations between blocks that stay in memory; more goes to files.
+        folder: for those files; None is the system's folder for temporary ones.
+
+    Raises:
+        ConfigError: an input isn't finite; names the module.
+    """
+    paths, batches = list(paths), list(batches)
+    widths = vocabularies(model, paths)
+    with evaluating(model), ExitStack() as stack:
+        stops, repeated = _scouted(model, batches, paths)
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        share = limit // (2 if sequential else 1)
+        walk = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room))
+        other = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room)) if sequential else None
+        done: set[str] = set()
+        while len(done) < len(stops) and (place := walk.here()) is not None:
+            stop, runs = place
+            done.add(stop)
+            for each in (other, walk):  # the later wrapped the module's forward around the earlier's
+                if each is not None:
+                    each.arrive(stop)
+            if other is None:
+                yield from _plainly(walk, stop, runs, stops[stop], diagonal, widths)
+            else:
+                yield from _in_turns(walk, other, stop, runs, stops[stop], widths)
+    if repeated:
+
+        def collect() -> dict[str, Seen]:
+            seen = counted_statistics(model, batches, repeated, diagonal=diagonal)
+            return {path: Seen(mean, None, count) for path, (mean, count) in seen.items()}
+
+        yield from _turn(Stage(repeated, _collect=collect))
+
+
+def _turn(stage: Stage) -> Iterator[Stage]:
+    """``stage``, which can't be asked afterwards."""
+    yield stage
+    stage._collect = None
+
+
+def _scouted(
+    model: nn.Module, batches: list[Mapping[str, Any]], paths: list[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Where to stop for which of ``paths``, and those of them that are called more than once in a forward.
+
+    A block whose parts are called without itself is no place to stop; its modules are their own.
+    """
+    stops = stops_for(model, paths)
+    calls: Counter[str] = Counter()
+    with inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path])):
+        for batch in batches[:1]:
+            model(**_one_row(batch))
+    entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
+    entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
+    again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]
+    return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again
+
+
+def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first row of ``batch``, or all of it where that isn't rows."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if len({value.shape[:1] for value in tensors}) != 1 or any(value.dim() == 0 for value in tensors):
+        return batch
+    return {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _plainly(
+    walk: Walk, stop: str, runs: list[Run], paths: list[str], diagonal: bool, widths: Mapping[str, int]
+) -> Iterator[Stage]:
+    """One stage of the modules in ``stop``; the pass that collects is the one that the runs go on from."""
+
+    def through(collector: Collector) -> None:
+        with inputs_of(walk.model, paths, collector):
+            for run in runs:
+                collector.begin(run.mask)
+                run.forward(keep=True)
+                collector.end()
+
+    def collect() -> dict[str, Seen]:
+        collector = collected(through, paths, diagonal=diagonal, widths=widths)
+        return {path: Seen(mean, None, count) for path, (mean, count) in collector.means().items()}
+
+    yield from _turn(Stage(paths, _collect=collect))
+    for run in runs:
+        walk.go_on(run, run.forward() if run.kept is None else run.kept)
+
+
+def _in_turns(
+    walk: Walk, other: Walk, stop: str, runs: list[Run], paths: list[str], widths: Mapping[str, int]
+) -> Iterator[Stage]:
+    """A stage for each group in ``stop`` that shares an input; ``other`` walks through the model as it becomes."""
+    twins = {run.index: other.runs[run.index] for run in runs}
+    order: dict[str, list[str]] = {}
+    with inputs_of(walk.model, paths, collector := Collector(paths, diagonal=True, widths=widths)):
+        for run in runs[:1]:
+            collector.begin(run.mask)
+            run.forward()
+            collector.end()
+    for path, leader in collector.leaders.items():
+        order.setdefault(leader, []).append(path)
+    # A module that the first batch doesn't reach, an expert say, comes last and alone.
+    order.update({path: [path] for path in paths if path not in collector.leaders})
+    replaced: dict[str, Tensor] = {}
+    for leader, group in order.items():
+
+        def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
+            own, cross, paired = Moments(diagonal=leader in widths), Moments(), leader not in widths
+            for run in runs:
+                x, seen = _input(walk, run, leader, {}), _input(other, twins[run.index], leader, replaced)
+                for mine in seen:
+                    if leader in widths:
+                        own.add_tokens(mine, widths[leader])
+                    else:
+                        own.add(mine)
+                # A router may send other tokens here than it used to.
+                paired = paired and [len(rows) for rows in seen] == [len(rows) for rows in x]
+                for mine, its in zip(seen, x, strict=True) if paired else ():
+                    cross.add(its, mine)
+            mean = own.matrix(leader)
+            if mean is None:
+                return {}
+            both = cross.matrix(leader) if paired else None
+            return {path: Seen(mean, both, own.count) for path in group}
+
+        stage = Stage(group, _collect=collect)
+        yield from _turn(stage)
+        replaced.update(stage.replaced)
+    for run in runs:
+        walk.go_on(run, run.forward())
+        with _changed(other.model, replaced):
+            output = twins[run.index].forward()
+        other.go_on(twins[run.index], output)
+
+
+def _input(walk: Walk, run: Run, path: str, replaced: Mapping[str, Tensor]) -> list[Tensor]:
+    """The rows that the module at ``path`` is given, call by call, when ``run`` goes through its block."""
+    found: list[Tensor] = []
+    with _changed(walk.model, replaced), inputs_of(walk.model, [path], lambda _, x: found.append(rows_of(x, run.mask))):
+        run.forward()
+    return found
+
+
+def _changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
+    """Inside the block, modules answer with D added to their weight."""
+    stack = ExitStack()
+    for path, change in replaced.items():
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, change: Tensor = change
+        ) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.is_floating_point():
+                return output + F.linear(x.float(), change).to(output.dtype)
+            rows = F.embedding(x, change.T)
+            scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
+            return output + (rows if scale is None else rows * scale).to(output.dtype)
+
+        stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+    return stack

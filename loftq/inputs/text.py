@@ -1,0 +1,210 @@
+"""The text that calibrated starts look at: a file, rows of tokens, or text that every Python brings along."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from qlora_kit.config.loftq import LoftQConfig
+from qlora_kit.errors import ConfigError, StorageError
+
+BUILTIN = "builtin"
+# Characters to read for a token that is wanted: no tokenizer needs more on average, for text in its languages.
+_CHARACTERS_PER_TOKEN = 8
+# Where a file is longer than needed, at most so many pieces of at least so many characters are taken of it.
+_PIECES, _PIECE = 64, 256
+
+
+def batches_for(
+    source: Any,
+    model: nn.Module,
+    *,
+    rows: int,
+    window: int,
+    batch: int = 8,
+    folder: str | os.PathLike[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Batches to call ``model`` with, on its device.
+
+    Args:
+        source: "builtin" (or None), a text file, token ids (n, window), or an iterable of batches (dictionaries of
+            tensors).
+        rows, window: for text: rows of ``window`` tokens to cut, evenly over the whole of it.
+        batch: rows of a batch.
+        folder: where the tokenizer is; None is the folder that the model came from.
+
+    Raises:
+        ConfigError: a source of another kind, or without a row.
+        StorageError: no such file, or no tokenizer beside the model.
+    """
+    source = BUILTIN if source is None else source
+    if isinstance(source, (str, os.PathLike)):
+        place = folder or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+        source = token_rows(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
+    if isinstance(source, Tensor):
+        if source.dim() != 2 or source.is_floating_point() or not source.numel():
+            raise ConfigError(
+                f"calibration: expected token ids of shape (rows, tokens), found {source.dtype} of shape "
+                f"{tuple(source.shape)}; pass whole numbers, a row for each text"
+            )
+        source = [{"input_ids": part} for part in source.long().split(batch)]
+    if not isinstance(source, Iterable):
+        raise ConfigError(
+            f"calibration: expected 'builtin', a text file, token ids (rows, tokens) or batches, found "
+            f"{type(source).__name__}; pass calibration='builtin'"
+        )
+    batches = list(source)
+    if not batches or not all(isinstance(item, Mapping) for item in batches):
+        raise ConfigError(
+            f"calibration: expected at least one batch, a dictionary of what the model is called with, found "
+            f"{[type(item).__name__ for item in batches[:3]]}; pass [{{'input_ids': ...}}]"
+        )
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return [_complete(model, {k: _moved(v, device) for k, v in item.items()}) for item in batches]
+
+
+def calibration_batches(
+    options: LoftQConfig, model: nn.Module, folder: str | os.PathLike[str] | None = None
+) -> list[dict[str, Any]]:
+    """``batches_for`` what ``options`` say of the text."""
+    return batches_for(
+        options.calibration,
+        model,
+        rows=options.calibration_rows,
+        window=options.calibration_tokens,
+        folder=folder,
+    )
+
+
+def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, window: int) -> Tensor:
+    """Up to ``rows`` rows of ``window`` token ids, evenly over the text ``source``, int64 (rows, window).
+
+    Raises:
+        StorageError: the file isn't there or isn't text, or has fewer tokens than a row.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    wanted = rows * window * _CHARACTERS_PER_TOKEN
+    texts = builtin_text(wanted) if source == BUILTIN else _file_text(Path(source), wanted)
+    ids = [i for text in texts for i in (*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end)]
+    if len(ids) < window:
+        raise StorageError(
+            f"calibration {source}: expected at least one row of {window} tokens, found {len(ids)} tokens in all; pass "
+            "a longer text or a smaller window"
+        )
+    cut = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    chosen = torch.linspace(0, len(cut) - 1, min(rows, len(cut))).round().long()
+    return cut[chosen]
+
+
+def builtin_text(characters: int) -> Iterator[str]:
+    """At least about ``characters`` of Python's own documentation and sources: prose and code, the same on every
+    machine of one Python version."""
+    from pydoc_data.topics import topics
+
+    prose = [topics[name] for name in sorted(topics)]
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = [name for name in names if not {"site-packages", "dist-packages", "test", "tests"} & set(name.parts)]
+    # In an order that mixes the folders, and doesn't move when a file is added.
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    given = 0
+    for number, name in enumerate(names):
+        for text in (*prose[number : number + 1], (root / name).read_text(encoding="utf-8", errors="replace")):
+            yield text
+            given += len(text)
+        if given >= characters:
+            return
+
+
+def identity(source: Any) -> Any:
+    """What tells one calibration text from another, as a JSON value: it changes with the contents."""
+    if source is None:
+        return None
+    if isinstance(source, (str, os.PathLike)):
+        if source == BUILTIN:
+            return f"{BUILTIN}, Python {sysconfig.get_python_version()}"
+        path = Path(source)
+        if path.is_file():
+            return f"{path.name}, {path.stat().st_size} bytes, {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        return str(source)
+    if isinstance(source, (Tensor, list, tuple)):
+        leaves, structure = tree_flatten(source)
+        digest = hashlib.sha256(str(structure).encode())
+        for value in leaves:
+            if isinstance(value, Tensor):
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            digest.update(value if isinstance(value, bytes) else repr(value).encode())
+        return f"{type(source).__name__}, {digest.hexdigest()[:16]}"
+    return type(source).__name__
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        StorageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"calibration: expected a tokenizer in {str(folder) or 'the folder of the model'!r}, found none "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); put the tokenizer's files beside "
+            "the model, or pass token ids or batches as the calibration"
+        ) from error
+
+
+def _file_text(path: Path, characters: int) -> Sequence[str]:
+    if not path.is_file():
+        raise StorageError(
+            f"calibration {path}: expected a text file or 'builtin', found no such file; correct the path"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StorageError(
+            f"calibration {path}: expected UTF-8 text, found other bytes ({error}); convert it"
+        ) from error
+    if len(text) <= characters:
+        return [text]
+    # Pieces from all over the file: its beginning alone may be of one kind.
+    count = max(1, min(_PIECES, characters // _PIECE))
+    piece = characters // count
+    starts = [(len(text) - piece) * number // max(1, count - 1) for number in range(count)]
+    return [text[start : start + piece] for start in starts]
+
+
+def _fitting(model: nn.Module, window: int) -> int:
+    """``window``, or the model's longest context if that is shorter."""
+    config: Any = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
+    # Some encoders count positions from beyond the padding token.
+    return max(1, min(window, longest - (2 if longest <= window else 0)))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """``batch`` with what an encoder-decoder needs besides: its own text to go on from. No cache is built."""
+    config: Any = getattr(model, "config", None)
+    takes = inspect.signature(model.forward).parameters
+    decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes
+    if decodes and "input_ids" in batch and not any("decoder" in key or key == "labels" for key in batch):
+        batch["decoder_input_ids"] = batch["input_ids"]
+    if hasattr(config, "use_cache") and "use_cache" in takes:
+        batch["use_cache"] = False  # a block that is computed twice would add to its cache twice
+    return batch

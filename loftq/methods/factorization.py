@@ -1,0 +1,134 @@
+"""One weight, quantized and corrected by a method's name; and the methods that are an alternation as it stands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qlora_kit.config.checks import check_positive
+from qlora_kit.errors import ConfigError
+from qlora_kit.lowrank import check_matrix, delta
+
+from .alternation import Rounding, alternate
+from .metric import DAMPING, Metric
+from .quantizers import quantizer_for
+from .registry import (
+    LoftQResult,
+    Problem,
+    checked_cross,
+    checked_statistics,
+    method_for,
+    needs_of,
+    output_norm,
+    register_method,
+)
+from .rounding import round_by_search
+
+
+@torch.no_grad()
+def factorize(
+    weight: Tensor,
+    rank: int,
+    *,
+    bits: int = 4,
+    quant_type: str | None = None,
+    steps: int = 5,
+    scaling: float = 1.0,
+    statistics: Tensor | None = None,
+    blocksize: int | str | None = 64,
+    double_quant: bool = False,
+    method: str = "loftq",
+    solver: str = "auto",
+    seed: int = 0,
+    cross: Tensor | None = None,
+    damping: float = DAMPING,
+    scale_search: bool | None = None,
+) -> LoftQResult:
+    """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
+
+    Args:
+        weight: (out, in), finite, any floating dtype and device; the arithmetic is float32.
+        rank: between 1 and min(out, in).
+        bits, quant_type, blocksize, double_quant: the quantizer, see ``quantizers.quantizer_for``.
+        steps: the most alternations to run.
+        scaling: the adapter's multiplier s, alpha / rank or alpha / sqrt(rank).
+        statistics: second moments E[x x^T] of the layer's inputs, (in, in), or their diagonal (in,), see
+            ``loftq.inputs.moments``. Every method reports the output error by them; "loftq" and "pissa" don't
+            otherwise look at them.
+        method: a registered way to the start: "loftq", "qera-diag", "qera", "pissa", "srr", "cloq", "aligned".
+        solver: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
+        seed: makes runs of solvers that draw random numbers repeatable; the exact ones draw none.
+        cross: for "aligned": E[x x^^T] (in, in), of the original model's inputs x with those x^ of ``statistics``.
+        damping: share of the mean square that is added to each input's own.
+        scale_search: search the scales of blocks (True), take them from the largest magnitudes (False), or as the
+            method does (None).
+
+    Raises:
+        ConfigError: an argument can't work; names it.
+    """
+    check_matrix(weight, rank, "weight")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps: expected an integer of at least 1, found {steps!r}; 5 is a good choice")
+    check_positive("damping", damping, "pass damping=0.01")
+    solve = method_for(method)
+    if needs_of(method).statistics and statistics is None:
+        raise ConfigError(
+            f"statistics: expected second moments of the layer's inputs for method {method!r}, found None; collect "
+            "them with loftq.collect_statistics, or use method='loftq'"
+        )
+    problem = Problem(
+        weight.detach().float(),
+        rank,
+        scaling,
+        quantizer_for(bits=bits, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant),
+        steps,
+        checked_statistics(statistics, weight),
+        solver,
+        seed,
+        checked_cross(cross, weight),
+        damping,
+        scale_search,
+    )
+    result = solve(problem)
+    if problem.statistics is None:
+        return result
+    full, stored = problem.weight, result.quantized.dequantize()
+    size = output_norm(full, problem.statistics) or 1.0
+    left = full - stored - delta(result.A, result.B, scaling)
+    zero = full - problem.quantize(full).dequantize()
+    return replace(
+        result,
+        output_error=output_norm(left, problem.statistics) / size,
+        zero_output_error=output_norm(zero, problem.statistics) / size,
+    )
+
+
+def nearest(problem: Problem, metric: Metric) -> Rounding:
+    """Rounding to the nearest codes, to scales searched under ``metric`` if the problem asks for it."""
+    if problem.scale_search:
+        return lambda matrix: round_by_search(matrix, problem.quantize, metric)
+    return problem.quantize
+
+
+@register_method("loftq")
+def loftq(problem: Problem) -> LoftQResult:
+    """LoftQ (Li et al. 2023, arXiv 2310.08659), but for the points that ``alternate`` lists."""
+    return alternate(problem, Metric(), nearest(problem, Metric()))
+
+
+@register_method("qera-diag", statistics="diagonal")
+def qera_diag(problem: Problem) -> LoftQResult:
+    """QERA-approx (Zhang et al. 2024, arXiv 2410.06040): sBA = svd_r((W - Q) D) D^-1 with D^2 the inputs' mean
+    squares, the least of E ||(W - Q - sBA) x||^2 where the inputs are uncorrelated; alternated."""
+    metric = Metric.of(problem.statistics, diagonal=True, damping=problem.damping)
+    return alternate(problem, metric, nearest(problem, metric))
+
+
+@register_method("qera", statistics="full")
+def qera(problem: Problem) -> LoftQResult:
+    """QERA-exact (Zhang et al. 2024, arXiv 2410.06040): sBA = svd_r((W - Q) F) F^-1 with F F^T = E[x x^T], the least
+    of E ||(W - Q - sBA) x||^2; alternated."""
+    metric = Metric.of(problem.statistics, damping=problem.damping)
+    return alternate(problem, metric, nearest(problem, metric))

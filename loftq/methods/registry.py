@@ -1,0 +1,180 @@
+"""What a start is asked for and what it gives, and the registry of ways to find one.
+
+A method takes a ``Problem`` and returns a ``LoftQResult``:
+
+    @register_method("mine", statistics="full")
+    def mine(problem: Problem) -> LoftQResult: ...
+
+and is then reached as ``factorize(..., method="mine")`` and from everything that calls it. What it says of itself
+there is what the callers provide: second moments of the inputs, and inputs of the model as far as it is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qlora_kit.codecs.quantized import Quantized, Quantizer
+from qlora_kit.errors import ConfigError, closest
+from qlora_kit.lowrank import SAFE_NORMS, norm
+
+from .metric import DAMPING, check_moments
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One weight to quantize and correct.
+
+    Attributes:
+        weight: float32 (out, in), finite.
+        rank, scaling: of the adapter.
+        quantize: the deployed quantizer.
+        steps: the most alternations.
+        statistics: float32 second moments of the inputs, (in, in) or their diagonal (in,), or None.
+        cross: float32 (in, in) E[x x^^T], of the inputs x of the original model with those x^ that ``statistics``
+            are of, or None where they are the same.
+        damping: share of the mean square that is added to each input's own, see ``loftq.methods.metric``.
+        scale_search: search the scales, or not; None is the method's own choice.
+        solver, seed: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
+    """
+
+    weight: Tensor
+    rank: int
+    scaling: float
+    quantize: Quantizer
+    steps: int
+    statistics: Tensor | None = None
+    solver: str = "auto"
+    seed: int = 0
+    cross: Tensor | None = None
+    damping: float = DAMPING
+    scale_search: bool | None = None
+
+
+@dataclass(frozen=True)
+class LoftQResult:
+    """W ~ ``quantized.dequantize() + scaling * B @ A``.
+
+    Attributes:
+        quantized: the best iterate's quantized weight.
+        A, B: its factors, float32 (rank, in) and (out, rank), row i of A as long as column i of B.
+        history: relative error of W - Q - s B A after each step that ran, in the norm that the method minimizes:
+            Frobenius, or weighted by the inputs; 0 where W is 0.
+        zero_error: ||W - quantize(W)|| / ||W|| (Frobenius), the error of the zero start.
+        quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
+        error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
+        goal: what Q + sBA comes close to where that isn't W itself, float32 (out, in).
+        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned and of the zero
+            start, where statistics R were given.
+    """
+
+    quantized: Quantized
+    A: Tensor
+    B: Tensor
+    history: list[float] = field(repr=False)
+    zero_error: float
+    quantization_error: float
+    output_error: float | None = None
+    zero_output_error: float | None = None
+    goal: Tensor | None = field(default=None, repr=False)
+    error: float = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        if self.error is None:
+            object.__setattr__(self, "error", min(self.history))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method has to be given: "diagonal" or "full" second moments of the inputs (None: none), and whether
+    of the inputs that the quantized model sees, each layer after the ones before it."""
+
+    statistics: str | None = None
+    sequential: bool = False
+
+
+Method = Callable[[Problem], LoftQResult]
+_registry: dict[str, Method] = {}
+_needs: dict[str, Needs] = {}
+
+
+def register_method(
+    name: str, *, statistics: str | None = None, sequential: bool = False
+) -> Callable[[Method], Method]:
+    """Decorator: find starts by this function where ``method=name``; the latest registration wins.
+
+    Args:
+        statistics, sequential: see ``Needs``.
+    """
+
+    def register(method: Method) -> Method:
+        _registry[name], _needs[name] = method, Needs(statistics, sequential)
+        return method
+
+    return register
+
+
+def method_for(name: str) -> Method:
+    """The registered method.
+
+    Raises:
+        ConfigError: no method has that name; lists the known ones.
+    """
+    if name not in _registry:
+        raise ConfigError(
+            f"method: expected one of {sorted(_registry)}, found {name!r}; the closest are "
+            f"{closest(str(name), _registry)}, or add it with loftq.register_method"
+        )
+    return _registry[name]
+
+
+def needs_of(name: str) -> Needs:
+    """What the registered method has to be given. Raises ConfigError as ``method_for`` does."""
+    method_for(name)
+    return _needs.get(name, Needs())
+
+
+def output_norm(matrix: Tensor, statistics: Tensor) -> float:
+    """sqrt(E ||matrix @ x||^2) = sqrt(tr(matrix R matrix^T)) for inputs of second moments R, or its diagonal."""
+    if statistics.dim() == 1:
+        return norm(matrix * statistics.sqrt())
+    found = float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
+    if not SAFE_NORMS[0] < found < SAFE_NORMS[1]:
+        matrix = matrix.double()
+        found = float(((matrix @ statistics.double()) * matrix).sum().clamp_min(0).sqrt())
+    return found
+
+
+def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``cross`` in float32 on the weight's device. Raises ConfigError if its shape or values can't be."""
+    if cross is None:
+        return None
+    width = weight.shape[1]
+    if tuple(cross.shape) != (width, width) or not cross.float().isfinite().all():
+        raise ConfigError(
+            f"cross: expected finite moments E[x x^^T] of shape ({width}, {width}) for a weight {tuple(weight.shape)}, "
+            f"found {tuple(cross.shape)} or values that aren't finite; collect both models' inputs of this layer"
+        )
+    return cross.detach().to(weight.device, torch.float32)
+
+
+def checked_statistics(statistics: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``statistics`` in float32 on the weight's device.
+
+    Raises:
+        ConfigError: they can't be second moments of this weight's inputs.
+    """
+    if statistics is None:
+        return None
+    width = weight.shape[1]
+    if tuple(statistics.shape) not in ((width,), (width, width)):
+        raise ConfigError(
+            f"statistics: expected second moments of shape ({width}, {width}) or their diagonal ({width},) for a "
+            f"weight {tuple(weight.shape)}, found {tuple(statistics.shape)}; collect them from this layer's inputs"
+        )
+    moments = statistics.detach().to(weight.device, torch.float32)
+    check_moments(moments)
+    return moments

@@ -1,0 +1,7 @@
+"""One adapter on disk, in PEFT's layout: strict in both directions, all or nothing.
+
+- ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder
+- ``tensors``: an adapter's tensors between a model and its file
+- ``backbone``: the fingerprint of the quantized base that a start belongs to
+- ``combined_config``: the configuration of an adapter that was computed from others
+"""

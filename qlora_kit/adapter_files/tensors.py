@@ -1,0 +1,301 @@
+"""Adapters between a model and their files, in PEFT's layout: strict in both directions, all or nothing.
+
+The keys of a file are the model's own parameter names with the adapter's name taken out, behind one prefix:
+
+    base_model.model.<path>.lora_A.weight, .lora_B.weight      linear and convolution layers
+    base_model.model.<path>.lora_embedding_A, _B               embeddings
+    base_model.model.<path>.<parameter or buffer>              modules_to_save
+    base_model.model.<path>.base_layer.bias                    trained biases of adapted layers
+    base_model.model.<path>.bias                               trained biases of other layers (bias="all")
+
+Every one of these must be in a file, with the right shape, and nothing else may be, but for what PEFT adds: the
+tables of an adapted embedding or head (``...base_layer.weight``, loaded into the base as PEFT does), and with
+bias="all" whatever else has "bias" in its name. Names of older releases are understood. Checks come before the
+first write, so a file that doesn't fit leaves the model as it was.
+
+A Trainer's checkpoint needs all adapters in one file, so there the keys keep the adapters' names:
+
+    base_model.model.<path>.lora_A.<adapter>.weight, ....modules_to_save.<adapter>.<parameter>, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, StorageError, closest
+from ..injection.biases import bias_parameters
+from ..injection.targets import base_of, end_tables
+from ..layers import AdapterLayer, ModulesToSave
+from .backbone import METADATA_KEY
+from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
+
+if TYPE_CHECKING:
+    from ..model.lora_model import LoraModel
+
+__all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the model, its key in an adapter's file, and its name in the wrapper's ``state_dict``."""
+
+    key: str
+    name: str
+    tensor: Tensor
+
+    @property
+    def full_key(self) -> str:
+        """The key in a Trainer's checkpoint, with the adapter's name in it."""
+        return PREFIX + self.name.removeprefix("model.")
+
+
+def adapter_state(
+    model: LoraModel, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the keys of its file: whole, contiguous copies on the CPU, dtypes kept.
+
+    Args:
+        state_dict: the wrapper's full state dict as a Trainer gathered it from shards; the tensors are taken
+            from there, not from the model's own parameters.
+
+    Raises:
+        AdapterError: no adapter has this name.
+        StorageError: ``state_dict`` lacks tensors of the adapter, or holds empty shards of them.
+    """
+    slots = adapter_slots(model, adapter_name)
+    if state_dict is None:
+        return {slot.key: _copy(slot.tensor) for slot in slots}
+    found = {s.key: state_dict.get(s.name, state_dict.get(s.key)) for s in slots}
+    bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]
+    if bad:
+        raise StorageError(
+            f"state_dict: expected all tensors of adapter {adapter_name!r}, found {len(bad)} of {len(slots)} missing "
+            f"or empty ({bad[:3]}); gather the shards first, or pass no state_dict"
+        )
+    return {key: _copy(tensor) for key, tensor in found.items() if tensor is not None}
+
+
+def load_adapter_state_(model: LoraModel, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """Overwrite one adapter with the tensors of a file; the parameters keep their device and dtype.
+
+    Raises:
+        AdapterError: no adapter has this name, or one is merged into the base.
+        StorageError: keys are missing or unexpected, or shapes differ. It lists all of them; nothing is changed.
+    """
+    _write_(_matched(model, adapter_name, state))
+
+
+def load_resume_state_(model: LoraModel, state: Mapping[str, Tensor]) -> None:
+    """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it.
+
+    A state with the keys of an adapter's own file goes into the one active adapter.
+
+    Raises: as ``load_adapter_state_``; on any error nothing is changed.
+    """
+    places = {slot.full_key: (name, slot.key) for name in model.peft_config for slot in adapter_slots(model, name)}
+    in_use = dict.fromkeys([*model.active_adapters, *model._trainable])
+    if any(key not in places for key in state):
+        if len(in_use) != 1:
+            raise AdapterError(
+                f"expected one adapter in use for a state of one adapter, found {list(in_use)}; set_adapter(name) "
+                "first, and have the adapters of the checkpoint on the model"
+            )
+        load_adapter_state_(model, next(iter(in_use)), state)
+        return
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in in_use}
+    for key, tensor in state.items():
+        name, own_key = places[key]
+        states.setdefault(name, {})[own_key] = tensor
+    _write_([pair for name, part in states.items() for pair in _matched(model, name, part)])
+
+
+def _matched(model: LoraModel, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor of the model and its new value, after every check."""
+    slots = {slot.key: slot.tensor for slot in adapter_slots(model, adapter_name)}
+    if merged := [path for path, layer in model.adapter_layers().items() if layer.merged_adapters]:
+        raise AdapterError(
+            f"adapters are merged (into {merged[0]}, ...), so none can be loaded; unmerge_adapter() first"
+        )
+    extras = _extra_tensors(model, model.peft_config[adapter_name].bias)
+    aliases = _other_keys(model, slots)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    unexpected: list[str] = []
+    # A key's own name goes before the older names of the same tensor, whatever the order of the file.
+    for key in sorted(state, key=lambda key: key not in slots):
+        target = aliases.get(key, key)
+        if target in slots:
+            pairs.setdefault(target, (slots[target], state[key]))
+        elif key in extras:
+            pairs[key] = (extras[key], state[key])
+        else:
+            unexpected.append(key)
+    missing = [key for key in slots if key not in pairs]
+    unfit = [
+        f"{key}: expected {tuple(old.shape)} {old.dtype}, found {tuple(new.shape)} {new.dtype}"
+        for key, (old, new) in pairs.items()
+        if old.shape != new.shape or old.is_floating_point() != new.is_floating_point() or new.is_complex()
+    ]
+    if missing or unexpected or unfit:
+        raise StorageError(_misfit(adapter_name, missing, unexpected, unfit))
+    if meta := next((key for key, (old, _) in pairs.items() if old.is_meta), None):
+        raise StorageError(
+            f"{meta}: expected a parameter with memory, found one on the meta device; load the model first"
+        )
+    return list(pairs.values())
+
+
+@torch.no_grad()
+def _write_(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    # Transfers and casts may fail for want of memory, so all of them come before the first write.
+    ready = [(old, new.to(device=old.device, dtype=old.dtype)) for old, new in pairs]
+    for old, new in ready:
+        old.copy_(new)
+
+
+def save_adapter(
+    model: LoraModel,
+    directory: str | Path,
+    adapter_names: list[str] | None = None,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    resume_copy: bool = False,
+) -> None:
+    """Write adapters in PEFT's layout: "default" into ``directory``, others into subfolders of their names.
+
+    Args:
+        adapter_names: which ones; all by default.
+        state_dict: see ``adapter_state``.
+        resume_copy: write these adapters' tensors, all of them, as ``model.safetensors`` into ``directory`` too,
+            where transformers' Trainer looks for what to resume from (``load_resume_state_``).
+
+    Raises:
+        AdapterError: no adapter has this name.
+        StorageError: ``directory`` is a file, a subfolder leads elsewhere, or ``state_dict`` isn't whole.
+    """
+    directory = Path(directory)
+    names = list(model.peft_config if adapter_names is None else adapter_names)
+    # All states are taken before the first write: an error here leaves every file as it was.
+    states = {name: adapter_state(model, name, state_dict) for name in names}
+    folders = {name: _folder(directory, name) for name in names}
+    if resume_copy:
+        slots = [(name, slot) for name in names for slot in adapter_slots(model, name)]
+        write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
+    for name in names:
+        backbone = model.backbones.get(name)
+        metadata = {METADATA_KEY: backbone} if backbone else None
+        write_adapter(folders[name], model.peft_config[name].as_stored(), states[name], metadata)
+
+
+def adapter_slots(model: LoraModel, adapter_name: str) -> list[Slot]:
+    """Every tensor that the file of ``adapter_name`` must hold."""
+    if adapter_name not in model.peft_config:
+        raise AdapterError(f"unknown adapter {adapter_name!r}; the model has {sorted(model.peft_config)}")
+    slots = []
+    for path, layer in model.adapter_layers().items():
+        if adapter_name in layer.adapter_names():
+            for suffix, tensor in layer.adapter_tensors(adapter_name).items():
+                container, dot, rest = suffix.partition(".")
+                name = f"model.{path}.{container}.{adapter_name}{dot}{rest}"
+                slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, tensor))
+    for path, module in model.saved_modules().items():
+        if adapter_name in module.adapter_names():
+            for suffix, value in module.adapter_tensors(adapter_name).items():
+                name = f"model.{path}.modules_to_save.{adapter_name}.{suffix}"
+                slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, value))
+    # While adapters are switched off the trained biases are the kept ones.
+    kept = model._kept_biases.values if model._disabled else {}
+    seen: set[int] = set()
+    for path, parameter in bias_parameters(model.model, model.peft_config[adapter_name].bias).items():
+        if id(parameter) not in seen:  # a shared module's bias is stored once, under its first path
+            seen.add(id(parameter))
+            within = ".base_layer" if isinstance(model.model.get_submodule(path), AdapterLayer) else ""
+            slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{within}.bias", kept.get(path, parameter)))
+    return slots
+
+
+def _other_keys(model: LoraModel, slots: Iterable[str]) -> dict[str, str]:
+    """Other names under which files hold the tensors of ``slots``: those of shared modules and of older releases."""
+    aliases: dict[str, str] = {}
+    modules: dict[str, nn.Module] = {**model.adapter_layers(), **model.saved_modules()}
+    for key in slots:
+        path = _owner(key, modules)
+        if path is None:
+            continue
+        rest = key.removeprefix(f"{PREFIX}{path}.")
+        variants = [rest, rest.removeprefix("base_layer.")]
+        if isinstance(modules[path], ModulesToSave):
+            variants += [
+                f"modules_to_save.{rest}",
+                *(f"modules_to_save.{n}.{rest}" for n in (*model.peft_config, "default")),
+            ]
+        for place in model.paths_of(path):
+            aliases.update({f"{PREFIX}{place}.{variant}": key for variant in variants})
+    return {alias: key for alias, key in aliases.items() if alias != key}
+
+
+def _owner(key: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The longest path of ``modules`` that ``key`` lies in."""
+    parts = key.removeprefix(PREFIX).split(".")
+    return next((p for end in range(len(parts), 0, -1) if (p := ".".join(parts[:end])) in modules), None)
+
+
+def _extra_tensors(model: LoraModel, bias: str) -> dict[str, Tensor]:
+    """Tensors of the base model that PEFT may write into an adapter's file, by their keys there."""
+    extras: dict[str, Tensor] = {}
+    tables = end_tables(model.model)
+    for path, module in model.model.named_modules():
+        base = base_of(module)
+        if any(module is table for table in tables) or (isinstance(base, nn.Embedding) and base is not module):
+            within = ".base_layer" if isinstance(module, AdapterLayer) else ""
+            for name, tensor in base.named_parameters(recurse=False):
+                extras[f"{PREFIX}{path}{within}.{name}"] = tensor
+    if bias == "all":
+        own = model.model.state_dict(keep_vars=True)
+        extras.update({PREFIX + name: tensor for name, tensor in own.items() if "bias" in name and "lora_" not in name})
+    return extras
+
+
+def _folder(directory: Path, adapter_name: str) -> Path:
+    """Where an adapter is stored below ``directory``, and never outside it."""
+    if adapter_name == "default":
+        return directory
+    folder = directory / adapter_name
+    if folder.resolve().parent != directory.resolve() or Path(adapter_name).name != adapter_name:
+        raise StorageError(
+            f"adapter {adapter_name!r}: expected a name whose subfolder lies in {directory}, found {folder.resolve()}; "
+            "rename the adapter, or remove the link"
+        )
+    return folder
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    whole = getattr(tensor, "full_tensor", None)  # a DTensor's shards are gathered
+    return (tensor if whole is None else whole()).detach().to("cpu", copy=True).contiguous()
+
+
+def _misfit(adapter_name: str, missing: list[str], unexpected: list[str], unfit: list[str]) -> str:
+    """One message with all that is wrong, each key beside those of the other side that look most like it."""
+
+    def listed(title: str, keys: list[str], others: list[str]) -> list[str]:
+        lines = []
+        for key in keys[:10]:
+            near = closest(key, others, count=1) if len(others) <= 500 else []
+            lines.append(f"  {title}: {key}" + (f" (closest on the other side: {near[0]})" if near else ""))
+        return lines + ([f"  {title}: {len(keys) - 10} more"] if len(keys) > 10 else [])
+
+    return "\n".join(
+        [
+            f"adapter {adapter_name!r}: expected a file that fits the model, found {len(missing)} missing, "
+            f"{len(unexpected)} unexpected and {len(unfit)} mis-shaped keys; nothing was loaded. Check that this is "
+            "its base model, and that adapter_config.json (targets, ranks, modules_to_save, bias) is its own.",
+            *listed("missing", missing, unexpected),
+            *listed("unexpected", unexpected, missing),
+            *listed("mis-shaped", unfit, []),
+        ]
+    )

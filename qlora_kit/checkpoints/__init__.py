@@ -1,0 +1,23 @@
+"""Models on disk: folders of safetensors that may be larger than memory, read, written and resumed.
+
+Everything here goes a tensor at a time and knows nothing of adapters or of what its callers compute.
+
+Files and runs:
+
+- ``files``: a write is whole or absent
+- ``shards``: shards read a tensor at a time
+- ``shard_writer``: one shard written a tensor at a time
+- ``sharded_output``: a model's shards while they grow, and how they come to their places
+- ``journal``: the record of a run that can be cut off at any point
+- ``pipeline``: the next tensor is read while one is worked on
+- ``spill``: tensors set aside on the disk while a model is changed in place
+
+What the tensors are:
+
+- ``model_folder``: a folder's model on the meta device, its other files, what tells it from a changed one
+- ``renamings``: under which names a model may have what a checkpoint stores
+- ``stored_model``: which stored tensors belong to which parameter, and what is tied
+- ``pair``: two checkpoints of one model side by side
+- ``quantized_tensors``: a quantized module from its tensors
+- ``originals``: the 16-bit weight that a quantized module was made from
+"""

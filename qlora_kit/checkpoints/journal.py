@@ -1,0 +1,128 @@
+"""The record of a run that can be cut off at any point: what it was asked for, and every unit that is finished.
+
+``journal.jsonl`` in a hidden folder of the output. The first line holds the options and what identifies the
+source; each further line belongs to one unit, written after the unit's bytes are on the disk. So after a kill
+the bytes that the journal knows of are whole, and what lies behind them in the files is cut away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import StorageError
+
+_VERSION = 1
+
+
+class Journal:
+    """Opens the journal in ``out``, or begins one.
+
+    Args:
+        out: the output folder.
+        task: options and source, JSON values; a journal begun for another task is refused.
+        work_folder: the hidden folder's name.
+
+    Attributes:
+        done: the lines of finished units, in their order.
+        measured: what was noted by ``note``, by path.
+
+    Raises:
+        StorageError: another task's output is in ``out`` (with what differs), another process is writing
+            there, or files that are no output of ours.
+    """
+
+    def __init__(self, out: Path, task: Mapping[str, Mapping[str, Any]], work_folder: str) -> None:
+        self.folder = out / work_folder
+        self.path = self.folder / "journal.jsonl"
+        head = json.loads(json.dumps({"version": _VERSION, **task}))
+        if not self.path.exists() and out.is_dir() and any(e.name != work_folder for e in out.iterdir()):
+            raise StorageError(
+                f"{out}: expected a new or empty folder, or one in which this command was interrupted, found "
+                f"{sorted(e.name for e in out.iterdir())[:5]}; choose another --out or remove it"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder / "lock", out)
+        try:
+            lines, whole = self._read()
+            if lines:
+                _check_same(lines[0], head, out)
+        except StorageError:
+            self._lock.close()
+            raise
+        # What a killed run kept there of activations, which can be large.
+        for left in (entry for entry in self.folder.iterdir() if entry.is_dir()):
+            shutil.rmtree(left)
+        self.measured = {line["path"]: line["measured"] for line in lines[1:] if "measured" in line}
+        self.done: list[dict[str, Any]] = [line for line in lines[1:] if "measured" not in line]
+        self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 - closed by close
+        self._file.truncate(whole)
+        self._file.seek(whole)
+        if not lines:
+            self.add(head, done=False)
+
+    def note(self, path: str, measured: list[dict[str, Any]]) -> None:
+        """Note what a module's choices would cost and leave."""
+        self.add({"path": path, "measured": measured}, done=False)
+        self.measured[path] = measured
+
+    def add(self, line: Mapping[str, Any], *, done: bool = True) -> None:
+        """Note a finished unit; it is on the disk when this returns."""
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if done:
+            self.done.append(dict(line))
+
+    def close(self) -> None:
+        self._file.close()
+        self._lock.close()
+
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines, and where they end: a last line without its newline was being written at the kill."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            return [json.loads(line) for line in whole.splitlines()], len(whole)
+        except ValueError as error:
+            raise StorageError(
+                f"{self.path}: expected a journal of JSON lines, found a damaged one ({error}); remove the output "
+                "folder and begin again"
+            ) from error
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    differences = []
+    for part in sorted({*before, *now}):
+        old, new = before.get(part), now.get(part)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+            differences += [f"{part} {key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed]
+        elif old != new:
+            differences.append(f"{part}: {old!r} then, {new!r} now")
+    if differences:
+        raise StorageError(
+            f"{out}: expected the command that was begun here, found another ({'; '.join(differences)}); give the "
+            "same options and source to go on, or choose another --out"
+        )
+
+
+def _locked(path: Path, out: Path) -> Any:
+    """An open file that only one process at a time has; freed by the system when the process ends."""
+    file = path.open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on Windows
+        pass
+    except OSError as error:
+        file.close()
+        raise StorageError(
+            f"{out}: expected no other process writing there, found one; wait for it, or choose another --out"
+        ) from error
+    return file

@@ -1,0 +1,126 @@
+"""A model's folder beside its tensors: what its config builds, what else is to be copied, and what tells it from
+another or a changed one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import StorageError
+
+# Weights of a 16-bit checkpoint in other formats, and the index that the output gets anew.
+NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*")
+# What turns a text into tokens, in whatever of transformers' formats.
+_TOKENIZER = re.compile(r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.*\.(model|tiktoken)$")
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """What tells this model from another or a changed one: each file's size and a hash of samples."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    files += [file for file in other_files(folder) if _TOKENIZER.match(file.name)]
+    return identity_of(files)
+
+
+def identity_of(files: Iterable[Path]) -> dict[str, str]:
+    """The size of each of ``files``, by its name, and a hash of samples."""
+    return {file.name: f"{file.stat().st_size} bytes, {_sampled_hash(file)}" for file in files}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What turns a text into tokens, and a chat into a text."""
+    return [file for file in other_files(folder) if _TOKENIZER.match(file.name) or "chat_template" in file.name]
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and the like: to be copied as they are."""
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    return [entry for entry in entries if not NOT_COPIED.match(entry.name)]
+
+
+def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.Module:
+    """The folder's model on the meta device, as its config names it; all of its modules dense.
+
+    Args:
+        quantized: take a model whose config says that it is quantized.
+        overrides: entries of the config to be taken in the place of the folder's.
+
+    Raises:
+        StorageError: no config, or one of a quantized model.
+    """
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise StorageError(f"{folder}: expected config.json beside the weights, found none; pass a model's folder")
+    config: Any = transformers.AutoConfig.from_pretrained(folder, **overrides)
+    if getattr(config, "quantization_config", None) is not None and not quantized:
+        raise StorageError(
+            f"{folder}: expected a model in 16 or 32 bits, found one that is quantized already; pass the original, "
+            "or load this one and use init_lora_weights='loftq' with LoftQConfig(weights=original)"
+        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    make = getattr(transformers, names[0])._from_config if names else transformers.AutoModel.from_config
+    with torch.device("meta"):
+        return make(config)
+
+
+def task_type(model: nn.Module) -> str:
+    """PEFT's name of what the model is for, from its class."""
+    return task_of(type(model).__name__)
+
+
+def task_of(name: str) -> str:
+    """PEFT's name of what a model class of this name is for."""
+    return next((kind for part, kind in _TASKS.items() if part in name), "FEATURE_EXTRACTION")
+
+
+def locate(model: str | os.PathLike[str], option: str = "--model") -> Path:
+    """The folder of ``model``: itself, or a Hub repository's, downloaded unless the environment is offline.
+
+    Args:
+        option: what it was given by, for messages.
+
+    Raises:
+        StorageError: neither a folder nor a repository that can be had.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StorageError(
+            f"{option} {model}: expected a folder or a repository on the Hub, found neither "
+            f"({str(error).splitlines()[0]}); correct the name, or download it first"
+        ) from error
+
+
+def _sampled_hash(file: Path, samples: int = 64, length: int = 4096) -> str:
+    """Of the first 64 kB, where the header is, and of pieces spread evenly over the file."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(1 << 16))
+        for index in range(samples):
+            stream.seek(max(0, size - length) * index // max(1, samples - 1))
+            digest.update(stream.read(length))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,12 @@
+"""The commands as functions, from folders to a folder; no model is ever whole in memory.
+
+- ``merge/``: adapters into a stored model
+- ``extract/``: the difference of two checkpoints as an adapter
+- ``combine``: stored adapters combined and compressed
+"""
+
+from .combine import combine_folders, compress_folder
+from .extract.run import extract_folders
+from .merge.run import merge_folders
+
+__all__ = ["combine_folders", "compress_folder", "extract_folders", "merge_folders"]

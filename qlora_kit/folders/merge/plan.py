@@ -1,0 +1,157 @@
+"""From a stored model and what adapters change in it to units of work: what is read, and what is written in its place.
+
+A unit is one tensor of the output, or the several tensors of one quantized weight. Its name is the output's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import nn
+
+from ...checkpoints.quantized_tensors import PARTS, weight_bytes
+from ...checkpoints.stored_model import StoredModel
+from ...codecs import codec_for, find_codec
+from ...codecs.quantized import Quantizer
+from ...errors import MergeError
+from ...merging.task import MergeTask
+from ...quantize import DENSE_LINEARS
+from .changes import Change
+from .settings import settings_of
+from .ties import settle
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One parameter of the output.
+
+    Attributes:
+        name: in the output. place: in the model; None for a tensor that the model doesn't have.
+        reads: stored names by their names in the module; empty for what only an adapter has.
+        change: what adapters change of it.
+        to: the dtype to store it in, or how to quantize it; None leaves it as it is stored.
+        shape: of the tensor, as the model has it.
+        nbytes: about what it will take.
+    """
+
+    name: str
+    place: str | None
+    reads: dict[str, str]
+    change: Change = field(repr=False)
+    to: torch.dtype | Quantizer | None
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def path(self) -> str:
+        """Of the module in the model."""
+        return (self.place or self.name).rpartition(".")[0]
+
+    @property
+    def stem(self) -> str:
+        """What the names of a module's tensors begin with."""
+        return self.name.removesuffix("weight")
+
+    def names(self) -> Iterator[str]:
+        """All names that the output may have of it."""
+        yield self.name
+        if isinstance(self.to, Quantizer) or len(self.reads) > 1:
+            yield from (self.stem + part for part in PARTS)
+
+
+class MergePlan:
+    """What a merge on disk does.
+
+    Attributes:
+        units: in the order of their names.
+        quantized: how each quantized module of the output is stored, by path.
+        untied: groups of names that were one parameter and no longer are.
+        settings: the output's config.json.
+
+    Raises:
+        MergeError: a branch has no stored weight to go to, or parameters must stay tied that the adapters make differ.
+    """
+
+    def __init__(self, base: StoredModel, changes: dict[str, Change], task: MergeTask) -> None:
+        self.base, self.task = base, task
+        self.quantized: dict[str, Quantizer] = {}
+        changes, sources = dict(changes), dict(base.names)
+        self.untied = [group for group in base.ties() if not settle(base, group, changes, sources)]
+        for name in base.outgrown:
+            if changes.get(name, Change()).value is None:
+                raise MergeError(
+                    f"{name}: expected {base.shapes[name][0]} rows, as an adapter has of another table, found "
+                    f"{base.types[base.names[name]][1][0]} in {base.folder} and none in an adapter; save the adapter "
+                    "with both tables (save_embedding_layers=True), or resize the base first"
+                )
+        units = [self._unit(name, stored, changes.pop(name, Change())) for name, stored in sources.items()]
+        units += [self._only_in_adapter(name, change) for name, change in changes.items()]
+        units += [self._foreign(stored) for stored in base.foreign]
+        self.units = sorted(units, key=lambda unit: unit.name)
+        self.settings = settings_of(base, task, self.quantized, untied=bool(self.untied))
+
+    @property
+    def nbytes(self) -> int:
+        """About what the output takes on the disk."""
+        return sum(unit.nbytes for unit in self.units)
+
+    def _unit(self, name: str, stored: str, change: Change) -> Unit:
+        base, dtype = self.base, self.base.types[stored][0]
+        source = base.name_of(stored) or name  # another than ``name`` where a tied parameter is taken apart
+        reads = base.parts.get(source, {"weight": stored})
+        own = self._own_quantizer(source, reads)
+        changed = bool(change.branches) or change.value is not None
+        to: torch.dtype | Quantizer | None = self.task.dtype
+        if own is not None or (change.branches and self._is_quantizable(name)):
+            to = self.task.target(own, linear=True) or to
+        if not changed and (to == own or (not dtype.is_floating_point and own is None)):
+            to = None
+        elif to is None and changed:
+            to = dtype
+        shape = base.shapes[name]
+        kept = own if to is None else to
+        if isinstance(kept, Quantizer):
+            path = name.rpartition(".")[0]
+            self.quantized[path] = kept
+            matrix = codec_for(base.modules[path], path).shape(base.modules[path])
+            nbytes = weight_bytes(matrix, kept.quant_type, kept.blocksize, kept.double_quant)
+        else:
+            nbytes = prod(shape) * (kept or dtype).itemsize
+        return Unit(base.output_name(name), name, reads, change, to, shape, nbytes)
+
+    def _only_in_adapter(self, name: str, change: Change) -> Unit:
+        if change.branches or change.value is None:
+            raise MergeError(
+                f"{name}: expected the weight that an adapter adapts in {self.base.folder}, found no tensor of it; "
+                "pass a checkpoint that has it"
+            )
+        dtype, shape = self.task.dtype or change.value.dtype, self.base.shapes[name]
+        return Unit(name, name, {}, change, dtype, shape, prod(shape) * dtype.itemsize)
+
+    def _foreign(self, stored: str) -> Unit:
+        dtype, shape = self.base.types[stored]
+        to = self.task.dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
+        return Unit(stored, None, {"weight": stored}, Change(), to, shape, prod(shape) * (to or dtype).itemsize)
+
+    def _own_quantizer(self, name: str, reads: dict[str, str]) -> Quantizer | None:
+        """How the weight ``name`` is quantized now; None if it is dense."""
+        if len(reads) == 1:
+            return None
+        module = self.base.module(name, {part: self.base.reader.tensor(stored) for part, stored in reads.items()})
+        own = codec_for(module, name).quantizer(module)
+        vars(module).clear()  # a 4-bit weight and its module refer to each other
+        return own
+
+    def _is_quantizable(self, name: str) -> bool:
+        """Whether it is the weight of a linear layer that the model lets be quantized: T5's ``wo`` has to be dense."""
+        path = name.rpartition(".")[0]
+        module: nn.Module = self.base.modules[path]
+        codec = find_codec(module)
+        if codec is None or codec.name not in DENSE_LINEARS:
+            return False
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        return should_convert_module(path, list(getattr(self.base.model, "_keep_in_fp32_modules", None) or ()))

@@ -1,0 +1,16 @@
+"""Dequantize, merge, requantize in memory, and the account of what was lost.
+
+Written once over the codecs' ``read`` and ``write_``; a merge happens as a whole or not at all.
+
+- ``in_memory``: ``merge``, from the first check to the report
+- ``task``: what it is asked for, checked before anything is written
+- ``layer``: one layer at a time
+- ``rest_of_model``: what changes beside the adapted layers: trained copies, dtypes, what the config says
+- ``requantize``: from an ideal weight back to few bits
+- ``base_choice``: dequantized or original weights to add to, measured
+- ``residual``: the small adapter that stays and holds what rounding lost
+- ``fidelity``: ``MergeReport``, each layer's numbers and the model's
+- ``fidelity_plot``: the report as a picture
+- ``agreement``: how far the merged model's output is from the adapted one's
+- ``advice``: what to say when the delta would be lost
+"""

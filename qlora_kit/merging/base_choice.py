@@ -1,0 +1,74 @@
+"""Which weights a delta is added to: those that the adapter was trained on, dequantized, or the original 16-bit ones.
+
+The adapter saw the dequantized base, errors and all, and may have made up for some of them; the original is the
+better model without it. Neither is better always, so both are measured: the model as it is, and with W - Q added to
+the output of every quantized module, a module at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints.originals import original_weight
+from ..codecs import find_codec
+from ..injection.targets import base_of, modules_of
+from .agreement import Batches, mean_loss
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of ``model`` that holds a quantized weight, under adapters too, by its first path without them."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in modules_of(model):
+        base = base_of(module)
+        codec = find_codec(base)
+        if codec is not None and codec.quantizer(base) is not None:
+            found.setdefault(id(base), (path, base))
+    return dict(found.values())
+
+
+def base_losses(model: nn.Module, folder: Path, batches: Batches) -> dict[str, float]:
+    """The mean next-token loss of ``model``, adapters inside, with either base.
+
+    Args:
+        folder: of the original weights.
+
+    Raises:
+        MergeError: not a causal language model.
+        StorageError: an original weight is missing, or of another model.
+    """
+    losses = {"dequantized": mean_loss(model, batches)}
+    with _corrected(quantized_modules(model), folder):
+        losses["original"] = mean_loss(model, batches)
+    return losses
+
+
+@contextmanager
+def _corrected(modules: Mapping[str, nn.Module], folder: Path) -> Iterator[None]:
+    """In the block each module computes with its original weight."""
+    with ExitStack() as stack:
+        for path, module in modules.items():
+
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor, path: str = path) -> Tensor:
+                codec: Any = find_codec(module)
+                stored = codec.read(module)
+                difference = original_weight(folder, path, stored) - stored
+                x: Tensor = args[0]
+                return output + F.linear(x.to(difference.dtype), difference).to(output.dtype)
+
+            handle = module.register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def original_of(folder: Path, path: str, stored: Tensor) -> tuple[Tensor, float]:
+    """The original weight, float32 (out, in), and how far ``stored``, which is overwritten, is from it."""
+    weight = original_weight(folder, path, stored)
+    return weight, float(torch.linalg.vector_norm(stored.sub_(weight)))

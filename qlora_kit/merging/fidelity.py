@@ -1,0 +1,282 @@
+"""What a merge kept: each layer's numbers, and the report of a whole model.
+
+Rounding to few bits can swallow a small delta whole, so one number isn't enough. ``error`` says how far the
+stored weight is from the ideal one, in units of the weight; ``retained`` how much of the delta is still there
+along its own direction; ``delta_error`` what the rounding did, in units of the delta. Above 1 it means that
+the merged weight is further from the ideal than the weight without the adapter was.
+
+All of them come from the ideal weight, the factors of the delta and the stored weight a few rows at a time: with
+L = stored - ideal, stored - base is L + delta, and <L, B A> is <B^T L, A>. Neither the delta nor the base need be
+there as a matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.files import write_text_atomically
+from ..errors import MergeError
+from ..finite import all_finite
+from ..lowrank import add_product_, norm
+from .agreement import Agreement
+
+
+@dataclass(frozen=True)
+class LayerFidelity:
+    """One layer's merge, all norms Frobenius; ideal = base + delta, stored = what was written, a residual branch
+    included.
+
+    Attributes:
+        codec: how the merged weight is stored.
+        delta_ratio: ||delta|| / ||base||.
+        retained: <stored - base, delta> / ||delta||^2, the share of the delta that is still there; 1 is all.
+        error: ||stored - ideal|| / ||ideal||, the rounding of the storage.
+        delta_error: ||stored - ideal|| / ||delta||, that rounding against what was to be kept: the ratio that
+            predicts trouble.
+        base_error: ||original - dequantized|| / ||delta|| of a base that was quantized, where the original was read.
+        rank: of the residual branch; 0 without.
+        delta_norm: ||delta||, by whose square layers count in the share that a whole model retained.
+        arrived: <stored - base, delta>_R / <delta, delta>_R for inputs of second moments R, where they are known: the
+            share that is there in the layer's output. Codes that make up for one another can bring a delta whole there
+            of which the weight alone shows little.
+    """
+
+    path: str
+    codec: str
+    delta_ratio: float
+    retained: float
+    error: float
+    delta_error: float
+    base_error: float | None = None
+    rank: int = 0
+    delta_norm: float = 0.0
+    arrived: float | None = None
+
+    @property
+    def kept(self) -> float:
+        """The share of the delta that is left: in the output where that is known, else in the weight."""
+        return self.retained if self.arrived is None else self.arrived
+
+
+@dataclass
+class MergeReport:
+    """The merged model and, layer by layer, what the merge kept. ``str(report)`` is a table.
+
+    Attributes:
+        model: the merged model; with a residual branch its ``LoraModel``.
+        into: what was asked for.
+        adapters: the names, and ``weights`` what each was multiplied by.
+        layers: of each layer that an adapter adapted.
+        base: "dequantized" or "original", the weights that the deltas were added to.
+        base_losses: with ``base="auto"``, the loss of either on the text.
+        rounding, residual_rank: how k-bit layers were written.
+        agreement: of the merged model's output with the adapted one's, where a text was given.
+    """
+
+    model: nn.Module
+    into: str
+    adapters: list[str]
+    layers: list[LayerFidelity] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+    base: str = "dequantized"
+    base_losses: dict[str, float] = field(default_factory=dict)
+    rounding: str = "nearest"
+    residual_rank: int = 0
+    agreement: Agreement | None = None
+
+    def mean(self, attribute: str) -> float:
+        """The mean of a ``LayerFidelity`` attribute over the layers."""
+        return sum(getattr(layer, attribute) for layer in self.layers) / max(len(self.layers), 1)
+
+    @property
+    def retained(self) -> float:
+        """The share of all deltas that is still there, each layer counting by its delta's square; 1 of none."""
+        return share_of(self.layers, "retained")
+
+    @property
+    def kept(self) -> float:
+        """The same of what is left in the layers' outputs, where the moments of their inputs are known."""
+        return share_of(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the model."""
+        return {
+            "into": self.into,
+            "adapters": list(self.adapters),
+            "weights": dict(self.weights),
+            "base": self.base,
+            "base_losses": dict(self.base_losses),
+            "rounding": self.rounding,
+            "residual_rank": self.residual_rank,
+            "retained": self.retained,
+            "kept": self.kept,
+            "layers": [asdict(layer) for layer in self.layers],
+            "agreement": None if self.agreement is None else asdict(self.agreement),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``to_dict()`` to the file ``path`` as JSON."""
+        write_text_atomically(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw every layer's delta, rounding error and retained share into the picture ``path``."""
+        from .fidelity_plot import plot
+
+        plot(self, Path(path))
+
+    def __str__(self) -> str:
+        width = max([len(layer.path) for layer in self.layers] + [6])
+        lines = [
+            f"{'layer':{width}}  {'stored as':9} {'|delta|/|W|':>11} {'retained':>9} {'error/|W|':>9} {'/|delta|':>9}"
+        ]
+        for layer in self.layers:
+            lines.append(
+                f"{layer.path:{width}}  {layer.codec:9} {layer.delta_ratio:11.4f} {layer.retained:9.1%} "
+                f"{layer.error:9.2e} {layer.delta_error:9.2e}"
+            )
+        storage = "each module's own storage" if self.into == "same" else self.into
+        lines.append(
+            f"{len(self.layers)} layers merged into {storage}: {self.retained:.1%} of the delta retained, "
+            f"mean error {self.mean('error'):.2e}"
+        )
+        if self.residual_rank:
+            lines[-1] += f", a residual adapter of rank {self.residual_rank} attached"
+        if any(layer.arrived is not None for layer in self.layers):
+            lines.append(f"{self.kept:.1%} of it in the layers' outputs, by the second moments of their inputs")
+        if self.base_losses:
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.base_losses.items())
+            lines.append(f"merged into the {self.base} base (loss on the text: {losses})")
+        elif self.base != "dequantized":
+            lines.append(f"merged into the {self.base} base")
+        if self.agreement is not None:
+            lines.append(str(self.agreement))
+        return "\n".join(lines)
+
+
+def share_of(layers: Iterable[LayerFidelity], attribute: str = "kept") -> float:
+    """The share of the layers' deltas that is left, each counting by its delta's square; 1 of none."""
+    squares = [(getattr(layer, attribute), layer.delta_norm**2) for layer in layers]
+    total = sum(square for _, square in squares)
+    return sum(kept * square for kept, square in squares) / total if total else 1.0
+
+
+def add_delta_(weight: Tensor, A: Tensor, B: Tensor, path: str) -> dict[str, float]:
+    """Make ``weight`` float32 (out, in) the ideal merged weight, in its place.
+
+    Args:
+        A, B: float32 (rank, in) and (out, rank), the delta being B @ A; see ``AdapterLayer.stacked``.
+
+    Returns:
+        The norms of what was added and of what it was added to, for ``compare``.
+
+    Raises:
+        MergeError: the sum isn't finite; names ``path``.
+    """
+    base = norm(weight)
+    add_product_(weight, A, B)
+    check_finite(path, weight)
+    return {"delta": _product_norm(A, B), "base": base}
+
+
+def compare(
+    path: str,
+    codec: str,
+    ideal: Tensor,
+    delta: tuple[Tensor, Tensor],
+    norms: dict[str, float],
+    stored: Iterable[tuple[slice, Tensor]],
+    residual: tuple[Tensor, Tensor] | None = None,
+    base_error: float | None = None,
+    moments: Tensor | None = None,
+) -> LayerFidelity:
+    """The numbers of one layer.
+
+    Args:
+        ideal: float32 (out, in), what ``add_delta_`` made; norms: what it returned.
+        delta: A and B of the delta. residual: those of a branch that stays beside the stored weight.
+        stored: the stored weight in pieces, ``codec.pieces(module)``; they are overwritten.
+        base_error: ||original - dequantized||.
+        moments: second moments (in, in) of the inputs, or their diagonal (in,).
+
+    Raises:
+        MergeError: the stored weight isn't finite; names ``path``.
+    """
+    A, B = delta
+    lost_square, along = 0.0, torch.zeros((), dtype=torch.float64, device=ideal.device)
+    weighed = None if moments is None else A * moments if moments.dim() == 1 else A @ moments
+    along_output = along.clone()
+    for rows, values in stored:
+        check_finite(path, values)
+        lost = values.sub_(ideal[rows])
+        if residual is not None:
+            add_product_(lost, residual[0], residual[1][rows])
+        lost_square += norm(lost) ** 2
+        written = B[rows].T @ lost
+        along += (written * A).sum(dtype=torch.float64)
+        if weighed is not None:
+            along_output += (written * weighed).sum(dtype=torch.float64)
+    size, lost_norm = norms["delta"], lost_square**0.5
+    return LayerFidelity(
+        path=path,
+        codec=codec,
+        delta_ratio=_ratio(size, norms["base"]),
+        retained=1 + float(along) / size**2 if size else 1.0,
+        error=_ratio(lost_norm, norm(ideal)),
+        delta_error=_ratio(lost_norm, size),
+        base_error=None if base_error is None else _ratio(base_error, size),
+        rank=0 if residual is None else residual[0].shape[0],
+        delta_norm=size,
+        arrived=None if weighed is None else _arrived(along_output, A, B, weighed),
+    )
+
+
+def check_finite(path: str, weight: Tensor) -> None:
+    """Raise a MergeError that names ``path`` if ``weight`` holds NaN or infinity."""
+    if not all_finite(weight):
+        raise MergeError(
+            f"{path}: expected a finite merged weight, found NaN or infinite values in {weight.dtype}; check the "
+            "adapter for overflow, or merge into a wider dtype (no layer was changed)"
+        )
+
+
+def checked_cast(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``'s values in ``dtype`` (what isn't a float stays).
+
+    Raises:
+        MergeError: a finite value becomes infinite; names ``path``.
+    """
+    if not tensor.is_floating_point():
+        return tensor.data
+    cast = tensor.data.to(dtype)
+    if not all_finite(cast) and (cast.isinf() & tensor.data.isfinite()).any():
+        raise MergeError(
+            f"{path}: a value overflows {dtype}; merge into a wider dtype, such as 'bfloat16' (no layer was changed)"
+        )
+    return cast
+
+
+def _product_norm(A: Tensor, B: Tensor) -> float:
+    """||B @ A|| from the two small Gram matrices."""
+    A, B = A.double(), B.double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _arrived(lost: Tensor, A: Tensor, B: Tensor, weighed: Tensor) -> float:
+    """1 + ``lost`` / <delta, delta>_R, with ``weighed`` A R; 1 for a delta without effect."""
+    size = ((B.double().T @ B.double()) * (weighed.double() @ A.double().T)).sum()
+    return 1 + float(lost / size) if size > 0 else 1.0
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole, where 0 / 0 is 0."""
+    if whole == 0:
+        return 0.0 if part == 0 else float("inf")
+    return part / whole

@@ -1,0 +1,271 @@
+"""Dequantize -> merge -> requantize, with an account of what was lost (``fidelity``).
+
+One path for every storage: the codec reads a float32 weight, the deltas of all adapters are added to it at once, and
+one write puts the result where it goes, be it back into the same storage, into a dense module or into another k-bit
+one (``merge_layer``). Beside the model that is one layer's float32 weight: what a layer was goes to a temporary file
+on the disk, from where an error brings every layer back bit for bit (``spill``). A merge happens as a whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..checkpoints.spill import Spill
+from ..errors import CodecError, MergeError
+from ..injection.engine import Injection
+from ..kbit import release_from_float32_
+from ..layers import AdapterLayer
+from .advice import refusal
+from .agreement import record
+from .base_choice import base_losses, quantized_modules
+from .fidelity import MergeReport, share_of
+from .layer import Merger
+from .requantize import batches_of, moments_of
+from .residual import attach_residual_
+from .rest_of_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, put_trained_copies_
+from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
+
+if TYPE_CHECKING:
+    from ..model.lora_model import LoraModel
+
+# Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
+LEAST_RETAINED = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+def merge(
+    model: LoraModel,
+    *,
+    adapters: str | Sequence[str] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    into: str = "same",
+    base: str = "dequantized",
+    original: str | os.PathLike[str] | None = None,
+    rounding: str = "nearest",
+    residual_rank: int = 0,
+    residual_dtype: torch.dtype | None = None,
+    statistics: Any = None,
+    force: bool = False,
+    text: Any = None,
+    blocksize: int | str | None = None,
+    double_quant: bool | None = None,
+    least_retained: float = LEAST_RETAINED,
+    scratch: str | os.PathLike[str] | None = None,
+    progressbar: bool = False,
+) -> MergeReport:
+    """Merge adapters into the base weights of ``model``, in place, and take its adapter layers out.
+
+    What the adapters trained beside their factors (``modules_to_save``, biases) becomes the merged model's; an adapter
+    that was switched off is merged like any other.
+
+    Args:
+        adapters: names to merge, summed; by default the active ones and those that ``merge_adapter`` merged.
+        weights: what each adapter's delta is multiplied by, in their order or by name; 1 by default.
+        into: "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and "float16"
+            give a dense model, every k-bit module of it dequantized, adapted or not; "nf4", "fp4", "int8", "nf3",
+            "nf2" and the other types of ``codecs.codebooks`` store adapted linear layers, and those of few bits
+            already, in that type.
+        base: what the deltas are added to: the "dequantized" weights that the adapter was trained on, the "original"
+            16-bit ones, or "auto": those with the lower next-token loss on ``text``, as the report says.
+        original: the folder of the 16-bit safetensors; by default the one that the model was loaded from.
+        rounding: of k-bit layers: to the "nearest" codes, "scale-search", or "error-feedback", see
+            ``qlora_kit.merging.requantize``. All but "nearest" need a few float32 copies of one layer's weight.
+        residual_rank: of an adapter "residual" that is fitted to what rounding lost and stays on the merged weights;
+            ``report.model`` is then a ``LoraModel``. 0 is none. Where the delta alone, cut to that rank, is closer than
+            what rounding anew leaves, the weight stays as it is stored.
+        residual_dtype: of that adapter's factors; None is as for other adapters.
+        statistics: second moments of the layers' inputs by path, for "error-feedback" (needed there) and the others;
+            or a text to collect them on, as ``text``. None: "error-feedback" takes the built-in text.
+        force: requantize even if less than ``least_retained`` of the delta is kept, or into the original base though
+            the adapter makes up for the errors of another.
+        text: measure how far the merged model's output is from the adapted one's on it: "builtin", a text file, token
+            ids (rows, tokens), or batches. None measures nothing; for ``base="auto"`` it is the built-in text.
+        blocksize, double_quant: of a k-bit ``into``; None is as the module has it if it is of that type, else 64 and no
+            double quantization. "row" is one scale a row.
+        least_retained: the threshold of ``force``, as a share of the delta.
+        scratch: folder for the temporary file of the way back; None is the system's.
+
+    Returns:
+        The report; ``report.model`` is the merged base model.
+
+    Raises:
+        MergeError: nothing to merge, an option that can't work, a value that is NaN or infinite (in a factor, in a sum,
+            or after the cast to the storage's dtype; the module is named), or requantizing would lose the delta.
+            On any error the model is as it was.
+        StorageError: the original weights or a text can't be read, or the disk is full.
+    """
+    parts = chosen_parts(model, adapters, weights)
+    task = MergeTask(
+        parts,
+        into,
+        rounding,
+        residual_rank,
+        base,
+        original_folder(model, base, original),
+        blocksize,
+        double_quant,
+        least_retained,
+        not force,
+        residual_dtype or model.adapter_dtype,
+    )
+    check_layers(model, task, force)
+    with Spill(scratch) as spill:
+        undo = Injection()
+        try:
+            report, short, moments = _carried_out(model, task, statistics, text, spill, undo, progressbar)
+            if not (short and task.refuses):
+                if short:
+                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.kept)
+                return report
+            undo.undo()
+        except BaseException:
+            undo.undo()
+            raise
+    raise MergeError(refusal(model, task, report, moments))
+
+
+def merge_in_place_(
+    layers: dict[str, AdapterLayer], merges: Mapping[str, Sequence[str]], *, safe: bool = False
+) -> None:
+    """Merge into each layer's base weight the adapters that ``merges`` has for its path, reversibly; or on any
+    error, as where all of them are merged already, none anywhere."""
+    held = {(path, name) for path, names in merges.items() for name in names if name in layers[path].r}
+    if held and all(name in layers[path].merged_adapters for path, name in held):
+        known = sorted({name for _, name in held})
+        raise MergeError(f"nothing to merge: {known} are merged already; name others, or unmerge_adapter() first")
+    injection = Injection()
+    try:
+        for path, names in merges.items():
+            layer = layers[path]
+            injection.on_undo(layer.way_back())
+            try:
+                layer.merge_(names, safe=safe)
+            except (CodecError, MergeError) as error:
+                raise MergeError(f"{path}: {error}") from error
+    except BaseException:
+        injection.undo()
+        raise
+
+
+def _carried_out(
+    model: LoraModel, task: MergeTask, statistics: Any, text: Any, spill: Spill, undo: Injection, progressbar: bool
+) -> tuple[MergeReport, bool, Mapping[str, Tensor]]:
+    """The report; whether too little of the deltas is left, the model then being still to be undone; and the moments of
+    the inputs that were looked at, by path."""
+    keep_state_(model, undo)
+    layers = model.adapter_layers()
+    if model._disabled:
+        for path in model._merged_when_disabled:
+            undo.on_undo(layers[path].way_back())
+        model.enable_adapter_layers()
+    for layer in layers.values():
+        _set_aside_(layer, spill, undo)
+    _leave_biases_(model, task)
+    with _as_merged(model, task.parts):
+        kbit = quantized_modules(model.model)
+        wanted = [path for path, layer in layers.items() if task.rounds(layer)]
+        if not wanted and (task.rounding != "nearest" or task.residual_rank):
+            raise MergeError(
+                f"rounding={task.rounding!r}, residual_rank={task.residual_rank}: expected adapted modules of few "
+                "bits, found none; leave the two out, or merge into a k-bit type such as 'nf4'"
+            )
+        moments = moments_of(statistics, model.model, wanted, task.rounding) if wanted else {}
+        losses: dict[str, float] = {}
+        if task.original is not None and not kbit:
+            raise MergeError(f"base={task.base!r}: expected a quantized base, found none; leave base out")
+        auto = task.base == "auto"
+        batches = batches_of(text, model.model) if auto or text is not None else ()
+        if auto:
+            assert task.original is not None
+            losses = base_losses(model.model, task.original, batches)
+        compare = None if text is None else record(model.model, batches, spill)
+    chosen = min(losses, key=losses.__getitem__) if losses else task.base
+    report = MergeReport(
+        model.model,
+        task.into,
+        list(task.parts),
+        weights=dict(task.parts),
+        base=chosen,
+        base_losses=losses,
+        rounding=task.rounding,
+        residual_rank=task.residual_rank,
+    )
+    merger = Merger(model.model, task, task.original if chosen == "original" else None, moments, spill, undo)
+    check_consumed(model, task.parts, layers)
+    paths = list(layers)
+    for path in tqdm(paths, desc="merging", disable=not progressbar):
+        report.layers += merger.adapted(path, layers.pop(path))
+    put_trained_copies_(model, task, undo)
+    merger.others()
+    if task.dtype is not None:
+        cast_rest_(model.model, task.dtype, spill, undo)
+    rounded = [layer for layer in report.layers if layer.path in merger.rounded]
+    short = bool(rounded) and share_of(rounded) < task.least_retained
+    if short and task.refuses:
+        return report, True, moments
+    forget_loading_(model.model, undo)
+    if task.into != "same":
+        declare_storage_(model.model, task, undo)
+    residual = attach_residual_(model, merger.residuals, task.residual_dtype, undo)
+    if task.dtype is not None:
+        release_from_float32_(model.model)
+    if compare is not None:
+        report.agreement = compare(model.model)
+    model._forget_()
+    if residual is not None:
+        residual.adopt(model)
+        report.model = model
+    return report, short, moments
+
+
+def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:
+    """Take an earlier ``merge_adapter`` out of ``layer``'s weight."""
+    if not layer.merged_adapters:
+        return
+    merged, before, names = spill.keep(layer.codec.contents(layer.base_layer)), layer._unmerged, layer.merged_adapters
+
+    def restore() -> None:
+        layer.codec.restore_(layer.base_layer, merged())
+        layer._unmerged, layer.merged_adapters = before, names
+
+    undo.on_undo(restore)
+    layer.unmerge_()
+
+
+def _leave_biases_(model: LoraModel, task: MergeTask) -> None:
+    """Put the base's biases back if the adapter that trained them isn't merged."""
+    trained = [name for name, config in model.peft_config.items() if config.bias != "none"]
+    if trained and not set(trained) & set(task.parts):
+        model._kept_biases.swap_(model.model)
+
+
+@contextmanager
+def _as_merged(model: LoraModel, parts: Mapping[str, float]) -> Iterator[None]:
+    """In the block ``model`` computes what the merge is to give, by its branches."""
+    layers, saved = list(model.adapter_layers().values()), list(model.saved_modules().values())
+    modules: list[Any] = [*layers, *saved]
+    before = [(module, module.active_adapters) for module in modules]
+    scalings = [(layer, dict(layer.scaling)) for layer in layers]
+    try:
+        for module, _ in before:
+            module.active_adapters = list(parts)
+        for layer in layers:
+            layer.scaling.update(
+                {name: layer.scaling[name] * weight for name, weight in parts.items() if name in layer.r}
+            )
+        yield
+    finally:
+        for module, active in before:
+            module.active_adapters = active
+        for layer, scaling in scalings:
+            layer.scaling.update(scaling)

@@ -1,0 +1,228 @@
+"""One layer at a time: its float32 weight, the deltas added to it, and the result in the storage that is asked for.
+
+Every change leaves its undoing behind: what was stored goes to the disk first, and the memory of what has been replaced
+is freed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.spill import Spill, set_data_
+from ..codecs import Codec, codec_for, find_codec
+from ..codecs.dense import dense_linear
+from ..codecs.quantized import Quantizer
+from ..errors import CodecError, ConfigError, MergeError
+from ..injection.engine import Injection, swap_, with_hooks_of
+from ..injection.targets import modules_of
+from ..layers import AdapterLayer
+from ..quantize import linear_holding
+from .base_choice import original_of
+from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
+from .requantize import Grid, Rounded, rounded
+from .task import MergeTask
+
+Factors = tuple[Tensor, Tensor]
+
+
+class Merger:
+    """Merges the layers of one model as a task says.
+
+    Args:
+        root: the model, adapter layers inside.
+        original: the folder of the weights to add to; None adds to the dequantized ones.
+        moments: second moments of inputs, by path.
+
+    Attributes:
+        rounded: paths of the modules that were rounded to few bits.
+        residuals: A and B of what stays beside them, by path.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        task: MergeTask,
+        original: Path | None,
+        moments: Mapping[str, Tensor],
+        spill: Spill,
+        undo: Injection,
+    ) -> None:
+        self.root, self.task, self.original, self.moments = root, task, original, moments
+        self.spill, self.undo = spill, undo
+        self.rounded: set[str] = set()
+        self.residuals: dict[str, Factors] = {}
+        self._places = _places_in(root)
+        self._holders: dict[int, int] = {}
+        for module in root.modules():
+            for parameter in module._parameters.values():
+                self._holders[id(parameter)] = self._holders.get(id(parameter), 0) + 1
+
+    @torch.no_grad()
+    def adapted(self, path: str, layer: AdapterLayer) -> list[LayerFidelity]:
+        """Merge into ``layer``'s base and put that in its place; the account, if there was anything to merge."""
+        base, codec = layer.base_layer, layer.codec
+        if not any(name in layer.r for name in self.task.parts):
+            self._put(layer, base)
+            return []
+        weight, base_error = self._read(path, codec, base)
+        delta = layer.stacked(self.task.parts)
+        norms = add_delta_(weight, *delta, path)
+        try:
+            module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
+        except (CodecError, ConfigError) as error:
+            raise MergeError(f"{path}: {error} (no layer was changed)") from error
+        kept_by = codec_for(module, path)
+        account = compare(
+            path,
+            kept_by.name,
+            weight,
+            delta,
+            norms,
+            kept_by.pieces(module),
+            residual,
+            base_error,
+            self.moments.get(path),
+        )
+        self._put(layer, module)
+        return [account]
+
+    @torch.no_grad()
+    def others(self) -> None:
+        """Bring the modules that nothing was merged into to the storage asked for, once no adapter layer is left."""
+        if self.task.into == "same":
+            return
+        self._places = _places_in(self.root)
+        for path, module in list(modules_of(self.root)):
+            codec = find_codec(module)
+            if codec is None or path in self.rounded or path != self._places[id(module)][0]:
+                continue
+            own = codec.quantizer(module)
+            if self.task.dtype is not None:
+                if own is not None and self.original is not None:
+                    weight, _ = self._read(path, codec, module)
+                    dense: nn.Module = dense_linear(module, weight, self.task.dtype)  # type: ignore[arg-type]
+                else:
+                    dense = codec.dense_like(module, self.task.dtype)
+                if dense is not module:
+                    check_finite(path, dense.weight)  # type: ignore[arg-type]
+                    self._release(codec, module)
+                    self._put(module, with_hooks_of(module, dense))
+            elif own is not None and own != self.task.target(own, linear=True):
+                weight, _ = self._read(path, codec, module)
+                self._put(module, self._stored(path, codec, module, weight, None, linear=True)[0])
+
+    def _read(self, path: str, codec: Codec, base: nn.Module) -> tuple[Tensor, float | None]:
+        """The weight to add to, and how far the one that is stored is from it where that is another."""
+        stored = codec.read(base)
+        if self.original is None or codec.quantizer(base) is None:
+            return stored, None
+        return original_of(self.original, path, stored)
+
+    def _stored(
+        self, path: str, codec: Codec, base: nn.Module, ideal: Tensor, delta: Factors | None, *, linear: bool
+    ) -> tuple[nn.Module, Factors | None]:
+        """A module that holds float32 (out, in) ``ideal`` in the storage asked for, and the branch beside it; ``delta``
+        is what was added to the base."""
+        own = codec.quantizer(base)
+        target = self.task.target(own, linear=linear)
+        if target is None:
+            return self._dense(codec, base, ideal), None
+        self.rounded.add(path)
+        if target == own and self.task.rounding == "nearest" and not self.task.residual_rank:
+            self._keep(codec, base)
+            codec.write_(base, ideal)
+            return base, None
+        grid = None
+        if target == own and delta is not None and self.original is None:
+            stored = codec.quantized(base)
+            grid = None if stored is None else Grid(stored, *delta)
+        if target != own:
+            self._release(codec, base)
+        found = self._rounded(path, ideal, target, grid)
+        residual = None if found.residual is None else self._beside(path, found.residual)
+        if target == own:
+            self._keep(codec, base)
+            codec.take_(base, found.quantized)
+            return base, residual
+        return with_hooks_of(base, linear_holding(base, found.quantized)), residual
+
+    def _beside(self, path: str, factors: Factors) -> Factors:
+        """Note that ``factors`` stay beside the module at ``path``; what they are in the dtype they are kept in."""
+        dtype = self.task.residual_dtype or torch.float32
+        A, B = (checked_cast(f"{path}: a residual factor", factor, dtype) for factor in factors)
+        self.residuals[path] = A, B
+        return A.float(), B.float()
+
+    def _rounded(self, path: str, ideal: Tensor, target: Quantizer, grid: Grid | None) -> Rounded:
+        task = self.task
+        try:
+            return rounded(ideal, target, task.rounding, self.moments.get(path), task.residual_rank, grid)
+        except ConfigError as error:
+            raise MergeError(f"{path}: {error} (no layer was changed)") from error
+
+    def _dense(self, codec: Codec, base: nn.Module, ideal: Tensor) -> nn.Module:
+        dtype = self.task.dtype
+        if dtype is None or type(codec).dense_like is Codec.dense_like:
+            if dtype is None:
+                self._keep(codec, base)
+            else:
+                self._recast(base, dtype)
+            codec.write_(base, ideal)
+            return base
+        if codec.quantizer(base) is not None and isinstance(base, nn.Linear):
+            self._release(codec, base)
+            dense: nn.Module = dense_linear(base, torch.empty_like(ideal, dtype=dtype), dtype)
+        else:
+            dense = codec.dense_like(base, dtype)
+            self._release(codec, base)
+        codec_for(dense).write_(dense, ideal)
+        return with_hooks_of(base, dense)
+
+    def _recast(self, base: nn.Module, dtype: torch.dtype) -> None:
+        """Give a dense module tensors of ``dtype``, the weight's to be filled."""
+        for name, tensor in base.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                before = self.spill.keep(tensor.data)
+                self.undo.on_undo(partial(set_data_, tensor, before))
+                if name != "weight":
+                    tensor.data = checked_cast(name, tensor, dtype)
+                elif tensor.dtype != dtype:
+                    like = tensor.data.to("meta")  # its strides; the memory is freed before it is taken again
+                    tensor.data = tensor.data.new_empty(0)
+                    tensor.data = torch.empty_like(like, dtype=dtype, device=tensor.device)
+
+    def _keep(self, codec: Codec, base: nn.Module) -> None:
+        """Note what ``base`` stores, to be put back on an error."""
+        before = self.spill.keep(codec.contents(base))
+        self.undo.on_undo(lambda: codec.restore_(base, before()))
+
+    def _release(self, codec: Codec, base: nn.Module) -> None:
+        """Free the memory of a module that is being replaced, unless its weight is another module's too."""
+        if self._holders.get(id(base.weight), 0) != 1:
+            return
+        if codec.quantizer(base) is not None:
+            self._keep(codec, base)
+            codec.release_(base)
+        elif type(codec).dense_like is Codec.dense_like:
+            weight: Any = base.weight
+            before = self.spill.keep(weight.data)
+            self.undo.on_undo(partial(set_data_, weight, before))
+            weight.data = weight.data.new_empty(0)
+
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        for path in self._places[id(old)]:
+            swap_(self.root, path, new, self.undo)
+
+
+def _places_in(root: nn.Module) -> dict[int, list[str]]:
+    """All paths of each module that isn't inside an adapter layer, by its id."""
+    places: dict[int, list[str]] = {}
+    for path, module in modules_of(root):
+        places.setdefault(id(module), []).append(path)
+    return places

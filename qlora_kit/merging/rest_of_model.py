@@ -1,0 +1,136 @@
+"""What a merge does to the model beside its adapted layers: whole trained modules, the dtype of the rest, and what the
+model and its config say of how it is stored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.spill import Spill, set_data_
+from ..errors import MergeError
+from ..injection.engine import Injection, swap_
+from ..injection.targets import base_of
+from .fidelity import checked_cast
+from .task import MergeTask
+
+if TYPE_CHECKING:
+    from ..model.lora_model import LoraModel
+
+_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+_RECORDS = ("peft_config", "active_adapters", "_trainable", "_disabled", "_merged_when_disabled", "backbones", "plan")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_FLAGS = ("training", "active_adapters", "disable_adapters", "scaling", *_HOOKS)
+_ATTRIBUTES = ("hf_quantizer", "quantization_method", "memory_bill")
+
+
+def keep_state_(model: LoraModel, undo: Injection) -> None:
+    """Note what ``model`` and its modules say of themselves (adapters, modes, hooks, biases), to be put back as it is
+    now once the modules are."""
+    held: list[tuple[Any, str, Any, Any]] = []
+    for holder, names in ((model, _RECORDS), *((module, _FLAGS) for module in model.modules())):
+        for name in names:
+            if name in vars(holder):
+                value = vars(holder)[name]
+                held.append((holder, name, value, copy.copy(value)))
+    kept = model._kept_biases.values
+    held.append((model._kept_biases, "values", kept, copy.copy(kept)))
+    biases: list[Any] = [base_of(model.model.get_submodule(path)).bias for path in kept]
+    values = [None if bias is None else bias.detach().clone() for bias in biases]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for holder, name, value, content in held:
+            if isinstance(value, dict):  # others may hold it
+                value.clear()
+                value.update(content)
+            setattr(holder, name, value if isinstance(value, dict) else content)
+        with torch.no_grad():
+            for bias, before in zip(biases, values, strict=True):
+                if bias is not None:
+                    bias.copy_(before)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+    undo.on_undo(restore)
+
+
+def put_trained_copies_(model: LoraModel, task: MergeTask, undo: Injection) -> None:
+    """In the place of each ``modules_to_save`` the copy trained by one of the merged, in the dtype asked for or else in
+    the original's dtypes; or the original."""
+    for path, saved in model.saved_modules().items():
+        module = saved.original_module
+        chosen = next((name for name in task.parts if name in saved.modules_to_save), None)
+        if chosen is not None:
+            original = module.state_dict()
+            module = _copied(saved.modules_to_save[chosen])
+            for key, tensor in module.state_dict(keep_vars=True).items():
+                tensor.data = checked_cast(f"{path}.{key}", tensor, task.dtype or original[key].dtype)
+        for alias in model.paths_of(path):
+            swap_(model.model, alias, module, undo)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares the hooks of ``module``: they may hold what can't or mustn't be copied."""
+    hooks = {id(value): value for name, value in vars(module).items() if "_hooks" in name}
+    return copy.deepcopy(module, hooks)
+
+
+def cast_rest_(model: nn.Module, dtype: torch.dtype, spill: Spill, undo: Injection) -> None:
+    """Bring what is still in another float type into ``dtype``; tied weights stay tied.
+
+    Buffers that aren't saved (rotary frequencies, say) are the model's own business and keep their dtype.
+    """
+    for key, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state") or not parameter.is_floating_point():
+            raise MergeError(
+                f"{key}: expected a parameter that can be made dense, found {type(parameter).__name__} of "
+                f"{parameter.dtype}; merge into='same', or register a codec whose dense_like dequantizes its module"
+            )
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
+            cast, before = checked_cast(key, tensor, dtype), spill.keep(tensor.data)
+            undo.on_undo(partial(set_data_, tensor, before))
+            tensor.data = cast
+
+
+def forget_loading_(model: nn.Module, undo: Injection) -> None:
+    """Drop the steps by which transformers loaded quantized weights: it would undo them on saving, and can't."""
+    steps: Any = getattr(model, "_weight_conversions", None)
+    if steps:
+        undo.on_undo(partial(setattr, model, "_weight_conversions", steps))
+        kept = [s for s in steps if not any(hasattr(op, "hf_quantizer") for op in getattr(s, "operations", ()))]
+        model._weight_conversions = kept  # type: ignore[assignment]
+
+
+def declare_storage_(model: nn.Module, task: MergeTask, undo: Injection) -> None:
+    """Make the model and its config say how the weights are stored now."""
+    config = getattr(model, "config", None)
+    for holder in (model, config):
+        if holder is not None:
+            before = dict(vars(holder))
+            undo.on_undo(partial(_put_back_, holder, before))
+    if config is not None:
+        if task.dtype is not None:
+            config.dtype = task.dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    for mark in _MARKS:
+        if getattr(model, mark, False):
+            setattr(model, mark, False)
+    for attribute in _ATTRIBUTES:
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if task.dtype is None and hasattr(model, "save_pretrained"):
+        from ..hf_quantizer import record_quantization_
+
+        record_quantization_(model)
+
+
+def _put_back_(holder: Any, before: Mapping[str, Any]) -> None:
+    vars(holder).clear()
+    vars(holder).update(before)

@@ -1,0 +1,206 @@
+"""What ``merge`` is asked for, checked before anything is written: which adapters, weighted how, into what."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapter_files.tensors import adapter_slots
+from ..codecs.codebooks import SCHEMES
+from ..codecs.quantized import Quantizer
+from ..errors import MergeError, closest
+from ..injection.biases import bias_parameters
+from ..layers import AdapterLayer
+from .requantize import WAYS, target_of
+
+if TYPE_CHECKING:
+    from ..model.lora_model import LoraModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KBIT = (*SCHEMES, "int8")
+BASES = ("dequantized", "original", "auto")
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """What is asked for.
+
+    Attributes:
+        parts: the weight of each adapter by name.
+        into: "same", a dtype's name, or a k-bit type.
+        rounding, residual_rank, residual_dtype, blocksize, double_quant: of k-bit layers; see ``merge``.
+        base: "dequantized", "original" or "auto".
+        original: the folder of the 16-bit weights, where one is needed.
+        least_retained: share of the deltas below which requantizing is refused, if it ``refuses`` at all.
+    """
+
+    parts: dict[str, float]
+    into: str = "same"
+    rounding: str = "nearest"
+    residual_rank: int = 0
+    base: str = "dequantized"
+    original: Path | None = None
+    blocksize: int | str | None = None
+    double_quant: bool | None = None
+    least_retained: float = 0.5
+    refuses: bool = True
+    residual_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.into not in ("same", *DTYPES, *KBIT):
+            raise MergeError(
+                f"into={self.into!r}: expected 'same' or one of {sorted(DTYPES)}, or a type of few bits such as 'nf4', "
+                f"'int8', 'nf3' or 'nf2'; the closest are {closest(str(self.into), (*DTYPES, *KBIT))}"
+            )
+        for name, value, known in (("rounding", self.rounding, WAYS), ("base", self.base, BASES)):
+            if value not in known:
+                raise MergeError(f"{name}={value!r}: expected one of {list(known)}; pass {name}={known[0]!r}")
+        rank = self.residual_rank
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise MergeError(f"residual_rank={rank!r}: expected a whole number of at least 0; pass residual_rank=8")
+        if self.dtype is not None and (rank or self.rounding != "nearest"):
+            raise MergeError(
+                f"into={self.into!r}: expected rounding='nearest' and residual_rank=0, since nothing is rounded to few "
+                f"bits, found {self.rounding!r} and {rank}; leave them out, or merge into 'same' or a k-bit type"
+            )
+        size = self.blocksize
+        if not (size is None or size == "row" or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):
+            raise MergeError(f"blocksize={size!r}: expected a positive number or 'row'; pass blocksize=64")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the whole model is to be in, if it is to be dense."""
+        return DTYPES.get(self.into)
+
+    def rounds(self, layer: AdapterLayer) -> bool:
+        """Whether ``layer``'s merged weight is rounded to few bits."""
+        own = layer.codec.quantizer(layer.base_layer)
+        return self.target(own, linear=layer.family == "linear") is not None
+
+    def target(self, own: Quantizer | None, *, linear: bool) -> Quantizer | None:
+        """How a module is to be quantized that is stored as ``own`` now (None: dense); None if it isn't to be."""
+        if self.dtype is not None:
+            return None
+        if self.into == "same" or not linear:
+            return own
+        return target_of(own, self.into, self.blocksize, self.double_quant)
+
+
+def chosen_parts(
+    model: LoraModel, adapters: str | Sequence[str] | None, weights: Sequence[float] | Mapping[str, float] | None
+) -> dict[str, float]:
+    """The weight of each adapter to merge: all that ``merge_adapter`` merged and the active ones if none is named.
+
+    Raises:
+        MergeError: nothing to merge, unknown or repeated names, weights that don't fit, or two trained copies of one
+            module.
+    """
+    known = f"the model has {sorted(model.peft_config)}"
+    if adapters is None:
+        merged = [name for layer in model.adapter_layers().values() for name in layer.merged_adapters]
+        names = list(dict.fromkeys([*merged, *model.active_adapters]))
+    else:
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown:
+        raise MergeError(f"unknown adapter(s) {unknown}; {known}")
+    if not names:
+        raise MergeError(f"nothing to merge: no adapter is active or named; {known}")
+    if len(set(names)) != len(names):
+        raise MergeError(f"adapters={names}: a name stands twice, so its delta would be added twice")
+    for path, saved in model.saved_modules().items():
+        copies = [name for name in names if name in saved.modules_to_save]
+        if len(copies) > 1:
+            raise MergeError(
+                f"adapters {copies} each hold their own copy of {path} (modules_to_save), and the merged model has "
+                "room for one; merge one of them"
+            )
+    parts = _weighted(names, weights)
+    for name, weight in parts.items():
+        whole = [path for path, saved in model.saved_modules().items() if name in saved.modules_to_save]
+        if weight != 1 and (whole or model.peft_config[name].bias != "none"):
+            what = f"a trained copy of {whole[0]}" if whole else "trained biases"
+            raise MergeError(
+                f"adapter {name!r}: expected weight 1 for an adapter with {what}, which can't be weighted, found "
+                f"{weight}; leave its weight at 1"
+            )
+    return parts
+
+
+def _weighted(names: list[str], weights: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(names, 1.0)
+    given: dict[str, Any] = dict(weights) if isinstance(weights, Mapping) else dict(zip(names, weights, strict=False))
+    if set(given) != set(names) or len(weights) != len(names):
+        raise MergeError(
+            f"weights={weights!r}: expected a number for each of the adapters {names}, found {len(weights)}; pass a "
+            "list in their order, or a dictionary by name"
+        )
+    for name, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise MergeError(f"weights: expected a finite number for {name!r}, found {weight!r}")
+    if not any(given.values()):
+        raise MergeError(f"nothing to merge: every weight is 0; leave weights out, or use unload(), for {names}")
+    return {name: float(given[name]) for name in names}
+
+
+def original_folder(model: LoraModel, base: str, original: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of the 16-bit weights, if ``base`` needs one: ``original``, or the one that the model came from.
+
+    Raises:
+        MergeError: none is named, or it isn't there.
+    """
+    if base not in ("original", "auto"):
+        return None
+    source = original or getattr(getattr(model.model, "config", None), "_name_or_path", None)
+    if not source or not Path(source).is_dir():
+        raise MergeError(
+            f"base={base!r}: expected the folder with the 16-bit safetensors of this model, found "
+            f"{str(source or '')!r}; pass original=FOLDER"
+        )
+    return Path(source)
+
+
+def check_layers(model: LoraModel, task: MergeTask, force: bool) -> None:
+    """Refuse before anything is written what can be seen before: offloaded weights, factors not finite, a base that an
+    adapter wasn't made for."""
+    for path, layer in model.adapter_layers().items():
+        if layer.codec.device(layer.base_layer).type == "meta":
+            raise MergeError(
+                f"{path}: expected a weight in memory, found one on the meta device (offloaded, or never loaded); "
+                "load the model without offloading to merge it, or merge the files (qlora-kit merge)"
+            )
+        for name in task.parts:
+            if name in layer.r and not all(torch.isfinite(factor).all() for factor in layer.factors(name)):
+                raise MergeError(
+                    f"{path}: adapter {name!r} holds NaN or infinite values; reload it or train it again "
+                    "(no layer was changed)"
+                )
+    started = [name for name in task.parts if name in model.backbones]
+    if task.base == "original" and started and not force:
+        raise MergeError(
+            f"base='original': expected adapters that don't make up for the rounding of their base, found {started}, "
+            "which LoftQ started: on the original weights their correction is an error; merge into the dequantized "
+            "base, measure both with base='auto', or pass force=True"
+        )
+
+
+def check_consumed(model: LoraModel, parts: Mapping[str, float], layers: Mapping[str, AdapterLayer]) -> None:
+    """Refuse to leave a tensor of an adapter behind."""
+    for name in parts:
+        held: list[Any] = [layer for layer in layers.values() if name in layer.r]
+        held += [saved for saved in model.saved_modules().values() if name in saved.modules_to_save]
+        taken = {id(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
+        taken |= {id(bias) for bias in bias_parameters(model.model, model.peft_config[name].bias).values()}
+        left = [slot.key for slot in adapter_slots(model, name) if id(slot.tensor) not in taken]
+        if left:
+            raise MergeError(
+                f"adapter {name!r}: expected every tensor of it to go into the merged model, found {len(left)} that "
+                f"wouldn't, {left[0]} for one; unload() other wrappers of this model first"
+            )

@@ -1,0 +1,11 @@
+"""The life of named adapters on one model: added, active, switched off, combined, merged, saved, deleted.
+
+- ``lora_model``: ``LoraModel`` and ``apply_lora``
+- ``proxy``: how the wrapper passes for the model that it wraps
+- ``combining``: adapters combined into a new one
+- ``persistence``: the way to files and back
+"""
+
+from .lora_model import LoraModel, apply_lora
+
+__all__ = ["LoraModel", "apply_lora"]
