@@ -33,7 +33,7 @@ from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Request, Start
 from qlora_kit.injection.targets import pattern_value
 from qlora_kit.lowrank import norm
-from qlora_kit.quantize import linear_holding
+from qlora_kit.preparation.quantize import linear_holding
 
 from .inputs.groups import Seen
 from .methods.alternation import correction

@@ -18,14 +18,14 @@ from .errors import (
 )
 from .initializers import register_initializer
 from .injection.engine import Plan, make_plan
-from .kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .layers import AdapterLayer, register_layer
 from .merging.fidelity import MergeReport
 from .merging.in_memory import merge
 from .model.lora_model import LoraModel, apply_lora
 from .on_import import import_after
-from .quantize import quantize_
-from .training import check_gradients
+from .preparation.gradients import check_gradients
+from .preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
+from .preparation.quantize import quantize_
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,8 @@
-"""The repository keeps its promises: a line per file in the README, short files, pins within the ranges."""
+"""The repository keeps its promises: a line per file in its folder, short files, pins within the ranges."""
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.metadata import requires
 from pathlib import Path
@@ -18,24 +19,24 @@ def python_files(*folders: str) -> list[str]:
     return sorted(file.relative_to(ROOT).as_posix() for folder in folders for file in (ROOT / folder).rglob("*.py"))
 
 
-def readme_paths() -> set[str]:
-    """Every ``qlora_kit/...`` or ``loftq/...`` path that the README names in backticks."""
-    return set(re.findall(r"`((?:qlora_kit|loftq)/[\w/.]*)`", (ROOT / "README.md").read_text()))
+def rooms() -> list[str]:
+    return [path for path in python_files("qlora_kit", "loftq") if path.endswith("/__init__.py") and "/" in path[:-12]]
 
 
-def test_readme_has_a_line_for_every_file() -> None:
-    named = readme_paths()
-    # A package's __init__ may go by its folder's name.
-    missing = [
-        path
-        for path in python_files("qlora_kit", "loftq")
-        if path not in named and path.removesuffix("__init__.py") not in named
-    ]
-    assert not missing, f"README.md: name each in backticks, with what it is for: {missing}"
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_opens_with_its_table_of_contents(room: str) -> None:
+    folder = (ROOT / room).parent
+    entries = {f.stem for f in folder.glob("*.py") if f.stem[0] != "_"}
+    entries |= {f"{f.parent.name}/" for f in folder.glob("*/__init__.py")}
+    listed = re.findall(
+        r"^- ``([\w/]+)``:", ast.get_docstring(ast.parse((ROOT / room).read_text())) or "", re.MULTILINE
+    )
+    assert sorted(listed) == sorted(entries), f"{room}: list each module as '- ``name``: what it is', and no others"
 
 
 def test_readme_names_only_files_that_exist() -> None:
-    gone = sorted(path for path in readme_paths() if not (ROOT / path).exists())
+    named = set(re.findall(r"`((?:qlora_kit|loftq)/[\w/.]*)`", (ROOT / "README.md").read_text()))
+    gone = sorted(path for path in named if not (ROOT / path).exists())
     assert not gone, f"README.md names files that don't exist: {gone}"
 
 

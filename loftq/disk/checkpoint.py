@@ -23,7 +23,7 @@ from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError
 from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
-from qlora_kit.quantize import in_bitsandbytes
+from qlora_kit.preparation.quantize import in_bitsandbytes
 
 # Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
 _MATRIX = 2

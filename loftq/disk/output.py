@@ -9,7 +9,7 @@ from typing import Any
 from qlora_kit.checkpoints.quantized_tensors import PARTS, weight_bytes
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.injection.engine import PlanEntry
-from qlora_kit.quantize import in_bitsandbytes
+from qlora_kit.preparation.quantize import in_bitsandbytes
 
 from ..initializer import storage_of
 from .checkpoint import Checkpoint

@@ -1,4 +1,13 @@
-"""The algebra of adapters: several low-rank branches of one module in, one out; pure tensors, no modules, no files."""
+"""The algebra of adapters: several low-rank branches of one module in, one out; pure tensors, no modules, no files.
+
+- ``combine``: the way to every type, for one module
+- ``registry``: the types by name, and the recipe of a combination
+- ``records``: what goes in and what comes out
+- ``walk``: every module of an adapter, and the report
+- ``exact``: sums of low-rank terms: stack, QR, SVD of a small core
+- ``pruning``: types that work entry by entry: pruning, sign election, means
+- ``spectra``: types that work on a shared basis of singular vectors
+"""
 
 from .combine import combine
 from .exact import core_svd, distance, exact_rank, weighted_stack

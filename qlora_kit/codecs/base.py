@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import CodecError, UnsupportedModuleError
-from ..finite import all_finite
+from .finite import all_finite
 
 if TYPE_CHECKING:
     from .quantized import Quantized, Quantizer

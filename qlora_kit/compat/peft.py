@@ -21,9 +21,9 @@ from ..adapter_files.folder import PREFIX
 from ..config.lora import LoftQConfig
 from ..config.lora import LoraConfig as CoreLoraConfig
 from ..errors import AdapterError
-from ..kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from ..layers import AdapterLayer as LoraLayer
 from ..model.lora_model import LoraModel
+from ..preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .auto import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,

@@ -18,10 +18,10 @@ from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoftQConfig, LoraConfig
 from ..hf_quantizer import record_quantization_
 from ..injection.engine import make_plan
-from ..kbit import memory_bill, prepare_model_for_kbit_training
 from ..merging.in_memory import merge
 from ..model.lora_model import LoraModel, apply_lora
-from ..quantize import quantize_
+from ..preparation.kbit import memory_bill, prepare_model_for_kbit_training
+from ..preparation.quantize import quantize_
 from .models import Source, pick_device, quiet, reference_model_path
 from .results import FineTune, Generation, Merged, Reload, Result
 from .text import Windows, make_windows

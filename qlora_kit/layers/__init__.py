@@ -1,4 +1,14 @@
-"""Layer families: how a low-rank branch is applied to a module's function."""
+"""How a low-rank branch is applied to a module's function: one family for each kind of function.
+
+A family knows nothing of storage: it asks the base module's codec. One is found by the module's type.
+
+- ``base``: ``AdapterLayer``, what every family shares, and the registry
+- ``linear``: y = W x + b, however W is stored
+- ``conv1d``: transformers' ``Conv1D``, which is linear too
+- ``conv``: convolutions in one, two and three dimensions
+- ``embedding``: tables
+- ``saved``: whole modules trained beside the factors (``modules_to_save``)
+"""
 
 from .base import AdapterLayer, find_layer_family, layer_family_for, register_layer
 from .conv import ConvAdapter

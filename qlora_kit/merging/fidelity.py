@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.files import write_text_atomically
+from ..codecs.finite import all_finite
 from ..errors import MergeError
-from ..finite import all_finite
 from ..lowrank import add_product_, norm
 from .agreement import Agreement
 

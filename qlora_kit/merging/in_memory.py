@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from ..checkpoints.spill import Spill
 from ..errors import CodecError, MergeError
 from ..injection.engine import Injection
-from ..kbit import release_from_float32_
 from ..layers import AdapterLayer
+from ..preparation.kbit import release_from_float32_
 from .advice import refusal
 from .agreement import record
 from .base_choice import base_losses, quantized_modules

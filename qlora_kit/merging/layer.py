@@ -22,7 +22,7 @@ from ..errors import CodecError, ConfigError, MergeError
 from ..injection.engine import Injection, swap_, with_hooks_of
 from ..injection.targets import modules_of
 from ..layers import AdapterLayer
-from ..quantize import linear_holding
+from ..preparation.quantize import linear_holding
 from .base_choice import original_of
 from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
 from .requantize import Grid, Rounded, rounded

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codecs.finite import all_finite
 from ..codecs.quantized import Quantized, Quantizer
 from ..errors import MergeError
-from ..finite import all_finite
 from .agreement import Batches
 
 WAYS = ("nearest", "scale-search", "error-feedback")

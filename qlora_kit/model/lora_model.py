@@ -21,9 +21,9 @@ from ..initializers import prepared
 from ..injection.biases import KeptBiases, bias_parameters
 from ..injection.engine import Plan, inject_, make_plan, request_for, swap_
 from ..injection.targets import base_of, modules_of, shortest_names
-from ..kbit import count_parameters
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge, merge_in_place_
+from ..preparation.kbit import count_parameters
 from .combining import Combining
 
 

@@ -14,7 +14,7 @@ from qlora_kit import LoraConfig, apply_lora, codec_for, merge, quantize_
 from qlora_kit.codecs.packed import PackedLinear, pack_linear
 from qlora_kit.codecs.quantized import quantize_matrix
 from qlora_kit.errors import CodecError, TargetError
-from qlora_kit.kbit import memory_bill
+from qlora_kit.preparation.kbit import memory_bill
 
 KINDS = ["nf2", "signed2", "affine2", "nf3", "lloyd3", "uniform4", "affine8"]
 SHAPES = [(24, 64), (33, 47), (1, 5), (40, 96)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
-from qlora_kit.quantize import quantize_
+from qlora_kit.preparation.quantize import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

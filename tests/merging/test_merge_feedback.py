@@ -23,7 +23,7 @@ from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.merging.requantize import Grid, rounded
-from qlora_kit.quantize import quantize_
+from qlora_kit.preparation.quantize import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
 from qlora_kit.codecs import base, blockwise, packing
-from qlora_kit.quantize import quantize_
+from qlora_kit.preparation.quantize import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, StorageError, apply_lora, merge
 from qlora_kit.hf_quantizer import record_quantization_
-from qlora_kit.quantize import quantize_
+from qlora_kit.preparation.quantize import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

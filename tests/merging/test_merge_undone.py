@@ -23,7 +23,7 @@ from qlora_kit.codecs.packed import PackedCodec
 from qlora_kit.hf_quantizer import record_quantization_
 from qlora_kit.merging import in_memory as merging
 from qlora_kit.merging import layer as merge_layer
-from qlora_kit.quantize import quantize_
+from qlora_kit.preparation.quantize import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,10 @@
-"""bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. The only package that imports bitsandbytes."""
+"""bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. The only package that imports bitsandbytes.
+
+- ``four_bit``: the codec of 4-bit linears
+- ``int8``: the codec of int8 linears
+- ``common``: the stock forward of both, with the bias left as it is
+- ``layout``: where a 4-bit weight's codes and scales are
+"""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from ...adapter_files.combined_config import check_apart, holder_of
 from ...adapter_files.folder import PREFIX
 from ...checkpoints.stored_model import StoredModel
 from ...codecs import codec_for, find_codec
+from ...codecs.finite import all_finite
 from ...errors import MergeError, StorageError, closest
-from ...finite import all_finite
 from ...injection.targets import end_tables
 from ..combine import Stored
 

@@ -18,7 +18,7 @@ from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
 from ...errors import MergeError
 from ...merging.task import MergeTask
-from ...quantize import DENSE_LINEARS
+from ...preparation.quantize import DENSE_LINEARS
 from .changes import Change
 from .settings import settings_of
 from .ties import settle

@@ -18,7 +18,7 @@ from ...codecs.quantized import Quantizer
 from ...errors import CodecError, ConfigError, MergeError
 from ...merging.fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
 from ...merging.requantize import rounded
-from ...quantize import linear_holding
+from ...preparation.quantize import linear_holding
 from .plan import MergePlan, Unit
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny_llama import HIDDEN, INTERMEDIATE, STORAGES, VOCABULARY, adapted, llama, load
 
 from qlora_kit import prepare_model_for_kbit_training
-from qlora_kit.kbit import memory_bill
+from qlora_kit.preparation.kbit import memory_bill
 
 
 def test_bill_counts_every_byte_once(llama_dir: Path) -> None:

@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .codecs import Codec, find_codec, protect_storage_
-from .errors import AdapterError
-from .layers import AdapterLayer, ModulesToSave
+from ..codecs import Codec, find_codec, protect_storage_
+from ..errors import AdapterError
+from ..layers import AdapterLayer, ModulesToSave
 
 HALF = (torch.float16, torch.bfloat16)
 NOT_OFFERED = "not offered by the model"

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .codecs import codec_for
-from .codecs.packed import pack_linear
-from .codecs.quantized import Quantized, quantize_matrix
-from .config.loftq import DEFAULT_TYPES
-from .config.lora import LoraConfig
-from .errors import TargetError
-from .injection.engine import Injection, make_plan, swap_, with_hooks_of
+from ..codecs import codec_for
+from ..codecs.packed import pack_linear
+from ..codecs.quantized import Quantized, quantize_matrix
+from ..config.loftq import DEFAULT_TYPES
+from ..config.lora import LoraConfig
+from ..errors import TargetError
+from ..injection.engine import Injection, make_plan, swap_, with_hooks_of
 
 # What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
 BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -91,7 +91,7 @@ def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = Fals
 def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
     if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
-    from .codecs.bnb import quantize_linear, quantize_linear_int8, take_codes_, take_codes_int8_
+    from ..codecs.bnb import quantize_linear, quantize_linear_int8, take_codes_, take_codes_int8_
 
     # Where there is a source, bitsandbytes' own kernel rounds it; codes chosen in another way take its place.
     source = quantized.dequantize() if quantized.source is None else quantized.source

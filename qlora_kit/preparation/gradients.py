@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
-from .layers import AdapterLayer, ModulesToSave
+from ..errors import AdapterError
+from ..layers import AdapterLayer, ModulesToSave
 
 
 @dataclass(frozen=True)
