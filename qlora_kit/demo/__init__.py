@@ -1,7 +1,8 @@
 """The whole job on one model, with every number measured in the run that shows it.
 
-At 4 bits (bitsandbytes NF4) and at 2 bits (our packed layers) the same short fine-tune starts once from
-zero, as QLoRA does, and once from LoftQ. The 4-bit LoftQ adapter is then saved, reloaded on a base read back from disk, and merged three ways.
+At 4 bits (bitsandbytes NF4) and at 2 bits (our packed layers) the same short fine-tune starts once from zero, as
+QLoRA does, and once from LoftQ. The 4-bit LoftQ adapter is then saved, reloaded on a base read back from disk, and
+merged three ways.
 
 - ``run``: the stages, and ``run_demo``, which is their order
 - ``models``: getting the model, dense or of few bits
