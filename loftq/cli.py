@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from qlora_kit.command_group import command_group, errors_in_red, names_or_pattern
+from qlora_kit.cli.group import command_group, errors_in_red, names_or_pattern
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import qlora_kit
 from qlora_kit import ConfigError, StorageError
-from qlora_kit.cli import app
+from qlora_kit.cli.commands import app
 from qlora_kit.demo import Result, Settings, make_windows, perplexity, run_demo, show, write_reports
 from qlora_kit.demo.models import REFERENCE_FOLDERS, Source, reference_model_path
 from qlora_kit.demo.text import is_held_out, read_sources

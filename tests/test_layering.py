@@ -20,7 +20,8 @@ PACKAGES = ("qlora_kit", "loftq")
 FLOORS = """
 errors on_import
 codecs
-checkpoints lowrank
+naming lowrank
+checkpoints
 config layers
 injection
 initializers algebra preparation hf_quantizer
@@ -34,8 +35,9 @@ loftq.inputs
 loftq.bits
 loftq
 loftq.disk
-command_group demo
-cli loftq.cli
+demo
+cli
+loftq.cli
 """
 MOST_FILES = 20
 

@@ -15,7 +15,6 @@ Files and runs:
 What the tensors are:
 
 - ``model_folder``: a folder's model on the meta device, its other files, what tells it from a changed one
-- ``renamings``: under which names a model may have what a checkpoint stores
 - ``stored_model``: which stored tensors belong to which parameter, and what is tied
 - ``pair``: two checkpoints of one model side by side
 - ``quantized_tensors``: a quantized module from its tensors

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StorageError, closest
+from ..naming.variants import Variants
 from .model_folder import locate, skeleton
 from .quantized_tensors import packing_of, weight_of
-from .renamings import Variants
 from .shards import ShardReader
 
 _PIECE = 1 << 22

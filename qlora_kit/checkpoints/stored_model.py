@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..codecs import codec_for
 from ..errors import StorageError
+from ..naming.variants import Variants
 from .model_folder import skeleton
 from .quantized_tensors import PARTS, module_of, packing_of
-from .renamings import Variants
 from .shards import ShardReader
 
 METHODS = ("bitsandbytes", "qlora_kit")

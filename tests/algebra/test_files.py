@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from qlora_kit import AdapterError, ConfigError, LoftQConfig, LoraConfig, LoraModel, StorageError, apply_lora
 from qlora_kit.algebra import combination_types
-from qlora_kit.cli import app
+from qlora_kit.cli.commands import app
 from qlora_kit.folders.combine import combine_folders, compress_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

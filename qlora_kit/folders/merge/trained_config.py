@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checkpoints.model_folder import skeleton, task_of
-from ...checkpoints.renamings import Variants
 from ...injection.targets import end_tables
+from ...naming.variants import Variants
 from ..combine import Stored
 from .changes import parameter_name
 

@@ -10,7 +10,7 @@ from tuned_models import low_rank, noise, pair, tensors
 from typer.testing import CliRunner
 
 from qlora_kit import LoraConfig
-from qlora_kit.cli import app
+from qlora_kit.cli.commands import app
 from qlora_kit.folders.extract.run import extract_folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")

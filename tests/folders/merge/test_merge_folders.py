@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from qlora_kit import LoraConfig, LoraModel
 from qlora_kit.checkpoints.shards import ShardReader
-from qlora_kit.cli import app
+from qlora_kit.cli.commands import app
 from qlora_kit.folders.merge.run import merge_folders
 
 # Every storage into a dtype, and those of few bits into themselves; every kind of target, from dense and k-bit bases.

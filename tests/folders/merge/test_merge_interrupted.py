@@ -207,7 +207,7 @@ def test_killed(tmp_path: Path) -> None:
     base = save_base(model, tmp_path / "base", "bfloat16")
     adapter = save_adapter(base, tmp_path / "adapter")
     out, whole = tmp_path / "out", tmp_path / "whole"
-    program = "from qlora_kit.cli import app; app()"
+    program = "from qlora_kit.cli.commands import app; app()"
     options = ["--base", str(base), "--adapter", str(adapter), "--into", "int8", "--shard-size", "0.001", "--force"]
     command = [sys.executable, "-c", program, "merge", *options, "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -7,8 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .command_group import command_group, errors_in_red, names_or_pattern
-from .errors import ConfigError
+from ..errors import ConfigError
+from .group import command_group, errors_in_red, names_or_pattern
 
 app = command_group("Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.")
 
@@ -28,7 +28,7 @@ def demo(
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,  # noqa: UP045
 ) -> None:
     """Run the whole job on one model: quantize, start, train, save, reload, merge; a table and a plot."""
-    from .demo import Settings, run_demo, show, write_reports  # transformers, only for those who need it
+    from ..demo import Settings, run_demo, show, write_reports  # transformers, only for those who need it
 
     with errors_in_red("qlora-kit demo"):
         settings = Settings.make(
@@ -58,7 +58,7 @@ def combine(
     any_base: Annotated[bool, typer.Option("--any-base", help="Don't check that the base models are one.")] = False,
 ) -> None:
     """Combine stored adapters into a new one; the base model isn't needed."""
-    from .folders.combine import combine_folders
+    from ..folders.combine import combine_folders
 
     with errors_in_red("qlora-kit combine"):
         folders, weights = zip(*map(_weighted, sources), strict=True)
@@ -89,7 +89,7 @@ def compress(
     ] = None,
 ) -> None:
     """Lower a stored adapter's ranks, and show what it costs; the base model isn't needed."""
-    from .folders.combine import compress_folder
+    from ..folders.combine import compress_folder
 
     with errors_in_red("qlora-kit compress"):
         report = compress_folder(folder, out, rank, energy=energy)
@@ -132,7 +132,7 @@ def merge(
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """Merge stored adapters into a stored model, a tensor at a time; stopped at any point, the same command goes on."""
-    from .folders.merge.run import merge_folders
+    from ..folders.merge.run import merge_folders
 
     with errors_in_red("qlora-kit merge"):
         report = merge_folders(
@@ -174,7 +174,7 @@ def extract(
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """Turn the difference of two checkpoints into the best adapter there is, and show what it holds and leaves out."""
-    from .folders.extract.run import extract_folders
+    from ..folders.extract.run import extract_folders
 
     with errors_in_red("qlora-kit extract"):
         report = extract_folders(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import QLoRAKitError
+from ..errors import QLoRAKitError
 
 
 def command_group(help_text: str) -> typer.Typer:
@@ -48,7 +48,7 @@ def names_or_pattern(text: str) -> list[str] | str:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(__version__)
         raise typer.Exit()
