@@ -1,0 +1,9 @@
+"""``qlora-kit``: the command line, and what it shares with ``loftq``'s.
+
+- ``commands``: the commands; each one's work is an importable function
+- ``group``: a group of commands with ``--version``, and errors without a traceback
+"""
+
+from .commands import app
+
+__all__ = ["app"]
