@@ -46,8 +46,8 @@ from loftq.requantize import moments_on
 from qlora_kit import LoraModel, merge
 from qlora_kit.codecs import codec_for, protect_storage_
 from qlora_kit.demo.models import quiet, reference_model_path
-from qlora_kit.injection.targets import modules_of
 from qlora_kit.layers import AdapterLayer
+from qlora_kit.naming import Tree
 
 LEAST_RETAINED = 0.5
 PEFT, PEFT_LATE = "peft", "peft, a forward pass before"
@@ -166,7 +166,7 @@ def measured(task: Task, model: nn.Module, expected: Tensor | None) -> dict[str,
 def bits_of(model: nn.Module) -> tuple[float, float]:
     """Bits a weight of the linears inside the blocks as they are stored, and of the branches beside them."""
     weights = stored = beside = 0
-    for path, module in modules_of(model.model if isinstance(model, LoraModel) else model):
+    for path, module in Tree(model.model if isinstance(model, LoraModel) else model).modules.items():
         base: Any = module.base_layer if isinstance(module, AdapterLayer) else module
         if isinstance(base, nn.Linear) and "head" not in path:
             codec = codec_for(base, path)

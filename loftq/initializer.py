@@ -31,8 +31,8 @@ from qlora_kit.config.loftq import DEFAULT_TYPES, MIXED_TYPES
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Request, Start
-from qlora_kit.injection.targets import pattern_value
 from qlora_kit.lowrank import norm
+from qlora_kit.naming import pattern_value
 from qlora_kit.preparation.quantize import linear_holding
 
 from .inputs.groups import Seen

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_kit.injection.targets import base_of
+from qlora_kit.naming import base_of
 
 from .moments import Collector, Moments, collected, counted_statistics, evaluating, inputs_of, rows_of, vocabularies
 from .walk import Run, Walk, stops_for

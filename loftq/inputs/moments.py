@@ -218,7 +218,7 @@ def counted_statistics(
 
 def vocabularies(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
     """The number of rows of those modules at ``paths`` that are embeddings."""
-    from qlora_kit.injection.targets import base_of
+    from qlora_kit.naming import base_of
 
     found = {path: base_of(model.get_submodule(path)) for path in paths}
     return {path: module.num_embeddings for path, module in found.items() if isinstance(module, nn.Embedding)}

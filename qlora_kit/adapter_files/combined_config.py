@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..injection.targets import ends_with, pattern_value
+from ..naming import ends_with, pattern_value
 
 
 def combined_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:

@@ -23,20 +23,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, StorageError, closest
+from ..injection.adapted import Adapted, adapted_of
 from ..injection.biases import bias_parameters
-from ..injection.targets import base_of, end_tables
-from ..layers import AdapterLayer, ModulesToSave
+from ..injection.targets import end_tables
+from ..layers import AdapterLayer
+from ..naming import Tree, base_of, canonical
 from .backbone import METADATA_KEY
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
-
-if TYPE_CHECKING:
-    from ..model.lora_model import LoraModel
 
 __all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
 
@@ -56,11 +55,12 @@ class Slot:
 
 
 def adapter_state(
-    model: LoraModel, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
+    model: Any, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of one adapter under the keys of its file: whole, contiguous copies on the CPU, dtypes kept.
 
     Args:
+        model: a ``LoraModel``, or the ``Adapted`` that it holds.
         state_dict: the wrapper's full state dict as a Trainer gathered it from shards; the tensors are taken
             from there, not from the model's own parameters.
 
@@ -68,10 +68,12 @@ def adapter_state(
         AdapterError: no adapter has this name.
         StorageError: ``state_dict`` lacks tensors of the adapter, or holds empty shards of them.
     """
-    slots = adapter_slots(model, adapter_name)
+    adapted = adapted_of(model)
+    slots = adapter_slots(adapted, adapter_name)
     if state_dict is None:
         return {slot.key: _copy(slot.tensor) for slot in slots}
-    found = {s.key: state_dict.get(s.name, state_dict.get(s.key)) for s in slots}
+    given = {canonical(name): tensor for name, tensor in state_dict.items()}
+    found = {s.key: given.get(s.name, given.get(s.key)) for s in slots}
     bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]
     if bad:
         raise StorageError(
@@ -81,55 +83,63 @@ def adapter_state(
     return {key: _copy(tensor) for key, tensor in found.items() if tensor is not None}
 
 
-def load_adapter_state_(model: LoraModel, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+def load_adapter_state_(model: Any, adapter_name: str, state: Mapping[str, Tensor]) -> None:
     """Overwrite one adapter with the tensors of a file; the parameters keep their device and dtype.
 
     Raises:
         AdapterError: no adapter has this name, or one is merged into the base.
         StorageError: keys are missing or unexpected, or shapes differ. It lists all of them; nothing is changed.
     """
-    _write_(_matched(model, adapter_name, state))
+    adapted = adapted_of(model)
+    _write_(_matched(adapted, adapter_name, state))
 
 
-def load_resume_state_(model: LoraModel, state: Mapping[str, Tensor]) -> None:
+def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
     """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it.
 
     A state with the keys of an adapter's own file goes into the one active adapter.
 
     Raises: as ``load_adapter_state_``; on any error nothing is changed.
     """
-    places = {slot.full_key: (name, slot.key) for name in model.peft_config for slot in adapter_slots(model, name)}
-    in_use = dict.fromkeys([*model.active_adapters, *model._trainable])
+    adapted = adapted_of(model)
+    tree = Tree(adapted.root)
+    places = {
+        slot.full_key: (name, slot.key) for name in adapted.configs for slot in adapter_slots(adapted, name, tree)
+    }
+    in_use = dict.fromkeys([*adapted.active, *adapted.trainable])
+    state = {canonical(key): tensor for key, tensor in state.items()}
     if any(key not in places for key in state):
         if len(in_use) != 1:
             raise AdapterError(
                 f"expected one adapter in use for a state of one adapter, found {list(in_use)}; set_adapter(name) "
                 "first, and have the adapters of the checkpoint on the model"
             )
-        load_adapter_state_(model, next(iter(in_use)), state)
+        load_adapter_state_(adapted, next(iter(in_use)), state)
         return
     states: dict[str, dict[str, Tensor]] = {name: {} for name in in_use}
     for key, tensor in state.items():
         name, own_key = places[key]
         states.setdefault(name, {})[own_key] = tensor
-    _write_([pair for name, part in states.items() for pair in _matched(model, name, part)])
+    _write_([pair for name, part in states.items() for pair in _matched(adapted, name, part)])
 
 
-def _matched(model: LoraModel, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a tensor of the model and its new value, after every check."""
-    slots = {slot.key: slot.tensor for slot in adapter_slots(model, adapter_name)}
-    if merged := [path for path, layer in model.adapter_layers().items() if layer.merged_adapters]:
+    tree = Tree(adapted.root)
+    slots = {slot.key: slot.tensor for slot in adapter_slots(adapted, adapter_name, tree)}
+    if merged := [path for path, layer in adapted.layers(tree).items() if layer.merged_adapters]:
         raise AdapterError(
             f"adapters are merged (into {merged[0]}, ...), so none can be loaded; unmerge_adapter() first"
         )
-    extras = _extra_tensors(model, model.peft_config[adapter_name].bias)
-    aliases = _other_keys(model, slots)
+    extras = _extra_tensors(adapted, adapted.configs[adapter_name].bias, tree)
+    keys = _Keys(adapted, slots, tree)
+    state = {canonical(key): tensor for key, tensor in state.items()}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected: list[str] = []
     # A key's own name goes before the older names of the same tensor, whatever the order of the file.
     for key in sorted(state, key=lambda key: key not in slots):
-        target = aliases.get(key, key)
-        if target in slots:
+        target = keys.slot_of(key)
+        if target is not None:
             pairs.setdefault(target, (slots[target], state[key]))
         elif key in extras:
             pairs[key] = (extras[key], state[key])
@@ -159,7 +169,7 @@ def _write_(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def save_adapter(
-    model: LoraModel,
+    model: Any,
     directory: str | Path,
     adapter_names: list[str] | None = None,
     *,
@@ -178,85 +188,94 @@ def save_adapter(
         AdapterError: no adapter has this name.
         StorageError: ``directory`` is a file, a subfolder leads elsewhere, or ``state_dict`` isn't whole.
     """
+    adapted = adapted_of(model)
     directory = Path(directory)
-    names = list(model.peft_config if adapter_names is None else adapter_names)
+    names = list(adapted.configs if adapter_names is None else adapter_names)
     # All states are taken before the first write: an error here leaves every file as it was.
-    states = {name: adapter_state(model, name, state_dict) for name in names}
+    states = {name: adapter_state(adapted, name, state_dict) for name in names}
     folders = {name: _folder(directory, name) for name in names}
     if resume_copy:
-        slots = [(name, slot) for name in names for slot in adapter_slots(model, name)]
+        slots = [(name, slot) for name in names for slot in adapter_slots(adapted, name)]
         write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
     for name in names:
-        backbone = model.backbones.get(name)
+        backbone = adapted.backbones.get(name)
         metadata = {METADATA_KEY: backbone} if backbone else None
-        write_adapter(folders[name], model.peft_config[name].as_stored(), states[name], metadata)
+        write_adapter(folders[name], adapted.configs[name].as_stored(), states[name], metadata)
 
 
-def adapter_slots(model: LoraModel, adapter_name: str) -> list[Slot]:
+def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None) -> list[Slot]:
     """Every tensor that the file of ``adapter_name`` must hold."""
-    if adapter_name not in model.peft_config:
-        raise AdapterError(f"unknown adapter {adapter_name!r}; the model has {sorted(model.peft_config)}")
+    adapted.check_known(adapter_name)
+    tree = tree or Tree(adapted.root)
     slots = []
-    for path, layer in model.adapter_layers().items():
+    for path, layer in adapted.layers(tree).items():
         if adapter_name in layer.adapter_names():
             for suffix, tensor in layer.adapter_tensors(adapter_name).items():
                 container, dot, rest = suffix.partition(".")
                 name = f"model.{path}.{container}.{adapter_name}{dot}{rest}"
                 slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, tensor))
-    for path, module in model.saved_modules().items():
+    for path, module in adapted.saved_modules(tree).items():
         if adapter_name in module.adapter_names():
             for suffix, value in module.adapter_tensors(adapter_name).items():
                 name = f"model.{path}.modules_to_save.{adapter_name}.{suffix}"
                 slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, value))
     # While adapters are switched off the trained biases are the kept ones.
-    kept = model._kept_biases.values if model._disabled else {}
+    kept = adapted.kept_biases.values if adapted.disabled else {}
     seen: set[int] = set()
-    for path, parameter in bias_parameters(model.model, model.peft_config[adapter_name].bias).items():
+    for path, parameter in bias_parameters(tree, adapted.configs[adapter_name].bias).items():
         if id(parameter) not in seen:  # a shared module's bias is stored once, under its first path
             seen.add(id(parameter))
-            within = ".base_layer" if isinstance(model.model.get_submodule(path), AdapterLayer) else ""
+            within = ".base_layer" if isinstance(tree.modules[path], AdapterLayer) else ""
             slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{within}.bias", kept.get(path, parameter)))
     return slots
 
 
-def _other_keys(model: LoraModel, slots: Iterable[str]) -> dict[str, str]:
-    """Other names under which files hold the tensors of ``slots``: those of shared modules and of older releases."""
-    aliases: dict[str, str] = {}
-    modules: dict[str, nn.Module] = {**model.adapter_layers(), **model.saved_modules()}
-    for key in slots:
-        path = _owner(key, modules)
-        if path is None:
-            continue
-        rest = key.removeprefix(f"{PREFIX}{path}.")
-        variants = [rest, rest.removeprefix("base_layer.")]
-        if isinstance(modules[path], ModulesToSave):
-            variants += [
-                f"modules_to_save.{rest}",
-                *(f"modules_to_save.{n}.{rest}" for n in (*model.peft_config, "default")),
-            ]
-        for place in model.paths_of(path):
-            aliases.update({f"{PREFIX}{place}.{variant}": key for variant in variants})
-    return {alias: key for alias, key in aliases.items() if alias != key}
+class _Keys:
+    """Which slot a key of a file means: its own name, or that of a shared module's other path, of an older release of
+    PEFT or of the model's library, or of a model that was wrapped."""
+
+    def __init__(self, adapted: Adapted, slots: Iterable[str], tree: Tree) -> None:
+        self.slots, self.tree = dict.fromkeys(slots), tree
+        self.copies = adapted.saved_modules(tree)
+        self.names = (*adapted.configs, "default")
+
+    def slot_of(self, key: str) -> str | None:
+        """The slot that ``key`` means; None if it is no slot's."""
+        if key in self.slots:
+            return key
+        parts = key.removeprefix(PREFIX).split(".")
+        for end in range(len(parts) - 1, 0, -1):  # the longest beginning that is a module's path
+            path = self.tree.path_of(".".join(parts[:end]))
+            if path is not None:
+                found = self._within(self.tree.first(path), parts[end:])
+                if found is not None:
+                    return found
+        return None
+
+    def _within(self, path: str, rest: list[str]) -> str | None:
+        """The slot of the module at ``path`` that ``rest``, the end of a key, means."""
+        tried = [rest]
+        if path in self.copies and rest[0] == "modules_to_save":
+            tried += [rest[1:]] + [rest[2:] for name in self.names if rest[1:2] == [name]]
+        for end in tried:
+            for form in (end, ["base_layer", *end]):
+                if (key := f"{PREFIX}{path}.{'.'.join(form)}") in self.slots:
+                    return key
+        return None
 
 
-def _owner(key: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The longest path of ``modules`` that ``key`` lies in."""
-    parts = key.removeprefix(PREFIX).split(".")
-    return next((p for end in range(len(parts), 0, -1) if (p := ".".join(parts[:end])) in modules), None)
-
-
-def _extra_tensors(model: LoraModel, bias: str) -> dict[str, Tensor]:
+def _extra_tensors(adapted: Adapted, bias: str, tree: Tree) -> dict[str, Tensor]:
     """Tensors of the base model that PEFT may write into an adapter's file, by their keys there."""
     extras: dict[str, Tensor] = {}
-    tables = end_tables(model.model)
-    for path, module in model.model.named_modules():
+    tables = {id(base_of(table)) for table in end_tables(adapted.root) if table is not None}
+    for path, module in tree.firsts():
         base = base_of(module)
-        if any(module is table for table in tables) or (isinstance(base, nn.Embedding) and base is not module):
+        if id(base) in tables or (isinstance(base, nn.Embedding) and base is not module):
             within = ".base_layer" if isinstance(module, AdapterLayer) else ""
             for name, tensor in base.named_parameters(recurse=False):
                 extras[f"{PREFIX}{path}{within}.{name}"] = tensor
     if bias == "all":
-        own = model.model.state_dict(keep_vars=True)
+        own = {canonical(name): tensor for name, tensor in adapted.root.state_dict(keep_vars=True).items()}
         extras.update({PREFIX + name: tensor for name, tensor in own.items() if "bias" in name and "lora_" not in name})
     return extras
 

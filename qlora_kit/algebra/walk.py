@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import AdapterError, closest
-from ..injection.targets import pattern_value
+from ..naming import pattern_value
 from .combine import combine
 from .records import Branch, Combined
 from .registry import Recipe, check_together, check_weights

@@ -18,8 +18,8 @@ from torch import nn
 from ..config import lora as core
 from ..errors import AdapterError
 from ..injection.engine import Plan
-from ..injection.targets import ends_with, modules_of
 from ..model.lora_model import LoraModel
+from ..naming import Suffixes, Tree
 from .configs import LoraConfig, PeftType
 from .hub import adapter_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -177,11 +177,8 @@ class PeftModel(LoraModel):
 
     def _with_head(self, config: core.LoraConfig) -> core.LoraConfig:
         wanted = [*(config.modules_to_save or ()), *self.head_names]
-        present = [
-            name
-            for name in dict.fromkeys(wanted)
-            if name not in self.head_names or any(ends_with(path, name) for path, _ in modules_of(self.model))
-        ]
+        known = Suffixes(Tree(self.model).modules)
+        present = [name for name in dict.fromkeys(wanted) if name not in self.head_names or name in known]
         return dataclasses.replace(config, modules_to_save=present or None)
 
 

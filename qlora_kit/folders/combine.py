@@ -23,7 +23,7 @@ from ..adapter_files.folder import PREFIX, read_adapter, read_metadata, write_ad
 from ..algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_layers
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, ConfigError, StorageError
-from ..injection.targets import pattern_value
+from ..naming import pattern_value
 
 _FACTOR = re.compile(
     re.escape(PREFIX) + r"(?P<path>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?P<end>\.weight)?"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import AdapterLayer, ModulesToSave
-from .targets import base_of, modules_of
+from ..naming import Tree, base_of, module_at
 
 
-def bias_parameters(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+def bias_parameters(model: nn.Module | Tree, bias: str) -> dict[str, nn.Parameter]:
     """The biases that ``bias`` ("none", "all" or "lora_only") trains, by the path of their module."""
     found: dict[str, nn.Parameter] = {}
-    for path, module in modules_of(model) if bias != "none" else ():
+    for path, module in Tree.of(model).modules.items() if bias != "none" else ():
         parameter = base_of(module)._parameters.get("bias")
         wanted = isinstance(module, AdapterLayer) or (bias == "all" and not isinstance(module, ModulesToSave))
         if parameter is not None and wanted:
@@ -38,7 +38,7 @@ class KeptBiases:
     def swap_(self, model: nn.Module) -> None:
         """Put the kept values into ``model`` and keep what was there; twice is nothing."""
         for path, kept in self.values.items():
-            parameter = base_of(model.get_submodule(path))._parameters["bias"]
+            parameter = base_of(module_at(model, path))._parameters["bias"]
             if parameter is not None:
                 self.values[path] = parameter.detach().clone()
                 parameter.copy_(kept)

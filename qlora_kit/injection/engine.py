@@ -20,7 +20,8 @@ from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for
-from .targets import base_of, resolve, resolve_saved
+from ..naming import Tree, base_of, module_at, slot
+from .targets import resolve, resolve_saved
 
 _QUICK_STARTS = (True, False, "gaussian")
 
@@ -127,15 +128,15 @@ class Injection:
             self._steps.pop()()
 
 
-def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
+def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
     """What ``config`` would do to ``model``; changes nothing. Works on the meta device.
 
     Raises:
         TargetError, UnsupportedModuleError: see ``qlora_kit.injection.targets``.
     """
-    entries = []
-    for target in resolve(model, config):
-        module = base_of(model.get_submodule(target.path))
+    entries, tree = [], Tree.of(model)
+    for target in resolve(tree, config):
+        module = base_of(tree.modules[target.path])
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)
         trainable = target.rank * sum(codec.shape(module))
         entries.append(
@@ -152,7 +153,7 @@ def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
                 base_bytes=codec.nbytes(module),
             )
         )
-    return Plan(tuple(entries), tuple(resolve_saved(model, config.modules_to_save)))
+    return Plan(tuple(entries), tuple(resolve_saved(tree, config.modules_to_save)))
 
 
 def adapter_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -185,7 +186,7 @@ def inject_(
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, layer, injection)
         for path in plan.modules_to_save:
-            module = model.get_submodule(path)
+            module = module_at(model, path)
             wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
             wrapper.add_adapter(adapter_name, dtype or torch.float32, path)
             injection.on_undo(partial(wrapper.delete_adapter, adapter_name))
@@ -197,26 +198,31 @@ def inject_(
 
 
 def swap_(model: nn.Module, path: str, module: nn.Module, injection: Injection | None = None) -> None:
-    """Make ``module`` the submodule of ``model`` at ``path``."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    before = getattr(parent, name)
+    """Make ``module`` the submodule of ``model`` at ``path``, inside wrappers that stand there."""
+    holder, name = slot(model, path)
+    before: Any = holder._modules[name]
     if before is not module:
         if injection is not None:
-            injection.on_undo(lambda: setattr(parent, name, before))
-        setattr(parent, name, module)
+            injection.on_undo(partial(_put_, holder, name, before))
+        _put_(holder, name, module)
+
+
+def _put_(holder: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(holder, name, module)
+    if name == "_orig_mod":  # torch.compile's wrapper calls what it was made for, until it is told
+        holder._initialize()  # type: ignore[operator]
 
 
 def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
     """Refuse to write over an adapter that is there already, of this name or trained whole."""
     for entry in plan.entries:
-        if isinstance(saved := model.get_submodule(entry.path), ModulesToSave):
+        if isinstance(saved := module_at(model, entry.path), ModulesToSave):
             raise AdapterError(
                 f"{entry.path}: expected a module that is free to be adapted by {name!r}, found one that is trained "
                 f"whole (modules_to_save) by {saved.adapter_names()}; leave it out of one of the configurations"
             )
     for path in (*(entry.path for entry in plan.entries), *plan.modules_to_save):
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():
             raise AdapterError(
                 f"{path}: expected no adapter {name!r} yet, found one that an earlier wrapper of this model put "
@@ -226,7 +232,7 @@ def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
 
 def request_for(model: nn.Module, entry: PlanEntry, config: LoraConfig, dtype: torch.dtype | None = None) -> Request:
     """What a start is told of ``entry``; ``dtype`` as in ``inject_``."""
-    base = base_of(model.get_submodule(entry.path))
+    base = base_of(module_at(model, entry.path))
     codec = codec_for(base, entry.path)
     return Request(
         path=entry.path,
@@ -250,7 +256,7 @@ def _build(
     dtype: torch.dtype | None,
     injection: Injection,
 ) -> AdapterLayer:
-    existing = model.get_submodule(entry.path)
+    existing = module_at(model, entry.path)
     request = request_for(model, entry, config, dtype)
     begun = start(request)
     if begun.base is not None and isinstance(existing, AdapterLayer) and existing.adapter_names():

@@ -9,19 +9,19 @@ expression matches the whole path. Whatever matches nothing is an error with the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from ..codecs import codec_for, find_codec
 from ..config.lora import LoraConfig
 from ..errors import TargetError, closest
-from ..layers import AdapterLayer, LinearAdapter, ModulesToSave, find_layer_family, layer_family_for
+from ..layers import LinearAdapter, find_layer_family, layer_family_for
+from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value, unwrapped
+from ..naming.suffixes import suffixes
 from .architectures import default_targets
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,95 +34,61 @@ class Target:
     alpha: float
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """The user's own module behind an adapter layer or a saved copy."""
-    if isinstance(module, AdapterLayer):
-        return module.base_layer
-    return module.original_module if isinstance(module, ModulesToSave) else module
-
-
-def modules_of(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) for every path of the user's model, root first; a shared module comes once a path.
-
-    Adapter layers and saved copies are yielded as they are and not entered.
-    """
-    yield path, module
-    if not isinstance(module, (AdapterLayer, ModulesToSave)):
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from modules_of(child, f"{path}.{name}" if path else name)
-
-
-def ends_with(path: str, name: str) -> bool:
-    """Whether ``name`` is ``path`` or its last whole components."""
-    return path == name or path.endswith(f".{name}")
-
-
-def pattern_value(path: str, patterns: dict[str, T], default: T) -> T:
-    """The value of the first of ``patterns`` that is ``path``, its last components, or a regex for either."""
-    for pattern, value in patterns.items():
-        if ends_with(path, pattern) or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path):
-            return value
-    return default
-
-
-def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
+def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
     """The modules that ``config`` selects in ``model``, in the model's order.
 
     Raises:
         TargetError: a name, regex, layer index, exclusion or pattern matches nothing; a tied weight.
         UnsupportedModuleError: a selected module's type can't be adapted; names path and type.
     """
-    modules = dict(modules_of(model))
-    saved = [path for path in modules if any(ends_with(path, name) for name in config.modules_to_save or ())]
+    tree = Tree.of(model)
+    saved = Suffixes(tree.modules).matching(config.modules_to_save or ())
     inside_saved = tuple(f"{path}." for path in saved)
     candidates = {
         path: module
-        for path, module in modules.items()
+        for path, module in tree.modules.items()
         if path and path not in saved and not path.startswith(inside_saved or "\0")
     }
-    selected = _select(model, config, candidates)
+    selected = _select(tree, config, candidates)
     selected = _only_layers(selected, config)
-    selected = _without_excluded(selected, config, modules)
+    selected = _without_excluded(selected, config, tree)
     if not selected:
         raise TargetError("layers_to_transform and exclude_modules leave no module to adapt; loosen one of them")
     _check_patterns(selected, config)
-    _check_tied(model, selected, modules)
+    _check_tied(tree, selected)
 
+    ranks, alphas = Patterns(config.rank_pattern), Patterns(config.alpha_pattern)
     targets: dict[int, Target] = {}
     for path in selected:
-        module = base_of(modules[path])
+        module = base_of(tree.modules[path])
         codec_for(module, path)
         layer_family_for(module, path)
         if (first := targets.get(id(module))) is not None:
             targets[id(module)] = Target(first.path, (*first.aliases, path), first.rank, first.alpha)
-            continue
-        rank = pattern_value(path, config.rank_pattern, config.r)
-        alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
-        targets[id(module)] = Target(path, (), rank, alpha)
+        else:
+            rank, alpha = ranks.value(path, config.r), alphas.value(path, config.lora_alpha)
+            targets[id(module)] = Target(path, (), rank, alpha)
     return list(targets.values())
 
 
-def resolve_saved(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[str]:
     """Paths of the modules that ``modules_to_save`` names; every name must match."""
-    modules = dict(modules_of(model))
-    paths = [path for path in modules if path and any(ends_with(path, name) for name in names or ())]
-    for name in names or ():
-        _must_match("modules_to_save", name, any(ends_with(path, name) for path in paths), modules)
-    _check_tied(model, paths, modules)
+    if not names:
+        return []
+    tree = Tree.of(model)
+    known = Suffixes(path for path in tree.modules if path)
+    for name in names:
+        _must_match("modules_to_save", name, name in known, tree.modules)
+    paths = known.matching(names)
+    _check_tied(tree, paths)
     return paths
 
 
-def shortest_names(paths: Iterable[str], model: nn.Module) -> list[str]:
+def shortest_names(paths: Iterable[str], model: nn.Module | Tree) -> list[str]:
     """The fewest and shortest names that select exactly ``paths``: what an adapter file should say."""
     wanted = set(paths)
-    others = [path for path, _ in modules_of(model) if path and path not in wanted]
-    names: set[str] = set()
-    for path in sorted(wanted):
-        parts = path.split(".")
-        suffixes = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        names.add(next((s for s in suffixes if not any(ends_with(other, s) for other in others)), path))
-    return sorted(names)
+    others = Suffixes(path for path in Tree.of(model).modules if path and path not in wanted)
+    return sorted({next((name for name in suffixes(path) if name not in others), path) for path in sorted(wanted)})
 
 
 def end_tables(model: nn.Module) -> list[nn.Module | None]:
@@ -130,9 +96,10 @@ def end_tables(model: nn.Module) -> list[nn.Module | None]:
     found: list[nn.Module | None] = []
     for end in ("input", "output"):
         try:
-            found.append(getattr(model, f"get_{end}_embeddings", lambda: None)())
+            table = getattr(unwrapped(model), f"get_{end}_embeddings", lambda: None)()
         except NotImplementedError:  # a model without any says so in this way
-            found.append(None)
+            table = None
+        found.append(None if table is None else unwrapped(table))
     return found
 
 
@@ -141,20 +108,21 @@ def _adaptable(module: nn.Module) -> bool:
     return find_codec(base) is not None and find_layer_family(base) is not None
 
 
-def _select(model: nn.Module, config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str]:
+def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str]:
     names: Any = config.target_modules
     if names is None:
         leaves = {path.rpartition(".")[2] for path, module in candidates.items() if _adaptable(module)}
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = getattr(getattr(tree.model, "config", None), "model_type", None)
         names = default_targets(model_type, leaves)
         if names is None:
             raise TargetError(
                 f"target_modules=None: expected a known architecture, found model_type={model_type!r}; set "
                 f"target_modules to 'all-linear' or to some of {sorted(leaves)}"
             )
-        names = [n for n in names if any(ends_with(path, n) for path in candidates)] or list(names)
+        known = Suffixes(candidates)
+        names = [name for name in names if name in known] or list(names)
     if names == "all-linear":
-        heads = _heads(model)
+        heads = _heads(unwrapped(tree.model))
         chosen = [
             path
             for path, module in candidates.items()
@@ -174,9 +142,10 @@ def _select(model: nn.Module, config: LoraConfig, candidates: dict[str, nn.Modul
                 f"{near or sorted(_names_of(candidates))[:5]} (paths look like {_example(candidates)!r})"
             )
         return chosen
+    known = Suffixes(candidates)
     for name in names:
-        _must_match("target_modules", name, any(ends_with(path, name) for path in candidates), candidates)
-    return [path for path in candidates if any(ends_with(path, name) for name in names)]
+        _must_match("target_modules", name, name in known, candidates)
+    return known.matching(names)
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -208,34 +177,40 @@ def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
     return [path for path, index in found.items() if index in indices]
 
 
-def _without_excluded(selected: list[str], config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> list[str]:
     excluded = config.exclude_modules
     if not excluded:
         return selected
     if isinstance(excluded, str):
-        _must_match("exclude_modules", excluded, any(re.fullmatch(excluded, path) for path in modules), modules)
-        return [path for path in selected if not re.fullmatch(excluded, path)]
+        expression = re.compile(excluded)
+        _must_match("exclude_modules", excluded, any(map(expression.fullmatch, tree.modules)), tree.modules)
+        return [path for path in selected if not expression.fullmatch(path)]
+    known = Suffixes(tree.modules)
     for name in excluded:
-        _must_match("exclude_modules", name, any(ends_with(path, name) for path in modules), modules)
-    return [path for path in selected if not any(ends_with(path, name) for name in excluded)]
+        _must_match("exclude_modules", name, name in known, tree.modules)
+    without = set(known.matching(excluded))
+    return [path for path in selected if path not in without]
 
 
 def _check_patterns(selected: list[str], config: LoraConfig) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field):
-            matched = any(pattern_value(path, {pattern: True}, False) for path in selected)
+        patterns = getattr(config, field)
+        known = Suffixes(selected) if patterns else ()
+        for pattern in patterns:
+            matched = pattern in known or any(pattern_value(path, {pattern: True}, False) for path in selected)
             _must_match(field, pattern, matched, selected)
 
 
-def _check_tied(model: nn.Module, selected: list[str], modules: dict[str, nn.Module]) -> None:
+def _check_tied(tree: Tree, selected: list[str]) -> None:
     """Refuse a module whose weight another module holds too: the delta would reach only one of them."""
     owners: dict[int, dict[int, str]] = {}
-    for path, module in modules.items():
-        for parameter in base_of(module)._parameters.values():
+    for path, module in tree.modules.items():
+        base = base_of(module)
+        for parameter in base._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), {}).setdefault(id(base_of(module)), path)
+                owners.setdefault(id(parameter), {}).setdefault(id(base), path)
     for path in selected:
-        module = base_of(modules[path])
+        module = base_of(tree.modules[path])
         for parameter in module.parameters():
             others = [p for i, p in owners.get(id(parameter), {}).items() if i != id(module) and p != path]
             others = [p for p in others if not p.startswith(f"{path}.")]

@@ -26,9 +26,10 @@ from ..codecs import Codec, codec_for
 from ..codecs.base import load_on_demand
 from ..errors import AdapterError, MergeError, UnsupportedModuleError
 from ..lowrank import add_product_, delta
+from ..naming import StandIn
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(StandIn):
     """A base module with any number of named low-rank branches beside it. See the module's text."""
 
     family: ClassVar[str]
@@ -218,6 +219,10 @@ class AdapterLayer(nn.Module):
         return _Unmerged(self)
 
     # -- standing in for the base module -----------------------------------------------------------------
+
+    @property
+    def original(self) -> nn.Module:
+        return self.base_layer
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ..errors import TargetError
+from ..naming import StandIn
 
 
-class ModulesToSave(nn.Module):
+class ModulesToSave(StandIn):
     """``original_module`` and one trainable copy of it for each adapter in ``modules_to_save``."""
 
     def __init__(self, original_module: nn.Module) -> None:
@@ -58,6 +59,10 @@ class ModulesToSave(nn.Module):
         persistent = set(module.state_dict())
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         return {key: value for key, value in tensors.items() if key in persistent}
+
+    @property
+    def original(self) -> nn.Module:
+        return self.original_module
 
     @property
     def current(self) -> nn.Module:

@@ -3,6 +3,7 @@
 Written once over the codecs' ``read`` and ``write_``; a merge happens as a whole or not at all.
 
 - ``in_memory``: ``merge``, from the first check to the report
+- ``in_place``: merges that stay undoable, and adapters switched off and on
 - ``task``: what it is asked for, checked before anything is written
 - ``layer``: one layer at a time
 - ``rest_of_model``: what changes beside the adapted layers: trained copies, dtypes, what the config says

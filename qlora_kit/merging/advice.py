@@ -4,29 +4,27 @@ have most of it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MergeError
+from ..injection.adapted import Adapted
 from .base_choice import original_of
 from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, share_of
 from .requantize import WAYS, Grid, rounded
 from .task import MergeTask
 
-if TYPE_CHECKING:
-    from ..model.lora_model import LoraModel
-
 # Layers that settings are tried on; the residual ranks among these; and the share with which the search is over.
 _TRIED, _RANKS, _ENOUGH = 3, (8, 16, 32), 0.9
 
 
-def refusal(model: LoraModel, task: MergeTask, report: MergeReport, moments: Mapping[str, Tensor]) -> str:
+def refusal(adapted: Adapted, task: MergeTask, report: MergeReport, moments: Mapping[str, Tensor]) -> str:
     """The message.
 
     Args:
-        model: as before the merge of which ``report`` tells.
+        adapted: as before the merge of which ``report`` tells.
         moments: second moments of the layers' inputs by path, as far as they are known.
     """
     deltas = sum(layer.delta_norm**2 for layer in report.layers) ** 0.5
@@ -38,12 +36,12 @@ def refusal(model: LoraModel, task: MergeTask, report: MergeReport, moments: Map
         f"{report.kept:.1%}: rounding moves the weights {lost / deltas:.1f} times as far as the adapter does "
         f"(largest delta: {where.path}, {where.delta_ratio:.2%} of its weight). The model is as it was. "
     )
-    layers = model.adapter_layers()
+    layers = adapted.layers()
     tried = sorted((layer for layer in report.layers if layer.path in layers), key=lambda layer: -layer.delta_norm)
     paths = [layer.path for layer in tried[:_TRIED]]
     found = []
     for setting, way, rank in _settings(task, _whole(moments, paths)):
-        share = _retained(model, task, report, moments, paths, way, rank)
+        share = _retained(adapted, task, report, moments, paths, way, rank)
         found.append(f"{setting} keeps {share:.1%}")
         if share >= max(task.least_retained, _ENOUGH):
             break
@@ -73,7 +71,7 @@ def _settings(task: MergeTask, whole: bool) -> Iterator[tuple[str, str, int]]:
 
 @torch.no_grad()
 def _retained(
-    model: LoraModel,
+    adapted: Adapted,
     task: MergeTask,
     report: MergeReport,
     moments: Mapping[str, Tensor],
@@ -84,7 +82,7 @@ def _retained(
     """The share of the deltas at ``paths`` that is kept by this rounding and residual rank."""
     accounts: list[LayerFidelity] = []
     for path in paths:
-        layer = model.adapter_layers()[path]
+        layer = adapted.layers()[path]
         base: Any = layer.base_layer
         codec, own = layer.codec, layer.codec.quantizer(base)
         target = task.target(own, linear=layer.family == "linear")

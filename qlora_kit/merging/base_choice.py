@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ..checkpoints.originals import original_weight
 from ..codecs import find_codec
-from ..injection.targets import base_of, modules_of
+from ..naming import Tree, base_of
 from .agreement import Batches, mean_loss
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of ``model`` that holds a quantized weight, under adapters too, by its first path without them."""
     found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in modules_of(model):
+    for path, module in Tree(model).modules.items():
         base = base_of(module)
         codec = find_codec(base)
         if codec is not None and codec.quantizer(base) is not None:

@@ -13,29 +13,29 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checkpoints.spill import Spill
-from ..errors import CodecError, MergeError
+from ..errors import MergeError
+from ..injection.adapted import Adapted, adapted_of
 from ..injection.engine import Injection
 from ..layers import AdapterLayer
+from ..naming import unwrapped
 from ..preparation.kbit import release_from_float32_
 from .advice import refusal
 from .agreement import record
 from .base_choice import base_losses, quantized_modules
 from .fidelity import MergeReport, share_of
+from .in_place import switch_on_
 from .layer import Merger
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
 from .rest_of_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, put_trained_copies_
 from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
-
-if TYPE_CHECKING:
-    from ..model.lora_model import LoraModel
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
 LEAST_RETAINED = 0.5
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def merge(
-    model: LoraModel,
+    model: Any,
     *,
     adapters: str | Sequence[str] | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
@@ -69,6 +69,7 @@ def merge(
     that was switched off is merged like any other.
 
     Args:
+        model: a ``LoraModel``.
         adapters: names to merge, summed; by default the active ones and those that ``merge_adapter`` merged.
         weights: what each adapter's delta is multiplied by, in their order or by name; 1 by default.
         into: "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and "float16"
@@ -104,25 +105,26 @@ def merge(
             On any error the model is as it was.
         StorageError: the original weights or a text can't be read, or the disk is full.
     """
-    parts = chosen_parts(model, adapters, weights)
+    adapted = adapted_of(model)
+    parts = chosen_parts(adapted, adapters, weights)
     task = MergeTask(
         parts,
         into,
         rounding,
         residual_rank,
         base,
-        original_folder(model, base, original),
+        original_folder(adapted.root, base, original),
         blocksize,
         double_quant,
         least_retained,
         not force,
-        residual_dtype or model.adapter_dtype,
+        residual_dtype or adapted.adapter_dtype,
     )
-    check_layers(model, task, force)
+    check_layers(adapted, task, force)
     with Spill(scratch) as spill:
         undo = Injection()
         try:
-            report, short, moments = _carried_out(model, task, statistics, text, spill, undo, progressbar)
+            report, short, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
             if not (short and task.refuses):
                 if short:
                     logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.kept)
@@ -131,67 +133,52 @@ def merge(
         except BaseException:
             undo.undo()
             raise
-    raise MergeError(refusal(model, task, report, moments))
-
-
-def merge_in_place_(
-    layers: dict[str, AdapterLayer], merges: Mapping[str, Sequence[str]], *, safe: bool = False
-) -> None:
-    """Merge into each layer's base weight the adapters that ``merges`` has for its path, reversibly; or on any
-    error, as where all of them are merged already, none anywhere."""
-    held = {(path, name) for path, names in merges.items() for name in names if name in layers[path].r}
-    if held and all(name in layers[path].merged_adapters for path, name in held):
-        known = sorted({name for _, name in held})
-        raise MergeError(f"nothing to merge: {known} are merged already; name others, or unmerge_adapter() first")
-    injection = Injection()
-    try:
-        for path, names in merges.items():
-            layer = layers[path]
-            injection.on_undo(layer.way_back())
-            try:
-                layer.merge_(names, safe=safe)
-            except (CodecError, MergeError) as error:
-                raise MergeError(f"{path}: {error}") from error
-    except BaseException:
-        injection.undo()
-        raise
+    raise MergeError(refusal(adapted, task, report, moments))
 
 
 def _carried_out(
-    model: LoraModel, task: MergeTask, statistics: Any, text: Any, spill: Spill, undo: Injection, progressbar: bool
+    face: nn.Module,
+    adapted: Adapted,
+    task: MergeTask,
+    statistics: Any,
+    text: Any,
+    spill: Spill,
+    undo: Injection,
+    progressbar: bool,
 ) -> tuple[MergeReport, bool, Mapping[str, Tensor]]:
     """The report; whether too little of the deltas is left, the model then being still to be undone; and the moments of
     the inputs that were looked at, by path."""
-    keep_state_(model, undo)
-    layers = model.adapter_layers()
-    if model._disabled:
-        for path in model._merged_when_disabled:
+    root = adapted.root
+    keep_state_(face, adapted, undo)
+    layers = adapted.layers()
+    if adapted.disabled:
+        for path in adapted.set_aside:
             undo.on_undo(layers[path].way_back())
-        model.enable_adapter_layers()
+        switch_on_(adapted)
     for layer in layers.values():
         _set_aside_(layer, spill, undo)
-    _leave_biases_(model, task)
-    with _as_merged(model, task.parts):
-        kbit = quantized_modules(model.model)
+    _leave_biases_(adapted, task)
+    with _as_merged(adapted, task.parts):
+        kbit = quantized_modules(root)
         wanted = [path for path, layer in layers.items() if task.rounds(layer)]
         if not wanted and (task.rounding != "nearest" or task.residual_rank):
             raise MergeError(
                 f"rounding={task.rounding!r}, residual_rank={task.residual_rank}: expected adapted modules of few "
                 "bits, found none; leave the two out, or merge into a k-bit type such as 'nf4'"
             )
-        moments = moments_of(statistics, model.model, wanted, task.rounding) if wanted else {}
+        moments = moments_of(statistics, root, wanted, task.rounding) if wanted else {}
         losses: dict[str, float] = {}
         if task.original is not None and not kbit:
             raise MergeError(f"base={task.base!r}: expected a quantized base, found none; leave base out")
         auto = task.base == "auto"
-        batches = batches_of(text, model.model) if auto or text is not None else ()
+        batches = batches_of(text, root) if auto or text is not None else ()
         if auto:
             assert task.original is not None
-            losses = base_losses(model.model, task.original, batches)
-        compare = None if text is None else record(model.model, batches, spill)
+            losses = base_losses(root, task.original, batches)
+        compare = None if text is None else record(root, batches, spill)
     chosen = min(losses, key=losses.__getitem__) if losses else task.base
     report = MergeReport(
-        model.model,
+        root,
         task.into,
         list(task.parts),
         weights=dict(task.parts),
@@ -200,31 +187,31 @@ def _carried_out(
         rounding=task.rounding,
         residual_rank=task.residual_rank,
     )
-    merger = Merger(model.model, task, task.original if chosen == "original" else None, moments, spill, undo)
-    check_consumed(model, task.parts, layers)
+    merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo)
+    check_consumed(adapted, task.parts, layers)
     paths = list(layers)
     for path in tqdm(paths, desc="merging", disable=not progressbar):
         report.layers += merger.adapted(path, layers.pop(path))
-    put_trained_copies_(model, task, undo)
+    put_trained_copies_(adapted, task, undo)
     merger.others()
     if task.dtype is not None:
-        cast_rest_(model.model, task.dtype, spill, undo)
+        cast_rest_(root, task.dtype, spill, undo)
     rounded = [layer for layer in report.layers if layer.path in merger.rounded]
     short = bool(rounded) and share_of(rounded) < task.least_retained
     if short and task.refuses:
         return report, True, moments
-    forget_loading_(model.model, undo)
+    forget_loading_(unwrapped(root), undo)
     if task.into != "same":
-        declare_storage_(model.model, task, undo)
-    residual = attach_residual_(model, merger.residuals, task.residual_dtype, undo)
+        declare_storage_(unwrapped(root), task, undo)
+    residual = attach_residual_(adapted, merger.residuals, task.residual_dtype, undo)
     if task.dtype is not None:
-        release_from_float32_(model.model)
+        release_from_float32_(root)
     if compare is not None:
-        report.agreement = compare(model.model)
-    model._forget_()
+        report.agreement = compare(root)
+    adapted.forget_()
     if residual is not None:
-        residual.adopt(model)
-        report.model = model
+        residual.adopt_(adapted)
+        report.model = face
     return report, short, moments
 
 
@@ -242,17 +229,17 @@ def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:
     layer.unmerge_()
 
 
-def _leave_biases_(model: LoraModel, task: MergeTask) -> None:
+def _leave_biases_(adapted: Adapted, task: MergeTask) -> None:
     """Put the base's biases back if the adapter that trained them isn't merged."""
-    trained = [name for name, config in model.peft_config.items() if config.bias != "none"]
+    trained = [name for name, config in adapted.configs.items() if config.bias != "none"]
     if trained and not set(trained) & set(task.parts):
-        model._kept_biases.swap_(model.model)
+        adapted.kept_biases.swap_(adapted.root)
 
 
 @contextmanager
-def _as_merged(model: LoraModel, parts: Mapping[str, float]) -> Iterator[None]:
-    """In the block ``model`` computes what the merge is to give, by its branches."""
-    layers, saved = list(model.adapter_layers().values()), list(model.saved_modules().values())
+def _as_merged(adapted: Adapted, parts: Mapping[str, float]) -> Iterator[None]:
+    """In the block the model computes what the merge is to give, by its branches."""
+    layers, saved = list(adapted.layers().values()), list(adapted.saved_modules().values())
     modules: list[Any] = [*layers, *saved]
     before = [(module, module.active_adapters) for module in modules]
     scalings = [(layer, dict(layer.scaling)) for layer in layers]

@@ -20,8 +20,8 @@ from ..codecs.dense import dense_linear
 from ..codecs.quantized import Quantizer
 from ..errors import CodecError, ConfigError, MergeError
 from ..injection.engine import Injection, swap_, with_hooks_of
-from ..injection.targets import modules_of
 from ..layers import AdapterLayer
+from ..naming import Tree
 from ..preparation.quantize import linear_holding
 from .base_choice import original_of
 from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
@@ -57,7 +57,7 @@ class Merger:
         self.spill, self.undo = spill, undo
         self.rounded: set[str] = set()
         self.residuals: dict[str, Factors] = {}
-        self._places = _places_in(root)
+        self._paths = Tree(root).paths  # without its modules, whose memory is to be freed one by one
         self._holders: dict[int, int] = {}
         for module in root.modules():
             for parameter in module._parameters.values():
@@ -97,10 +97,11 @@ class Merger:
         """Bring the modules that nothing was merged into to the storage asked for, once no adapter layer is left."""
         if self.task.into == "same":
             return
-        self._places = _places_in(self.root)
-        for path, module in list(modules_of(self.root)):
+        tree = Tree(self.root)
+        self._paths = tree.paths
+        for path, module in tree.firsts():
             codec = find_codec(module)
-            if codec is None or path in self.rounded or path != self._places[id(module)][0]:
+            if codec is None or path in self.rounded:
                 continue
             own = codec.quantizer(module)
             if self.task.dtype is not None:
@@ -216,13 +217,5 @@ class Merger:
             weight.data = weight.data.new_empty(0)
 
     def _put(self, old: nn.Module, new: nn.Module) -> None:
-        for path in self._places[id(old)]:
+        for path in self._paths[id(old)]:
             swap_(self.root, path, new, self.undo)
-
-
-def _places_in(root: nn.Module) -> dict[int, list[str]]:
-    """All paths of each module that isn't inside an adapter layer, by its id."""
-    places: dict[int, list[str]] = {}
-    for path, module in modules_of(root):
-        places.setdefault(id(module), []).append(path)
-    return places

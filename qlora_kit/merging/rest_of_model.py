@@ -6,42 +6,41 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoints.spill import Spill, set_data_
 from ..errors import MergeError
+from ..injection.adapted import Adapted
 from ..injection.engine import Injection, swap_
-from ..injection.targets import base_of
+from ..naming import Tree, base_of, module_at
 from .fidelity import checked_cast
 from .task import MergeTask
 
-if TYPE_CHECKING:
-    from ..model.lora_model import LoraModel
-
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
-_RECORDS = ("peft_config", "active_adapters", "_trainable", "_disabled", "_merged_when_disabled", "backbones", "plan")
+_RECORDS = ("configs", "active", "trainable", "disabled", "set_aside", "backbones", "plan")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _FLAGS = ("training", "active_adapters", "disable_adapters", "scaling", *_HOOKS)
 _ATTRIBUTES = ("hf_quantizer", "quantization_method", "memory_bill")
 
 
-def keep_state_(model: LoraModel, undo: Injection) -> None:
-    """Note what ``model`` and its modules say of themselves (adapters, modes, hooks, biases), to be put back as it is
-    now once the modules are."""
+def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
+    """Note what the adapters and the modules of the model and its ``face`` say of themselves (adapters, modes, hooks,
+    biases), to be put back as it is now once the modules are."""
     held: list[tuple[Any, str, Any, Any]] = []
-    for holder, names in ((model, _RECORDS), *((module, _FLAGS) for module in model.modules())):
+    modules = [face, *adapted.root.modules()]
+    for holder, names in ((adapted, _RECORDS), *((module, _FLAGS) for module in modules)):
         for name in names:
             if name in vars(holder):
                 value = vars(holder)[name]
                 held.append((holder, name, value, copy.copy(value)))
-    kept = model._kept_biases.values
-    held.append((model._kept_biases, "values", kept, copy.copy(kept)))
-    biases: list[Any] = [base_of(model.model.get_submodule(path)).bias for path in kept]
+    kept = adapted.kept_biases.values
+    held.append((adapted.kept_biases, "values", kept, copy.copy(kept)))
+    biases: list[Any] = [base_of(module_at(adapted.root, path)).bias for path in kept]
     values = [None if bias is None else bias.detach().clone() for bias in biases]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in adapted.root.parameters()]
 
     def restore() -> None:
         for holder, name, value, content in held:
@@ -59,10 +58,11 @@ def keep_state_(model: LoraModel, undo: Injection) -> None:
     undo.on_undo(restore)
 
 
-def put_trained_copies_(model: LoraModel, task: MergeTask, undo: Injection) -> None:
+def put_trained_copies_(adapted: Adapted, task: MergeTask, undo: Injection) -> None:
     """In the place of each ``modules_to_save`` the copy trained by one of the merged, in the dtype asked for or else in
     the original's dtypes; or the original."""
-    for path, saved in model.saved_modules().items():
+    tree = Tree(adapted.root)
+    for path, saved in adapted.saved_modules(tree).items():
         module = saved.original_module
         chosen = next((name for name in task.parts if name in saved.modules_to_save), None)
         if chosen is not None:
@@ -70,8 +70,8 @@ def put_trained_copies_(model: LoraModel, task: MergeTask, undo: Injection) -> N
             module = _copied(saved.modules_to_save[chosen])
             for key, tensor in module.state_dict(keep_vars=True).items():
                 tensor.data = checked_cast(f"{path}.{key}", tensor, task.dtype or original[key].dtype)
-        for alias in model.paths_of(path):
-            swap_(model.model, alias, module, undo)
+        for alias in tree.paths_of(saved):
+            swap_(adapted.root, alias, module, undo)
 
 
 def _copied(module: nn.Module) -> nn.Module:

@@ -7,20 +7,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import SCHEMES
 from ..codecs.quantized import Quantizer
 from ..errors import MergeError, closest
+from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
 from ..layers import AdapterLayer
 from .requantize import WAYS, target_of
-
-if TYPE_CHECKING:
-    from ..model.lora_model import LoraModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KBIT = (*SCHEMES, "int8")
@@ -93,7 +92,7 @@ class MergeTask:
 
 
 def chosen_parts(
-    model: LoraModel, adapters: str | Sequence[str] | None, weights: Sequence[float] | Mapping[str, float] | None
+    adapted: Adapted, adapters: str | Sequence[str] | None, weights: Sequence[float] | Mapping[str, float] | None
 ) -> dict[str, float]:
     """The weight of each adapter to merge: all that ``merge_adapter`` merged and the active ones if none is named.
 
@@ -101,30 +100,24 @@ def chosen_parts(
         MergeError: nothing to merge, unknown or repeated names, weights that don't fit, or two trained copies of one
             module.
     """
-    known = f"the model has {sorted(model.peft_config)}"
+    known = f"the model has {sorted(adapted.configs)}"
     if adapters is None:
-        merged = [name for layer in model.adapter_layers().values() for name in layer.merged_adapters]
-        names = list(dict.fromkeys([*merged, *model.active_adapters]))
+        merged = [name for layer in adapted.layers().values() for name in layer.merged_adapters]
+        names = list(dict.fromkeys([*merged, *adapted.active]))
     else:
         names = [adapters] if isinstance(adapters, str) else list(adapters)
-    unknown = [name for name in names if name not in model.peft_config]
+    unknown = [name for name in names if name not in adapted.configs]
     if unknown:
         raise MergeError(f"unknown adapter(s) {unknown}; {known}")
     if not names:
         raise MergeError(f"nothing to merge: no adapter is active or named; {known}")
     if len(set(names)) != len(names):
         raise MergeError(f"adapters={names}: a name stands twice, so its delta would be added twice")
-    for path, saved in model.saved_modules().items():
-        copies = [name for name in names if name in saved.modules_to_save]
-        if len(copies) > 1:
-            raise MergeError(
-                f"adapters {copies} each hold their own copy of {path} (modules_to_save), and the merged model has "
-                "room for one; merge one of them"
-            )
-    parts = _weighted(names, weights)
+    adapted.check_one_copy(names, "and the merged model has room for one; merge one of them", MergeError)
+    parts, copies = _weighted(names, weights), adapted.copies(names)
     for name, weight in parts.items():
-        whole = [path for path, saved in model.saved_modules().items() if name in saved.modules_to_save]
-        if weight != 1 and (whole or model.peft_config[name].bias != "none"):
+        whole = [path for path, holders in copies.items() if name in holders]
+        if weight != 1 and (whole or adapted.configs[name].bias != "none"):
             what = f"a trained copy of {whole[0]}" if whole else "trained biases"
             raise MergeError(
                 f"adapter {name!r}: expected weight 1 for an adapter with {what}, which can't be weighted, found "
@@ -150,7 +143,7 @@ def _weighted(names: list[str], weights: Sequence[float] | Mapping[str, float] |
     return {name: float(given[name]) for name in names}
 
 
-def original_folder(model: LoraModel, base: str, original: str | os.PathLike[str] | None) -> Path | None:
+def original_folder(root: nn.Module, base: str, original: str | os.PathLike[str] | None) -> Path | None:
     """The folder of the 16-bit weights, if ``base`` needs one: ``original``, or the one that the model came from.
 
     Raises:
@@ -158,7 +151,7 @@ def original_folder(model: LoraModel, base: str, original: str | os.PathLike[str
     """
     if base not in ("original", "auto"):
         return None
-    source = original or getattr(getattr(model.model, "config", None), "_name_or_path", None)
+    source = original or getattr(getattr(root, "config", None), "_name_or_path", None)
     if not source or not Path(source).is_dir():
         raise MergeError(
             f"base={base!r}: expected the folder with the 16-bit safetensors of this model, found "
@@ -167,10 +160,10 @@ def original_folder(model: LoraModel, base: str, original: str | os.PathLike[str
     return Path(source)
 
 
-def check_layers(model: LoraModel, task: MergeTask, force: bool) -> None:
+def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
     """Refuse before anything is written what can be seen before: offloaded weights, factors not finite, a base that an
     adapter wasn't made for."""
-    for path, layer in model.adapter_layers().items():
+    for path, layer in adapted.layers().items():
         if layer.codec.device(layer.base_layer).type == "meta":
             raise MergeError(
                 f"{path}: expected a weight in memory, found one on the meta device (offloaded, or never loaded); "
@@ -182,7 +175,7 @@ def check_layers(model: LoraModel, task: MergeTask, force: bool) -> None:
                     f"{path}: adapter {name!r} holds NaN or infinite values; reload it or train it again "
                     "(no layer was changed)"
                 )
-    started = [name for name in task.parts if name in model.backbones]
+    started = [name for name in task.parts if name in adapted.backbones]
     if task.base == "original" and started and not force:
         raise MergeError(
             f"base='original': expected adapters that don't make up for the rounding of their base, found {started}, "
@@ -191,14 +184,14 @@ def check_layers(model: LoraModel, task: MergeTask, force: bool) -> None:
         )
 
 
-def check_consumed(model: LoraModel, parts: Mapping[str, float], layers: Mapping[str, AdapterLayer]) -> None:
+def check_consumed(adapted: Adapted, parts: Mapping[str, float], layers: Mapping[str, AdapterLayer]) -> None:
     """Refuse to leave a tensor of an adapter behind."""
     for name in parts:
         held: list[Any] = [layer for layer in layers.values() if name in layer.r]
-        held += [saved for saved in model.saved_modules().values() if name in saved.modules_to_save]
+        held += [saved for saved in adapted.saved_modules().values() if name in saved.modules_to_save]
         taken = {id(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
-        taken |= {id(bias) for bias in bias_parameters(model.model, model.peft_config[name].bias).values()}
-        left = [slot.key for slot in adapter_slots(model, name) if id(slot.tensor) not in taken]
+        taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias).values()}
+        left = [slot.key for slot in adapter_slots(adapted, name) if id(slot.tensor) not in taken]
         if left:
             raise MergeError(
                 f"adapter {name!r}: expected every tensor of it to go into the merged model, found {len(left)} that "

@@ -2,8 +2,10 @@
 
 - ``lora_model``: ``LoraModel`` and ``apply_lora``
 - ``proxy``: how the wrapper passes for the model that it wraps
+- ``life``: adapters come and go
 - ``combining``: adapters combined into a new one
-- ``persistence``: the way to files and back
+- ``loading``: a stored adapter onto a model
+- ``hub``: adapters to the Hub
 """
 
 from .lora_model import LoraModel, apply_lora

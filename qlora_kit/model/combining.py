@@ -1,16 +1,15 @@
-"""Adapters combined into a new one on the model that holds them, as a method of ``LoraModel``.
+"""Adapters combined into a new one on the model that holds them: ``LoraModel.add_weighted_adapter``.
 
 Only factors are read: how the base keeps its weight, and in how many bits, plays no part, and no start runs, so a
-base that LoftQ quantized for the sources stays as it is. The arithmetic is ``qlora_kit.algebra``'s.
+base that LoftQ quantized for the sources stays as it is. The arithmetic is ``algebra``'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ..adapter_files.backbone import fingerprint
 from ..adapter_files.combined_config import check_apart, combined_config
@@ -18,176 +17,168 @@ from ..algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_
 from ..config.checks import check_bool, check_choice
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
+from ..injection.adapted import Adapted, adapted_of
 from ..injection.engine import Plan, Request, Start, inject_, make_plan
-from ..layers import AdapterLayer
-from .persistence import Persistence
-
-if TYPE_CHECKING:
-    from .lora_model import LoraModel
+from ..layers import AdapterLayer, ModulesToSave
+from ..naming import module_at
+from .life import check_new
 
 # A product of two factors, each rounded to its dtype, and the floor of what ``distance`` can tell.
 _ROUNDINGS, _FLOOR = 4, 1e-6
 
 
-class Combining(Persistence):
-    """Combining adapters. Mixed into ``LoraModel``."""
+def add_weighted_adapter(
+    model: Any,
+    adapters: Sequence[str],
+    weights: Weights,
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+    *,
+    energy: float | None = None,
+    seed: int = 0,
+    check_backbone: bool = True,
+) -> CombineReport:
+    """Add adapter ``adapter_name``, a combination of ``adapters``; frozen and not active. All of it, or nothing.
 
-    @torch.no_grad()
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Weights,
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: Literal["total", "frequency"] = "total",
-        *,
-        energy: float | None = None,
-        seed: int = 0,
-        check_backbone: bool = True,
-    ) -> CombineReport:
-        """Add adapter ``adapter_name``, a combination of ``adapters``; frozen and not active. All of it, or nothing.
+    PEFT's method, argument by argument, with its values, but for these differences: scalings of rslora count
+    as they are (PEFT is off by the root of the rank); one weight too few and a name that is taken are errors
+    (PEFT drops adapters, or does nothing, in silence); a single adapter is combined as asked (PEFT then goes
+    over to "linear"); arguments that a type doesn't read are refused; trained copies (``modules_to_save``) that
+    one of the sources has come along (PEFT adds untrained ones); and nothing dense is decomposed for "svd".
 
-        PEFT's method, argument by argument, with its values, but for these differences: scalings of rslora count
-        as they are (PEFT is off by the root of the rank); one weight too few and a name that is taken are errors
-        (PEFT drops adapters, or does nothing, in silence); a single adapter is combined as asked (PEFT then goes
-        over to "linear"); arguments that a type doesn't read are refused; trained copies (``modules_to_save``) that
-        one of the sources has come along (PEFT adds untrained ones); and nothing dense is decomposed for "svd".
+    The sources may have other ranks, alphas and scalings, and other targets: a module that one of them lacks
+    counts as zero there. An adapter that LoftQ started holds the correction of its base: where all sources do,
+    weights that sum to 1 keep it.
 
-        The sources may have other ranks, alphas and scalings, and other targets: a module that one of them lacks
-        counts as zero there. An adapter that LoftQ started holds the correction of its base: where all sources do,
-        weights that sum to 1 keep it.
+    Args:
+        adapters: names on this model.
+        weights: one a source, of either sign; or a mapping from path (its end, or a regular expression) to
+            such a list, or a function of the path that gives one.
+        combination_type: PEFT's "svd" (the best approximation of the weighted sum), "linear" (cheap, with
+            cross terms), "cat" (ranks add up), "ties", "dare_linear", "dare_ties", "magnitude_prune" (on the
+            factors) and these with "_svd" (on the deltas); "exact" (the weighted sum in the smallest rank that
+            holds it), "knots" and "iso_c". See ``qlora_kit.algebra``.
+        svd_rank: of the result. None: the largest of the sources', for "svd" and "..._svd"; all that there is,
+            for "exact", "knots", "iso_c".
+        svd_clamp: quantile in (0.5, 1] at which the factors of the SVD types are cut off. PEFT's is of signed
+            entries, so it depends on the signs that its decomposition happens to give; here a sign changes
+            nothing.
+        svd_full_matrices, svd_driver: accepted for PEFT's sake; they say how a dense decomposition is computed,
+            never what it gives.
+        density: share of entries that pruning keeps, in (0, 1].
+        majority_sign_method: of TIES: "total" or "frequency".
+        energy: in place of ``svd_rank``, for "svd" and "exact": in each module the smallest rank that keeps this
+            share of the sum's squared norm.
+        seed: of DARE's masks; each module's depend on it and the module's path alone.
+        check_backbone: refuse sources that LoftQ started on another base than the one at hand.
 
-        Args:
-            adapters: names on this model.
-            weights: one a source, of either sign; or a mapping from path (its end, or a regular expression) to
-                such a list, or a function of the path that gives one.
-            combination_type: PEFT's "svd" (the best approximation of the weighted sum), "linear" (cheap, with
-                cross terms), "cat" (ranks add up), "ties", "dare_linear", "dare_ties", "magnitude_prune" (on the
-                factors) and these with "_svd" (on the deltas); "exact" (the weighted sum in the smallest rank that
-                holds it), "knots" and "iso_c". See ``qlora_kit.algebra``.
-            svd_rank: of the result. None: the largest of the sources', for "svd" and "..._svd"; all that there is,
-                for "exact", "knots", "iso_c".
-            svd_clamp: quantile in (0.5, 1] at which the factors of the SVD types are cut off. PEFT's is of signed
-                entries, so it depends on the signs that its decomposition happens to give; here a sign changes
-                nothing.
-            svd_full_matrices, svd_driver: accepted for PEFT's sake; they say how a dense decomposition is computed,
-                never what it gives.
-            density: share of entries that pruning keeps, in (0, 1].
-            majority_sign_method: of TIES: "total" or "frequency".
-            energy: in place of ``svd_rank``, for "svd" and "exact": in each module the smallest rank that keeps this
-                share of the sum's squared norm.
-            seed: of DARE's masks; each module's depend on it and the module's path alone.
-            check_backbone: refuse sources that LoftQ started on another base than the one at hand.
+    Returns:
+        Each module's rank, captured energy and errors; a table when printed.
 
-        Returns:
-            Each module's rank, captured energy and errors; a table when printed.
+    Raises:
+        AdapterError: an unknown or taken name, weights that don't fit, merged sources, trained biases, copies
+            of the same module, adapters that don't fit together, NaN; before anything changes.
+        ConfigError: an argument that is missing, out of range, or without use for the type.
+    """
+    recipe = Recipe(combination_type, svd_rank, density, majority_sign_method, svd_clamp, energy, seed)
+    check_bool("svd_full_matrices", svd_full_matrices)
+    if svd_driver is not None:
+        check_choice("svd_driver", svd_driver, ("gesvd", "gesvdj", "gesvda"), "leave it out")
+    return _combined_(adapted_of(model), adapters, weights, adapter_name, recipe, check_base=check_backbone)
 
-        Raises:
-            AdapterError: an unknown or taken name, weights that don't fit, merged sources, trained biases, copies
-                of the same module, adapters that don't fit together, NaN; before anything changes.
-            ConfigError: an argument that is missing, out of range, or without use for the type.
-        """
-        model = cast("LoraModel", self)
-        recipe = Recipe(combination_type, svd_rank, density, majority_sign_method, svd_clamp, energy, seed)
-        check_bool("svd_full_matrices", svd_full_matrices)
-        if svd_driver is not None:
-            check_choice("svd_driver", svd_driver, ("gesvd", "gesvdj", "gesvda"), "leave it out")
-        names = self._sources(adapters)
-        model._check_new(adapter_name, LoraConfig())
-        copies = self._copies(names)
-        layers = {path: layer for path, layer in model.adapter_layers().items() if set(names) & set(layer.r)}
-        check_apart({name: model.peft_config[name] for name in names}, layers)
-        _check_unmerged(names, layers, model._merged_when_disabled)
-        backbones = self._shared_backbone(names) if check_backbone else False
 
-        branches = {
-            path: {
-                i: Branch(A.detach(), B.detach(), layer.scaling[name])
-                for i, name in enumerate(names)
-                if name in layer.r
-                for A, B in [layer.factors(name)]
-            }
-            for path, layer in layers.items()
+@torch.no_grad()
+def _combined_(
+    adapted: Adapted, adapters: Sequence[str], weights: Weights, name: str, recipe: Recipe, *, check_base: bool = True
+) -> CombineReport:
+    """Add adapter ``name``, combined from ``adapters`` by ``recipe``."""
+    names = _sources(adapted, adapters)
+    check_new(adapted, name, LoraConfig())
+    adapted.check_one_copy(names, "and whole modules can't be combined; leave all but one of these adapters out")
+    copies = {path: holders[0] for path, holders in adapted.copies(names).items()}
+    layers = {path: layer for path, layer in adapted.layers().items() if set(names) & set(layer.r)}
+    check_apart({source: adapted.configs[source] for source in names}, layers)
+    _check_unmerged(names, layers, adapted.set_aside)
+    of_one_base = _shared_backbone(adapted, names) if check_base else False
+
+    results, report = combine_layers(_branches(layers, names), names, weights, recipe)
+    config = combined_config(
+        [adapted.configs[source] for source in names], {path: found.rank for path, found in results.items()}
+    )
+    plan = make_plan(adapted.root, config)
+    _check_plan(plan, results, copies)
+
+    def start(request: Request) -> Start:
+        found = results[request.path]
+        return Start(found.A, found.B)
+
+    injection = inject_(adapted.root, plan, config, name, start, dtype=adapted.adapter_dtype)
+    try:
+        for path, source in copies.items():
+            wrapper: ModulesToSave = module_at(adapted.root, path)
+            trained = wrapper.adapter_tensors(source)
+            for key, tensor in wrapper.adapter_tensors(name).items():
+                tensor.copy_(trained[key])
+            report.copied[path] = source
+        for path, found in results.items():
+            _check_registered(path, module_at(adapted.root, path), name, found)
+        if of_one_base:
+            adapted.backbones[name] = fingerprint(adapted.bases_of(name))
+    except BaseException:
+        injection.undo()
+        raise
+    adapted.configs[name], adapted.plan = config, plan
+    adapted.apply_state_()
+    return report
+
+
+def _branches(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> dict[str, dict[int, Branch]]:
+    """The sources' branches, by path and by the place of the source among ``names``."""
+    return {
+        path: {
+            place: Branch(A.detach(), B.detach(), layer.scaling[name])
+            for place, name in enumerate(names)
+            if name in layer.r
+            for A, B in [layer.factors(name)]
         }
-        results, report = combine_layers(branches, names, weights, recipe)
-        config = combined_config(
-            [model.peft_config[name] for name in names], {path: found.rank for path, found in results.items()}
+        for path, layer in layers.items()
+    }
+
+
+def _sources(adapted: Adapted, adapters: Sequence[str]) -> list[str]:
+    """The names of the adapters to combine, all of which are there and can be."""
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise AdapterError(
+            f"adapters: expected a list with at least one adapter's name, found {adapters!r}; the model has "
+            f"{sorted(adapted.configs)}"
         )
-        plan = make_plan(model.model, config)
-        _check_plan(plan, results, copies)
-
-        def start(request: Request) -> Start:
-            found = results[request.path]
-            return Start(found.A, found.B)
-
-        injection = inject_(model.model, plan, config, adapter_name, start, dtype=model.adapter_dtype)
-        try:
-            for path, (source, copy) in copies.items():
-                wrapper: Any = model.model.get_submodule(path)
-                for key, tensor in wrapper.adapter_tensors(adapter_name).items():
-                    tensor.copy_(copy[key])
-                report.copied[path] = source
-            for path, found in results.items():
-                _check_registered(path, cast(AdapterLayer, model.model.get_submodule(path)), adapter_name, found)
-            if backbones:
-                bases = {path: cast(AdapterLayer, model.model.get_submodule(path)).base_layer for path in results}
-                self.backbones[adapter_name] = fingerprint(cast("dict[str, nn.Module]", bases))
-        except BaseException:
-            injection.undo()
-            self.backbones.pop(adapter_name, None)
-            raise
-        model.peft_config[adapter_name] = config
-        model.plan = plan
-        model._apply_state_()
-        return report
-
-    def _sources(self, adapters: Sequence[str]) -> list[str]:
-        """The names of the adapters to combine, all of which are there and can be."""
-        model = cast("LoraModel", self)
-        if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+    for name in adapters:
+        adapted.check_known(name)
+        if (bias := adapted.configs[name].bias) != "none":
             raise AdapterError(
-                f"adapters: expected a list with at least one adapter's name, found {adapters!r}; the model has "
-                f"{sorted(model.peft_config)}"
+                f"adapter {name!r}: expected bias='none', found {bias!r}; trained biases are the base's own and "
+                "can't be weighted, so merge this adapter, or train it with bias='none'"
             )
-        for name in adapters:
-            model._check_known(name)
-            if (bias := model.peft_config[name].bias) != "none":
-                raise AdapterError(
-                    f"adapter {name!r}: expected bias='none', found {bias!r}; trained biases are the base's own and "
-                    "can't be weighted, so merge this adapter, or train it with bias='none'"
-                )
-        return list(adapters)
+    return list(adapters)
 
-    def _copies(self, names: list[str]) -> dict[str, tuple[str, dict[str, torch.Tensor]]]:
-        """Modules that one of the sources trained whole: its name and the tensors of its copy, by path."""
-        found: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}
-        for path, module in cast("LoraModel", self).saved_modules().items():
-            holders = [name for name in dict.fromkeys(names) if name in module.modules_to_save]
-            if len(holders) > 1:
-                raise AdapterError(
-                    f"{path}: expected at most one of the adapters to hold its own trained copy (modules_to_save), "
-                    f"found {holders}; whole modules can't be combined, so leave all but one of these adapters out"
-                )
-            if holders:
-                found[path] = holders[0], dict(module.adapter_tensors(holders[0]))
-        return found
 
-    def _shared_backbone(self, names: list[str]) -> bool:
-        """Whether any source was started for the base at hand; refuses those that were for another."""
-        known = {name: self.backbones[name] for name in names if name in self.backbones}
-        for name, expected in known.items():
-            if (found := fingerprint(self._bases_of(name))) != expected:
-                raise AdapterError(
-                    f"adapter {name!r}: expected the quantized base that it was started on (fingerprint "
-                    f"{expected[:12]}), found another ({found[:12]}), on which its correction is noise; combine "
-                    "adapters of one base, or pass check_backbone=False to do it all the same"
-                )
-        return bool(known)
+def _shared_backbone(adapted: Adapted, names: list[str]) -> bool:
+    """Whether any source was started for the base at hand; refuses those that were for another."""
+    known = {name: adapted.backbones[name] for name in names if name in adapted.backbones}
+    for name, expected in known.items():
+        if (found := fingerprint(adapted.bases_of(name))) != expected:
+            raise AdapterError(
+                f"adapter {name!r}: expected the quantized base that it was started on (fingerprint "
+                f"{expected[:12]}), found another ({found[:12]}), on which its correction is noise; combine "
+                "adapters of one base, or pass check_backbone=False to do it all the same"
+            )
+    return bool(known)
 
 
 def _check_unmerged(names: list[str], layers: dict[str, AdapterLayer], set_aside: dict[str, list[str]]) -> None:

@@ -1,33 +1,43 @@
 """The life of named adapters on one model: added, active, switched off, merged, saved, deleted.
 
-Nothing here knows how a weight is stored or how a branch is applied (``codecs``, ``layers``), nor how the
-wrapper passes for the model it wraps (``proxy``), nor how files are written (``persistence``, ``storage``).
+``LoraModel`` is a face: what it knows of its adapters is in an ``Adapted``, and each method is a call of the function
+that does it, over that value alone. How the wrapper passes for the model it wraps is in ``proxy``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..adapter_files.folder import PREFIX
+from ..adapter_files.tensors import load_resume_state_, save_adapter
 from ..codecs import protect_storage_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
-from ..initializers import prepared
-from ..injection.biases import KeptBiases, bias_parameters
-from ..injection.engine import Plan, inject_, make_plan, request_for, swap_
-from ..injection.targets import base_of, modules_of, shortest_names
+from ..injection.adapted import Adapted
+from ..injection.engine import Plan
 from ..layers import AdapterLayer, ModulesToSave
-from ..merging.in_memory import merge, merge_in_place_
+from ..merging.in_memory import merge
+from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
+from ..naming import Tree
 from ..preparation.kbit import count_parameters
-from .combining import Combining
+from .combining import add_weighted_adapter
+from .hub import push_to_hub
+from .life import add_, delete_, take_out_, train_
+from .loading import StoredAdapter, config_for, fill_, load_, record_
+from .proxy import ModelProxy
+
+L = TypeVar("L", bound="LoraModel")
+
+_NOT_GIVEN = object()
 
 
-class LoraModel(Combining):
+class LoraModel(ModelProxy):
     """``model`` with adapter ``adapter_name`` injected in place, active and trainable; all else is frozen.
 
     Args:
@@ -42,6 +52,7 @@ class LoraModel(Combining):
         peft_config: the configuration of each adapter by name.
         active_adapters: the names that forward applies, in order.
         plan: what was done for the adapter added last, a printable value.
+        adapted: the adapters as a value, for functions that are written over it.
     """
 
     def __init__(
@@ -53,14 +64,7 @@ class LoraModel(Combining):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(model)
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.active_adapters: list[str] = []
-        self.adapter_dtype = adapter_dtype
-        self._trainable: list[str] = []
-        self._disabled = False
-        self._merged_when_disabled: dict[str, list[str]] = {}
-        self._kept_biases = KeptBiases()
-        self._trained_before = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self.adapted = Adapted(model, adapter_dtype)
         self.add_adapter(adapter_name, config)
         protect_storage_(model)  # what isn't adapted too
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
@@ -75,102 +79,36 @@ class LoraModel(Combining):
             AdapterError: the name is taken or can't be one, or two adapters would train the base's biases.
             TargetError: see ``qlora_kit.injection.targets``.
         """
-        self._check_new(adapter_name, config)
-        plan = make_plan(self.model, config)
-        requests = [request_for(self.model, entry, config, self.adapter_dtype) for entry in plan.entries]
-        start = prepared(self.model, requests)
-        del requests
-        injection = inject_(self.model, plan, config, adapter_name, start, dtype=self.adapter_dtype)
-        try:
-            config = self._recorded(config, plan)
-        except BaseException:
-            injection.undo()
-            raise
-        self.peft_config[adapter_name] = config
-        self._note_backbone_(adapter_name)
-        self.plan = plan
-        self._kept_biases.keep(bias_parameters(self.model, config.bias))
-        self._apply_state_()
-        return plan
+        return add_(self.adapted, adapter_name, config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones, and (unless ``inference_mode``) the trainable ones."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self._check_known(name)
-        for path, module in self.saved_modules().items():
-            copies = [name for name in names if name in module.modules_to_save]
-            if len(copies) > 1:
-                raise AdapterError(
-                    f"adapters {copies} each hold their own copy of {path} (modules_to_save), so they can't be "
-                    "active together; merge one of them first"
-                )
-        self.active_adapters = names
-        self._trainable = [] if inference_mode else list(names)
-        self._apply_state_()
+        self.adapted.choose_(_names(adapter_name), trainable=not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters without changing which ones are active."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            self._check_known(name)
-        others = [name for name in self._trainable if name not in names]
-        self._trainable = others + names if requires_grad else others
-        self._apply_state_()
+        train_(self.adapted, _names(adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
-        self._check_known(adapter_name)
-        merges = {path: layer.merged_adapters for path, layer in self.adapter_layers().items()}
-        merged = [path for path, names in {**merges, **self._merged_when_disabled}.items() if adapter_name in names]
-        if merged:
-            raise AdapterError(f"adapter {adapter_name!r} is merged (into {merged[0]}, ...); unmerge_adapter() first")
-        if self.peft_config[adapter_name].bias != "none":
-            self._kept_biases.swap_(self.model)
-            self._kept_biases.values.clear()
-        for module in self._parts():
-            module.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
-        self.backbones.pop(adapter_name, None)
-        remaining = [name for name in self.active_adapters if name != adapter_name]
-        self._trainable = [name for name in self._trainable if name != adapter_name]
-        self.active_adapters = remaining or list(self.peft_config)[:1]
-        self._drop_empty_()
-        self._apply_state_()
+        delete_(self.adapted, adapter_name)
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or the list of names where several are active."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+    add_weighted_adapter = add_weighted_adapter
 
     # -- switching off and on ------------------------------------------------------------------------------
 
     def disable_adapter_layers(self) -> None:
         """Compute as the base model does: branches, saved copies, trained biases and merges are set aside."""
-        if self._disabled:
-            return
-        for path, layer in self.adapter_layers().items():
-            if layer.merged_adapters:
-                self._merged_when_disabled[path] = list(layer.merged_adapters)
-                layer.unmerge_()
-        self._kept_biases.swap_(self.model)
-        self._disabled = True
-        self._apply_state_()
+        switch_off_(self.adapted)
 
     def enable_adapter_layers(self) -> None:
         """Undo ``disable_adapter_layers``."""
-        if not self._disabled:
-            return
-        merge_in_place_(self.adapter_layers(), self._merged_when_disabled)
-        self._merged_when_disabled.clear()
-        self._kept_biases.swap_(self.model)
-        self._disabled = False
-        self._apply_state_()
+        switch_on_(self.adapted)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """``with lora.disable_adapter(): ...`` computes as the base model."""
-        was_disabled = self._disabled
+        was_disabled = self.adapted.disabled
         self.disable_adapter_layers()
         try:
             yield
@@ -186,22 +124,19 @@ class LoraModel(Combining):
         Adapters merged before stay merged, and naming these alone is a MergeError. While any is, forward applies no
         others.
         """
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = [chosen] if isinstance(chosen, str) else list(chosen)
+        names = list(self.active_adapters) if adapter_names is None else _names(adapter_names)
         for name in names:
-            self._check_known(name)
+            self.adapted.check_known(name)
         if not names:
             raise MergeError(f"nothing to merge: no adapter is active or named; the model has {list(self.peft_config)}")
-        if self._disabled:
+        if self.adapted.disabled:
             raise MergeError("adapters are switched off, and so would the merge be; enable_adapter_layers() first")
         layers = self.adapter_layers()
         merge_in_place_(layers, dict.fromkeys(layers, names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put every base weight back as it was before ``merge_adapter``, bit for bit."""
-        self._merged_when_disabled.clear()
-        for layer in self.adapter_layers().values():
-            layer.unmerge_()
+        unmerge_(self.adapted)
 
     def merge_and_unload(
         self,
@@ -219,33 +154,147 @@ class LoraModel(Combining):
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before the first adapter: its own module objects, biases and flags."""
-        self.unmerge_adapter()
-        if not self._disabled:
-            self._kept_biases.swap_(self.model)
-        for path, module in list(modules_of(self.model)):
-            if base_of(module) is not module:
-                swap_(self.model, path, base_of(module))
-        self._forget_()
-        return self.model
+        return take_out_(self.adapted)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapter layers inside; ``unload()`` gives it without them."""
         return self.model
 
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | object | None = _NOT_GIVEN,
+        is_main_process: bool | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Write the adapters, PEFT's layout: "default" in the folder, others in subfolders of their names.
+
+        A call that says ``is_main_process`` or ``state_dict=None`` comes from a Trainer (a newer or an older
+        one), which resumes from ``model.safetensors``; all adapters are then written into a file of that name
+        as well, so that a stock resume finds them.
+        """
+        if push_to_hub:
+            raise AdapterError("push_to_hub=True: save_pretrained writes to a folder only; call push_to_hub(repo_id)")
+        if not safe_serialization:
+            raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        if is_main_process is not False:
+            for_trainer = is_main_process is not None or state_dict is None
+            given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
+            save_adapter(
+                self.adapted, Path(save_directory), selected_adapters, state_dict=given, resume_copy=for_trainer
+            )
+
+    push_to_hub = push_to_hub
+
+    @classmethod
+    def from_pretrained(
+        cls: type[L],
+        model: Any,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        config: LoraConfig | None = None,
+        allow_pickle: bool = False,
+        check_backbone: bool = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> L:
+        """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
+
+        Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
+        replaces the stored one. An adapter that LoftQ started fits the quantized base that it was started on,
+        and ``check_backbone`` refuses others.
+        """
+        stored = StoredAdapter.read(model_id, allow_pickle=allow_pickle)
+        config = stored.config if config is None else config
+        injected = config_for(model, config, stored.state, trainable=is_trainable)
+        lora = cls(model, injected, adapter_name, adapter_dtype=adapter_dtype)
+        try:
+            fill_(lora.adapted, adapter_name, stored, check_base=check_backbone)
+        except BaseException:
+            lora.unload()
+            raise
+        record_(lora.adapted, adapter_name, config, stored.folder)
+        return lora if is_trainable else lora.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        allow_pickle: bool = False,
+        check_backbone: bool = True,
+    ) -> None:
+        """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it."""
+        new = adapter_name not in self.peft_config
+        load_(
+            self.adapted,
+            adapter_name,
+            StoredAdapter.read(model_id, allow_pickle=allow_pickle),
+            trainable=is_trainable,
+            check_base=check_backbone,
+            add=self.add_adapter,
+            delete=self.delete_adapter,
+        )
+        if new and is_trainable:
+            self.set_requires_grad(adapter_name)
+        elif new:
+            self.eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; the state of a Trainer's checkpoint, or of an adapter's file, goes to its adapters, strictly."""
+        if any(key.startswith(PREFIX) for key in state_dict):
+            load_resume_state_(self.adapted, state_dict)
+            return torch.nn.modules.module._IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
+
     # -- looking at it -------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        return self.adapted.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.adapted.active
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the list of names where several are active."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.adapted.plan
+
+    @property
+    def backbones(self) -> dict[str, str]:
+        """Fingerprints of the quantized bases that LoftQ adapters were started on, by adapter."""
+        return self.adapted.backbones
+
+    @property
+    def adapter_dtype(self) -> torch.dtype | None:
+        return self.adapted.adapter_dtype
 
     def adapter_layers(self) -> dict[str, AdapterLayer]:
         """Every adapter layer by its path in ``model``; one that stands at several paths comes once."""
-        return {path: m for path, m in self.model.named_modules() if isinstance(m, AdapterLayer)}
+        return self.adapted.layers()
 
     def saved_modules(self) -> dict[str, ModulesToSave]:
         """Every module with trained copies, by its path in ``model``."""
-        return {path: m for path, m in self.model.named_modules() if isinstance(m, ModulesToSave)}
+        return self.adapted.saved_modules()
 
     def paths_of(self, path: str) -> list[str]:
         """All paths in ``model`` where the module at ``path`` stands."""
-        module = self.model.get_submodule(path)
-        return [other for other, candidate in modules_of(self.model) if candidate is module]
+        tree = Tree(self.model)
+        return list(tree.paths_of(tree.modules[path]))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a packed k-bit weight counts as the weights it holds."""
@@ -268,74 +317,9 @@ class LoraModel(Combining):
                 )
         return self.model.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
 
-    # -- inside ------------------------------------------------------------------------------------------------
 
-    def _check_known(self, name: str) -> None:
-        if name not in self.peft_config:
-            raise AdapterError(f"unknown adapter {name!r}; the model has {sorted(self.peft_config)}")
-
-    def _check_new(self, name: str, config: LoraConfig) -> None:
-        if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name:
-            raise AdapterError(
-                f"adapter name {name!r}: expected a non-empty string without dots and slashes (it becomes part of "
-                "parameter names and the name of a folder)"
-            )
-        if name in self.peft_config:
-            raise AdapterError(f"adapter {name!r} exists already; delete_adapter() it first or choose another name")
-        if config.bias != "none" and (other := [n for n, c in self.peft_config.items() if c.bias != "none"]):
-            raise AdapterError(
-                f"adapter {name!r}: bias={config.bias!r} would train the base's biases, which {other[0]!r} trains "
-                "already; set bias='none' for one of them"
-            )
-
-    def _recorded(self, config: LoraConfig, plan: Plan) -> LoraConfig:
-        """``config`` as it is stored: targets spelled out where the user left them to us."""
-        changes: dict[str, Any] = {}
-        if config.target_modules is None or config.target_modules == "all-linear":
-            paths = [path for entry in plan.entries for path in (entry.path, *entry.aliases)]
-            changes["target_modules"] = shortest_names(paths, self.model)
-        if config.base_model_name_or_path is None:
-            source = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-            changes["base_model_name_or_path"] = source or None
-        return dataclasses.replace(config, **changes)
-
-    def _apply_state_(self) -> None:
-        """Make every layer and every ``requires_grad`` say what the adapters' state is."""
-        for parameter in self.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                parameter.requires_grad_(False)
-        for module in self._parts():
-            module.active_adapters = list(self.active_adapters)  # as in PEFT, held by this layer or not
-            module.disable_adapters = self._disabled
-            for name in self._trainable if not self._disabled else ():
-                if name in module.adapter_names():
-                    for tensor in module.adapter_tensors(name).values():
-                        if isinstance(tensor, nn.Parameter):
-                            tensor.requires_grad_(True)
-        for name in self._trainable if not self._disabled else ():
-            for parameter in bias_parameters(self.model, self.peft_config[name].bias).values():
-                parameter.requires_grad_(True)
-
-    def _parts(self) -> list[AdapterLayer | ModulesToSave]:
-        return [*self.adapter_layers().values(), *self.saved_modules().values()]
-
-    def _drop_empty_(self) -> None:
-        """Give modules back that no adapter uses any more."""
-        for path, module in list(modules_of(self.model)):
-            if isinstance(module, (AdapterLayer, ModulesToSave)) and not module.adapter_names():
-                swap_(self.model, path, base_of(module))
-
-    def _forget_(self) -> None:
-        """No adapter is left; what may be trained is what might be before the first one."""
-        self.peft_config.clear()
-        self.active_adapters, self._trainable = [], []
-        self._kept_biases.values.clear()
-        self._merged_when_disabled.clear()
-        self.backbones.clear()
-        self._disabled = False
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in self._trained_before)
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def apply_lora(

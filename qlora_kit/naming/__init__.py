@@ -1,4 +1,27 @@
 """One way to name a module: under which names a model has what a tree, a checkpoint or an adapter calls it.
 
+All that chooses, saves, loads or merges modules asks here. Nothing here knows what a module computes or stores.
+
+- ``tree``: a live model by canonical paths, wrappers stripped, shared modules listed
+- ``suffixes``: names that mean the last components of a path, asked of many paths at once
 - ``variants``: names of older releases, with and without the backbone's prefix
 """
+
+from .suffixes import Patterns, Suffixes, ends_with, pattern_value
+from .tree import StandIn, Tree, base_of, canonical, module_at, slot, unwrapped
+from .variants import Variants
+
+__all__ = [
+    "Patterns",
+    "StandIn",
+    "Suffixes",
+    "Tree",
+    "Variants",
+    "base_of",
+    "canonical",
+    "ends_with",
+    "module_at",
+    "pattern_value",
+    "slot",
+    "unwrapped",
+]

@@ -27,7 +27,7 @@ def fill_(lora: LoraModel, seed: int = 1) -> None:
     """Give every factor and trained copy a value of order 1, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in lora._parts():
+        for module in lora.adapted.parts():
             for name in module.adapter_names():
                 for tensor in module.adapter_tensors(name).values():
                     tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))

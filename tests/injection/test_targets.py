@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from qlora_kit import LoraConfig, TargetError, UnsupportedModuleError, apply_lora
-from qlora_kit.injection.targets import pattern_value, resolve, resolve_saved, shortest_names
+from qlora_kit.injection.targets import resolve, resolve_saved, shortest_names
+from qlora_kit.naming import pattern_value
 
 
 def llama(**kwargs: object) -> LlamaForCausalLM:

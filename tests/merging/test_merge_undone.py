@@ -62,10 +62,10 @@ def everything(lora: LoraModel) -> dict[str, Any]:
     found: dict[str, Any] = {"config": lora.model.config.to_json_string(), "marks": {}}
     for mark in ("is_quantized", "is_loaded_in_4bit", "hf_quantizer", "quantization_method", "memory_bill"):
         found["marks"][mark] = repr(vars(lora.model).get(mark))
-    for record in ("peft_config", "active_adapters", "_trainable", "_disabled", "_merged_when_disabled", "backbones"):
-        found[record] = repr(getattr(lora, record))
+    for record in ("configs", "active", "trainable", "disabled", "set_aside", "backbones"):
+        found[record] = repr(getattr(lora.adapted, record))
     found["plan"] = lora.plan
-    found["biases"] = {path: value.tolist() for path, value in lora._kept_biases.values.items()}
+    found["biases"] = {path: value.tolist() for path, value in lora.adapted.kept_biases.values.items()}
     for path, layer in lora.adapter_layers().items():
         found[path] = dict(layer.scaling), layer.merged_adapters, layer._unmerged is None
     return found

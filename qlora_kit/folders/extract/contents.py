@@ -21,7 +21,8 @@ from ...config.lora import LoraConfig
 from ...errors import StorageError, TargetError, closest
 from ...injection.biases import bias_parameters
 from ...injection.engine import Plan, PlanEntry, make_plan
-from ...injection.targets import modules_of, resolve_saved, shortest_names
+from ...injection.targets import resolve_saved, shortest_names
+from ...naming import Tree
 from .report import BIAS, LEFT, WHOLE, OtherTensor
 
 #: In place of names of modules to store whole: all that differ.
@@ -263,7 +264,7 @@ def _has_bias(module: nn.Module) -> bool:
 def _saved_names(paths: Sequence[str], model: nn.Module) -> list[str]:
     """Names that select ``paths`` and no others also for PEFT, which compares plain ends of ``modules_to_save``: there
     "norm" would select ``input_layernorm`` too."""
-    others = [path for path, _ in modules_of(model) if path and path not in paths]
+    others = [path for path in Tree(model).modules if path and path not in paths]
     names = set()
     for path in paths:
         pieces = path.split(".")

@@ -1,0 +1,148 @@
+"""The adapters on one model as a value: what merging, combining, saving and loading need of it, and no more.
+
+``LoraModel`` holds one and is its face. Everything below it is written over this, so nothing below needs the face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.lora import LoraConfig
+from ..errors import AdapterError
+from ..layers import AdapterLayer, ModulesToSave
+from ..naming import Tree, base_of
+from .biases import KeptBiases, bias_parameters
+from .engine import Plan, swap_
+
+
+class Adapted:
+    """The named adapters in ``root``.
+
+    Attributes:
+        root: the model, adapter layers inside.
+        adapter_dtype: of factors and trained copies; None is by the base's dtype, see ``LoraModel``.
+        configs: the configuration of each adapter by name.
+        active: names that forward applies, in order.
+        trainable: names whose parameters are trained.
+        disabled: whether the model computes as its base does.
+        set_aside: what was merged when adapters were switched off, by path.
+        kept_biases: the base's biases from before an adapter trained them; while ``disabled``, the trained ones.
+        backbones: fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
+        plan: what was done for the adapter added last.
+    """
+
+    def __init__(self, root: nn.Module, adapter_dtype: torch.dtype | None = None) -> None:
+        self.root = root
+        self.adapter_dtype = adapter_dtype
+        self.configs: dict[str, LoraConfig] = {}
+        self.active: list[str] = []
+        self.trainable: list[str] = []
+        self.disabled = False
+        self.set_aside: dict[str, list[str]] = {}
+        self.kept_biases = KeptBiases()
+        self.backbones: dict[str, str] = {}
+        self.plan: Plan | None = None
+        self._trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+    # -- looking at it -------------------------------------------------------------------------------------
+
+    def layers(self, tree: Tree | None = None) -> dict[str, AdapterLayer]:
+        """Every adapter layer by its canonical path; one that stands at several paths comes once."""
+        found = (tree or Tree(self.root)).firsts()
+        return {path: module for path, module in found if isinstance(module, AdapterLayer)}
+
+    def saved_modules(self, tree: Tree | None = None) -> dict[str, ModulesToSave]:
+        """Every module with trained copies, by its canonical path."""
+        found = (tree or Tree(self.root)).firsts()
+        return {path: module for path, module in found if isinstance(module, ModulesToSave)}
+
+    def parts(self) -> list[AdapterLayer | ModulesToSave]:
+        """All layers and saved modules."""
+        found = (module for _, module in Tree(self.root).firsts())
+        return [module for module in found if isinstance(module, (AdapterLayer, ModulesToSave))]
+
+    def bases_of(self, name: str) -> dict[str, nn.Module]:
+        """The base modules that adapter ``name`` stands on, by path."""
+        return {path: layer.base_layer for path, layer in self.layers().items() if name in layer.r}
+
+    def check_known(self, name: str) -> None:
+        """Raise an AdapterError unless there is an adapter ``name``."""
+        if name not in self.configs:
+            raise AdapterError(f"unknown adapter {name!r}; the model has {sorted(self.configs)}")
+
+    def copies(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Which of ``names`` have trained their own copy of a module (modules_to_save), by its path."""
+        held = {
+            path: [name for name in dict.fromkeys(names) if name in module.modules_to_save]
+            for path, module in self.saved_modules().items()
+        }
+        return {path: holders for path, holders in held.items() if holders}
+
+    def check_one_copy(self, names: Sequence[str], why: str, error: type[Exception] = AdapterError) -> None:
+        """Raise ``error`` where two of ``names`` have each trained a copy of one module, of which ``why`` tells what
+        can't be done and what can."""
+        for path, holders in self.copies(names).items():
+            if len(holders) > 1:
+                raise error(f"adapters {holders} each hold their own copy of {path} (modules_to_save), {why}")
+
+    # -- changing it ---------------------------------------------------------------------------------------
+
+    def choose_(self, names: Sequence[str], *, trainable: bool) -> None:
+        """Make ``names`` the active adapters, and the trainable ones or none."""
+        for name in names:
+            self.check_known(name)
+        self.check_one_copy(names, "so they can't be active together; merge one of them first")
+        self.active = list(names)
+        self.trainable = list(names) if trainable else []
+        self.apply_state_()
+
+    def apply_state_(self) -> None:
+        """Make every layer and every ``requires_grad`` say what the adapters' state is."""
+        for parameter in self.root.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.requires_grad_(False)
+        training = [] if self.disabled else self.trainable
+        for module in self.parts():
+            module.active_adapters = list(self.active)  # as in PEFT, held by this layer or not
+            module.disable_adapters = self.disabled
+            for name in training:
+                if name in module.adapter_names():
+                    for tensor in module.adapter_tensors(name).values():
+                        if isinstance(tensor, nn.Parameter):
+                            tensor.requires_grad_(True)
+        for name in training:
+            for parameter in bias_parameters(self.root, self.configs[name].bias).values():
+                parameter.requires_grad_(True)
+
+    def drop_(self, *, empty: bool) -> None:
+        """Give modules back to the model: those that no adapter uses any more (``empty``), or all."""
+        for path, module in Tree(self.root).modules.items():
+            if isinstance(module, (AdapterLayer, ModulesToSave)) and not (empty and module.adapter_names()):
+                swap_(self.root, path, base_of(module))
+
+    def forget_(self) -> None:
+        """No adapter is left; what may be trained is what might be before the first one."""
+        self.configs.clear()
+        self.active, self.trainable = [], []
+        self.kept_biases.values.clear()
+        self.set_aside.clear()
+        self.backbones.clear()
+        self.disabled = False
+        for name, parameter in self.root.named_parameters(remove_duplicate=False):
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self._trained_before)
+
+
+def adapted_of(model: Any) -> Adapted:
+    """The adapters of ``model``: a ``LoraModel``, or what it holds."""
+    found = model if isinstance(model, Adapted) else getattr(model, "adapted", None)
+    if not isinstance(found, Adapted):
+        raise AdapterError(
+            f"expected a model with adapters (what apply_lora returns), found {type(model).__name__}; call apply_lora, "
+            "or LoraModel.from_pretrained, first"
+        )
+    return found

@@ -1,0 +1,106 @@
+"""Adapters come and go: added, chosen, trained or frozen, deleted, taken out; each as a whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..adapter_files.backbone import fingerprint
+from ..config.lora import LoraConfig
+from ..errors import AdapterError
+from ..initializers import prepared
+from ..injection.adapted import Adapted
+from ..injection.biases import bias_parameters
+from ..injection.engine import Plan, inject_, make_plan, request_for
+from ..injection.targets import shortest_names
+from ..merging.in_place import unmerge_
+from ..naming import Tree
+
+
+def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
+    """Inject another adapter, neither active nor trainable yet. See ``LoraModel.add_adapter``."""
+    check_new(adapted, name, config)
+    root, dtype = adapted.root, adapted.adapter_dtype
+    tree = Tree(root)
+    plan = make_plan(tree, config)
+    recorded = _recorded(config, plan, tree)
+    requests = [request_for(root, entry, config, dtype) for entry in plan.entries]
+    start = prepared(root, requests)
+    del requests, tree
+    inject_(root, plan, config, name, start, dtype=dtype)
+    adapted.configs[name], adapted.plan = recorded, plan
+    if config.init_lora_weights == "loftq":  # taken at once, before shards or merges hide the codes
+        adapted.backbones[name] = fingerprint(adapted.bases_of(name))
+    adapted.kept_biases.keep(bias_parameters(root, config.bias))
+    adapted.apply_state_()
+    return plan
+
+
+def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
+    """Raise an AdapterError if ``name`` can't be one or is taken, or two adapters would train the base's biases."""
+    if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name:
+        raise AdapterError(
+            f"adapter name {name!r}: expected a non-empty string without dots and slashes (it becomes part of "
+            "parameter names and the name of a folder)"
+        )
+    if name in adapted.configs:
+        raise AdapterError(f"adapter {name!r} exists already; delete_adapter() it first or choose another name")
+    if config.bias != "none" and (other := [n for n, c in adapted.configs.items() if c.bias != "none"]):
+        raise AdapterError(
+            f"adapter {name!r}: bias={config.bias!r} would train the base's biases, which {other[0]!r} trains "
+            "already; set bias='none' for one of them"
+        )
+
+
+def _recorded(config: LoraConfig, plan: Plan, tree: Tree) -> LoraConfig:
+    """``config`` as it is stored: targets spelled out where the user left them to us."""
+    changes: dict[str, Any] = {}
+    if config.target_modules is None or config.target_modules == "all-linear":
+        paths = [path for entry in plan.entries for path in (entry.path, *entry.aliases)]
+        changes["target_modules"] = shortest_names(paths, tree)
+    if config.base_model_name_or_path is None:
+        source = getattr(getattr(tree.model, "config", None), "_name_or_path", None)
+        changes["base_model_name_or_path"] = source or None
+    return dataclasses.replace(config, **changes)
+
+
+def train_(adapted: Adapted, names: Sequence[str], requires_grad: bool) -> None:
+    """Train or freeze adapters without changing which ones are active."""
+    for name in names:
+        adapted.check_known(name)
+    others = [name for name in adapted.trainable if name not in names]
+    adapted.trainable = [*others, *names] if requires_grad else others
+    adapted.apply_state_()
+
+
+def delete_(adapted: Adapted, name: str) -> None:
+    """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
+    adapted.check_known(name)
+    merges = {path: layer.merged_adapters for path, layer in adapted.layers().items()}
+    merged = [path for path, names in {**merges, **adapted.set_aside}.items() if name in names]
+    if merged:
+        raise AdapterError(f"adapter {name!r} is merged (into {merged[0]}, ...); unmerge_adapter() first")
+    if adapted.configs[name].bias != "none":
+        adapted.kept_biases.swap_(adapted.root)
+        adapted.kept_biases.values.clear()
+    for module in adapted.parts():
+        module.delete_adapter(name)
+    del adapted.configs[name]
+    adapted.backbones.pop(name, None)
+    adapted.trainable = [other for other in adapted.trainable if other != name]
+    adapted.active = [other for other in adapted.active if other != name] or list(adapted.configs)[:1]
+    adapted.drop_(empty=True)
+    adapted.apply_state_()
+
+
+def take_out_(adapted: Adapted) -> nn.Module:
+    """The base model as it was before the first adapter: its own module objects, biases and flags."""
+    unmerge_(adapted)
+    if not adapted.disabled:
+        adapted.kept_biases.swap_(adapted.root)
+    adapted.drop_(empty=False)
+    adapted.forget_()
+    return adapted.root

@@ -1,0 +1,144 @@
+"""A live model by the names that its user knows, whatever has been wrapped around its parts.
+
+torch.compile, activation checkpointing, FSDP and DDP put a wrapper in a module's place and hold the module under a
+name of their own; adapter layers put themselves there too. A file that says ``layers.0._orig_mod.q_proj`` loads
+nowhere else, and a target that doesn't see through a wrapper matches nothing. So a path is *canonical* here: as if no
+wrapper stood in it. ``Tree`` maps a model once; all that chooses, saves, loads or merges modules asks it.
+
+A ``StandIn`` (an adapter layer, a trained copy) counts as the one module that it stands for, and isn't entered: a
+second adapter finds exactly the names that the first one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .variants import Variants
+
+# Names under which torch's wrappers hold what they wrap; DDP's "module" is too common a name to be told by itself.
+_HELD_AS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class StandIn(nn.Module):
+    """A module that took another's place in the tree and stands for it under its name."""
+
+    @property
+    def original(self) -> nn.Module:
+        """The user's own module."""
+        raise NotImplementedError
+
+
+def canonical(name: str) -> str:
+    """``name``, a path or a key of a state dict, as if no wrapper stood in it."""
+    if "._" not in name and name[:1] != "_":
+        return name
+    return ".".join(part for part in name.split(".") if part not in _HELD_AS)
+
+
+def held_as(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper holds what it wraps; None where ``module`` is none."""
+    for name in _HELD_AS:
+        if name in module._modules:
+            return name
+    return "module" if isinstance(module, (DistributedDataParallel, DataParallel)) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What ``module`` wraps, or itself."""
+    while (name := held_as(module)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The user's own module behind wrappers, an adapter layer or a saved copy."""
+    module = unwrapped(module)
+    return unwrapped(module.original) if isinstance(module, StandIn) else module
+
+
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module at ``path`` of a live model, inside wrappers; a stand-in as it is.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = unwrapped(model)
+    for name in canonical(path).split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            raise AttributeError(f"{path}: {type(module).__name__} has no module {name!r}")
+        module = unwrapped(child)
+    return module
+
+
+def slot(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at ``path``, and under which attribute: its parent, or its innermost wrapper."""
+    parent, _, name = canonical(path).rpartition(".")
+    holder: nn.Module = module_at(model, parent)
+    child: Any = holder._modules[name]
+    while (inner := held_as(child)) is not None:
+        holder, name, child = child, inner, child._modules[inner]
+    return holder, name
+
+
+class Tree:
+    """The modules of ``model`` by canonical path, as they are now.
+
+    Attributes:
+        model: as it was given.
+        modules: every path of the user's model with what is there, root first; a module that stands at several paths
+            comes at each.
+        paths: all paths of each module, by its id; those of a stand-in by that of its original too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[int, list[str]] = {}
+        self._variants: Variants | None = None
+        for path, module in _walk(model, ""):
+            self.modules[path] = module
+            paths = self.paths.setdefault(id(module), [])
+            paths.append(path)
+            if isinstance(module, StandIn):
+                self.paths.setdefault(id(module.original), paths)
+
+    @classmethod
+    def of(cls, model: nn.Module | Tree) -> Tree:
+        """``model``'s tree; a tree as it is."""
+        return model if isinstance(model, Tree) else cls(model)
+
+    def paths_of(self, module: nn.Module) -> list[str]:
+        """All paths where ``module``, or a stand-in for it, stands."""
+        return self.paths.get(id(module), [])
+
+    def first(self, path: str) -> str:
+        """The first path of the module at ``path``."""
+        return self.paths[id(self.modules[path])][0]
+
+    def firsts(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) for each module once, at its first path."""
+        return ((path, module) for path, module in self.modules.items() if self.first(path) == path)
+
+    def path_of(self, name: str) -> str | None:
+        """The path of what a file calls ``name``: under wrappers, in an older release, or with another prefix."""
+        name = canonical(name)
+        if name in self.modules:
+            return name
+        if self._variants is None:
+            self._variants = Variants(unwrapped(self.model))
+        variants = [*self._variants(name), name.removeprefix("module.")]
+        return next((found for found in variants if found in self.modules), None)
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrapped(module)
+    yield path, module
+    if not isinstance(module, StandIn):
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from _walk(child, f"{path}.{name}" if path else name)
