@@ -19,7 +19,7 @@ from ..config import lora as core
 from ..errors import AdapterError
 from ..injection.engine import Plan
 from ..model.lora_model import LoraModel
-from ..naming import Suffixes, Tree
+from ..naming import Tree
 from .configs import LoraConfig, PeftType
 from .hub import adapter_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -177,7 +177,7 @@ class PeftModel(LoraModel):
 
     def _with_head(self, config: core.LoraConfig) -> core.LoraConfig:
         wanted = [*(config.modules_to_save or ()), *self.head_names]
-        known = Suffixes(Tree(self.model).modules)
+        known = Tree(self.model).names
         present = [name for name in dict.fromkeys(wanted) if name not in self.head_names or name in known]
         return dataclasses.replace(config, modules_to_save=present or None)
 

@@ -42,7 +42,7 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
         UnsupportedModuleError: a selected module's type can't be adapted; names path and type.
     """
     tree = Tree.of(model)
-    saved = Suffixes(tree.modules).matching(config.modules_to_save or ())
+    saved = set(tree.names.matching(config.modules_to_save or ()))
     inside_saved = tuple(f"{path}." for path in saved)
     candidates = {
         path: module
@@ -76,10 +76,9 @@ def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[
     if not names:
         return []
     tree = Tree.of(model)
-    known = Suffixes(path for path in tree.modules if path)
     for name in names:
-        _must_match("modules_to_save", name, name in known, tree.modules)
-    paths = known.matching(names)
+        _must_match("modules_to_save", name, name in tree.names, tree.modules)
+    paths = tree.names.matching(names)
     _check_tied(tree, paths)
     return paths
 
@@ -119,8 +118,7 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
                 f"target_modules=None: expected a known architecture, found model_type={model_type!r}; set "
                 f"target_modules to 'all-linear' or to some of {sorted(leaves)}"
             )
-        known = Suffixes(candidates)
-        names = [name for name in names if name in known] or list(names)
+        names = [name for name in names if name in tree.names] or list(names)
     if names == "all-linear":
         heads = _heads(unwrapped(tree.model))
         chosen = [
@@ -142,10 +140,9 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
                 f"{near or sorted(_names_of(candidates))[:5]} (paths look like {_example(candidates)!r})"
             )
         return chosen
-    known = Suffixes(candidates)
     for name in names:
-        _must_match("target_modules", name, name in known, candidates)
-    return known.matching(names)
+        _must_match("target_modules", name, any(path in candidates for path in tree.names.of(name)), candidates)
+    return [path for path in tree.names.matching(names) if path in candidates]
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -185,10 +182,9 @@ def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> li
         expression = re.compile(excluded)
         _must_match("exclude_modules", excluded, any(map(expression.fullmatch, tree.modules)), tree.modules)
         return [path for path in selected if not expression.fullmatch(path)]
-    known = Suffixes(tree.modules)
     for name in excluded:
-        _must_match("exclude_modules", name, name in known, tree.modules)
-    without = set(known.matching(excluded))
+        _must_match("exclude_modules", name, name in tree.names, tree.modules)
+    without = set(tree.names.matching(excluded))
     return [path for path in selected if path not in without]
 
 

@@ -10,8 +10,11 @@ from .base import AdapterLayer, register_layer
 
 def factor_module(weight: Tensor) -> nn.Linear:
     """A bias-free linear holding ``weight`` (out, in) without spending time on a start of its own."""
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(module)
+    module.out_features, module.in_features = weight.shape
     module.weight = nn.Parameter(weight)
+    module.register_parameter("bias", None)
     return module
 
 

@@ -16,7 +16,7 @@ from ..config.lora import LoraConfig
 from ..errors import TargetError
 from ..injection.adapted import Adapted
 from ..injection.targets import resolve, shortest_names
-from ..naming import Patterns, Suffixes, Tree, canonical
+from ..naming import Patterns, Tree, canonical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,9 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     modules as an older release did, its own tensors say which ones are meant.
     """
     tree = Tree(model)
-    known = Suffixes(tree.modules)
     config = dataclasses.replace(
         stored,
-        modules_to_save=[name for name in stored.modules_to_save or () if name in known] or None,
+        modules_to_save=[name for name in stored.modules_to_save or () if name in tree.names] or None,
         init_lora_weights=True,
         loftq_config=None,
         inference_mode=not trainable,

@@ -41,9 +41,13 @@ class Suffixes:
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
 
+    def of(self, name: str) -> list[str]:
+        """The paths that end with ``name``."""
+        return self._by_name.get(name, [])
+
     def matching(self, names: Iterable[str]) -> list[str]:
         """The paths that end with one of ``names``, in their own order, each once."""
-        found = {path for name in names for path in self._by_name.get(name, ())}
+        found = {path for name in names for path in self.of(name)}
         return [path for path in self.paths if path in found] if found else []
 
 

@@ -12,11 +12,13 @@ second adapter finds exactly the names that the first one did.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .suffixes import Suffixes
 from .variants import Variants
 
 # Names under which torch's wrappers hold what they wrap; DDP's "module" is too common a name to be told by itself.
@@ -99,7 +101,6 @@ class Tree:
         self.model = model
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = {}
-        self._variants: Variants | None = None
         for path, module in _walk(model, ""):
             self.modules[path] = module
             paths = self.paths.setdefault(id(module), [])
@@ -107,10 +108,19 @@ class Tree:
             if isinstance(module, StandIn):
                 self.paths.setdefault(id(module.original), paths)
 
+    @cached_property
+    def _variants(self) -> Variants:
+        return Variants(unwrapped(self.model))
+
     @classmethod
     def of(cls, model: nn.Module | Tree) -> Tree:
         """``model``'s tree; a tree as it is."""
         return model if isinstance(model, Tree) else cls(model)
+
+    @cached_property
+    def names(self) -> Suffixes:
+        """The paths by all names that mean them, the root's left out."""
+        return Suffixes(path for path in self.modules if path)
 
     def paths_of(self, module: nn.Module) -> list[str]:
         """All paths where ``module``, or a stand-in for it, stands."""
@@ -129,8 +139,6 @@ class Tree:
         name = canonical(name)
         if name in self.modules:
             return name
-        if self._variants is None:
-            self._variants = Variants(unwrapped(self.model))
         variants = [*self._variants(name), name.removeprefix("module.")]
         return next((found for found in variants if found in self.modules), None)
 
