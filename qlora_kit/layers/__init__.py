@@ -10,11 +10,13 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``saved``: whole modules trained beside the factors (``modules_to_save``)
 """
 
-from .base import AdapterLayer, find_layer_family, layer_family_for, register_layer
+from .base import AdapterLayer, find_layer_family, layer_family_for, on_demand, register_layer
 from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
 from .linear import LinearAdapter
 from .saved import ModulesToSave
+
+on_demand["transformers"] = f"{__name__}.conv1d"
 
 __all__ = [
     "AdapterLayer",

@@ -269,7 +269,8 @@ class _Unmerged:
 
 
 _registry: dict[type[nn.Module], type[AdapterLayer]] = {}
-_on_demand = {"transformers": "qlora_kit.layers.conv1d"}
+#: By the name of an optional library, the module that registers families for its types, imported at need.
+on_demand: dict[str, str] = {}
 
 
 def register_layer(*types: type[nn.Module]) -> Callable[[type[AdapterLayer]], type[AdapterLayer]]:
@@ -286,7 +287,7 @@ def register_layer(*types: type[nn.Module]) -> Callable[[type[AdapterLayer]], ty
 def find_layer_family(module: nn.Module) -> type[AdapterLayer] | None:
     """The layer family of ``module``'s type, most specific registration first, or None."""
     kind = type(module)
-    load_on_demand(kind, _on_demand)
+    load_on_demand(kind, on_demand)
     return next((_registry[base] for base in kind.__mro__ if base in _registry), None)
 
 

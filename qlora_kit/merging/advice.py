@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, MergeError
 from ..injection.adapted import Adapted
-from .base_choice import original_of
+from .base_choice import base_weight, grid_of
 from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, share_of
-from .requantize import WAYS, Grid, rounded
+from .requantize import WAYS, rounded
 from .task import MergeTask
 
 # Layers that settings are tried on; the residual ranks among these; and the share with which the search is over.
@@ -80,6 +80,7 @@ def _retained(
     rank: int,
 ) -> float:
     """The share of the deltas at ``paths`` that is kept by this rounding and residual rank."""
+    original = task.original if report.base == "original" else None
     accounts: list[LayerFidelity] = []
     for path in paths:
         layer = adapted.layers()[path]
@@ -88,13 +89,10 @@ def _retained(
         target = task.target(own, linear=layer.family == "linear")
         if target is None:
             continue
-        delta, grid = layer.stacked(task.parts), None
+        delta = layer.stacked(task.parts)
         with layer.unmerged():
-            ideal, stored = codec.read(base), codec.quantized(base)
-            if report.base == "original" and task.original is not None and own is not None:
-                ideal, _ = original_of(task.original, path, ideal)
-            elif target == own and stored is not None:
-                grid = Grid(stored, *delta)
+            ideal, _ = base_weight(path, codec, base, original)
+            grid = grid_of(codec, base, target, delta, original)
             norms = add_delta_(ideal, *delta, path)
             try:
                 found = rounded(ideal, target, way, moments.get(path), rank, grid)

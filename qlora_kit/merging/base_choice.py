@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.originals import original_weight
-from ..codecs import find_codec
+from ..codecs import Codec, find_codec
+from ..codecs.quantized import Quantizer
 from ..naming import Tree, base_of
 from .agreement import Batches, mean_loss
+from .requantize import Grid
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -67,8 +69,28 @@ def _corrected(modules: Mapping[str, nn.Module], folder: Path) -> Iterator[None]
         yield
 
 
+def base_weight(path: str, codec: Codec, base: nn.Module, original: Path | None) -> tuple[Tensor, float | None]:
+    """What a delta is added to, float32 (out, in): what ``base`` stores, or where that is quantized and ``original``
+    is given the weight in that folder, with how far the stored one is from it."""
+    stored = codec.read(base)
+    if original is None or codec.quantizer(base) is None:
+        return stored, None
+    return _original_of(original, path, stored)
+
+
+def grid_of(
+    codec: Codec, base: nn.Module, target: Quantizer | None, delta: tuple[Tensor, Tensor] | None, original: Path | None
+) -> Grid | None:
+    """The stored codes that ``delta`` may be brought into by changing some of them: where the base is stored as
+    ``target`` says already, and its own weight is what the delta is added to."""
+    if delta is None or original is not None or target is None or target != codec.quantizer(base):
+        return None
+    stored = codec.quantized(base)
+    return None if stored is None else Grid(stored, *delta)
+
+
 @torch.no_grad()
-def original_of(folder: Path, path: str, stored: Tensor) -> tuple[Tensor, float]:
+def _original_of(folder: Path, path: str, stored: Tensor) -> tuple[Tensor, float]:
     """The original weight, float32 (out, in), and how far ``stored``, which is overwritten, is from it."""
     weight = original_weight(folder, path, stored)
     return weight, float(torch.linalg.vector_norm(stored.sub_(weight)))

@@ -23,7 +23,7 @@ from ..injection.engine import Injection, swap_, with_hooks_of
 from ..layers import AdapterLayer
 from ..naming import Tree
 from ..preparation.quantize import linear_holding
-from .base_choice import original_of
+from .base_choice import base_weight, grid_of
 from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
 from .requantize import Grid, Rounded, rounded
 from .task import MergeTask
@@ -70,7 +70,7 @@ class Merger:
         if not any(name in layer.r for name in self.task.parts):
             self._put(layer, base)
             return []
-        weight, base_error = self._read(path, codec, base)
+        weight, base_error = base_weight(path, codec, base, self.original)
         delta = layer.stacked(self.task.parts)
         norms = add_delta_(weight, *delta, path)
         try:
@@ -106,7 +106,7 @@ class Merger:
             own = codec.quantizer(module)
             if self.task.dtype is not None:
                 if own is not None and self.original is not None:
-                    weight, _ = self._read(path, codec, module)
+                    weight, _ = base_weight(path, codec, module, self.original)
                     dense: nn.Module = dense_linear(module, weight, self.task.dtype)  # type: ignore[arg-type]
                 else:
                     dense = codec.dense_like(module, self.task.dtype)
@@ -115,15 +115,8 @@ class Merger:
                     self._release(codec, module)
                     self._put(module, with_hooks_of(module, dense))
             elif own is not None and own != self.task.target(own, linear=True):
-                weight, _ = self._read(path, codec, module)
+                weight, _ = base_weight(path, codec, module, self.original)
                 self._put(module, self._stored(path, codec, module, weight, None, linear=True)[0])
-
-    def _read(self, path: str, codec: Codec, base: nn.Module) -> tuple[Tensor, float | None]:
-        """The weight to add to, and how far the one that is stored is from it where that is another."""
-        stored = codec.read(base)
-        if self.original is None or codec.quantizer(base) is None:
-            return stored, None
-        return original_of(self.original, path, stored)
 
     def _stored(
         self, path: str, codec: Codec, base: nn.Module, ideal: Tensor, delta: Factors | None, *, linear: bool
@@ -139,10 +132,7 @@ class Merger:
             self._keep(codec, base)
             codec.write_(base, ideal)
             return base, None
-        grid = None
-        if target == own and delta is not None and self.original is None:
-            stored = codec.quantized(base)
-            grid = None if stored is None else Grid(stored, *delta)
+        grid = grid_of(codec, base, target, delta, self.original)
         if target != own:
             self._release(codec, base)
         found = self._rounded(path, ideal, target, grid)
