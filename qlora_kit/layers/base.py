@@ -43,7 +43,7 @@ class AdapterLayer(StandIn):
         self.base_layer = base_layer
         self.codec = codec or codec_for(base_layer)
         self.codec.protect_(base_layer)
-        self.train(base_layer.training)
+        self.training = base_layer.training
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -87,7 +87,8 @@ class AdapterLayer(StandIn):
             )
         self.new_factors_(name, A, B)
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_dropout.train(self.training)
+        for container in (*self.factor_names, "lora_dropout"):
+            getattr(self, container).train(self.training)
         self.r[name], self.lora_alpha[name], self.use_rslora[name] = rank, alpha, use_rslora
         self.scaling[name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
 

@@ -25,7 +25,7 @@ class ModulesToSave(StandIn):
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []
         self.disable_adapters = False
-        self.train(original_module.training)
+        self.training = original_module.training
 
     def add_adapter(self, name: str, dtype: torch.dtype | None, path: str = "") -> None:
         """Copy the original for adapter ``name``; half-precision weights become ``dtype`` where given.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..codecs.finite import all_finite
 from ..codecs.quantized import Quantized, Quantizer
 from ..errors import MergeError
+from ..naming import module_at
 from .agreement import Batches
 
 WAYS = ("nearest", "scale-search", "error-feedback")
@@ -105,7 +106,7 @@ def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) ->
         )
     if not given:
         return found
-    return {path: _checked(path, found[path], model.get_submodule(path), way) for path in paths if path in found}
+    return {path: _checked(path, found[path], module_at(model, path), way) for path in paths if path in found}
 
 
 def _checked(path: str, moments: Any, layer: Any, way: str) -> Tensor:

@@ -68,7 +68,7 @@ class LoraModel(ModelProxy):
         self.add_adapter(adapter_name, config)
         protect_storage_(model)  # what isn't adapted too
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
-        self.train(model.training)
+        self.training = model.training  # each module inside keeps its own mode
 
     # -- adding, choosing, deleting ------------------------------------------------------------------------
 

@@ -50,6 +50,22 @@ def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     assert all(torch.equal(now[key], state[key]) for key in state)
 
 
+# -- modes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_keeps_its_own_mode(training: bool) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).train(training)
+    net[1].train(not training)
+    net[2].train(not training)
+    lora = apply_lora(net, LoraConfig(target_modules=["0", "2"], modules_to_save=["1"], lora_dropout=0.5))
+    assert [lora.training, net.training] == [training, training]
+    saved = net[1]
+    assert [m.training for m in (saved, saved.original_module, saved.modules_to_save["default"])] == [not training] * 3
+    for layer, mode in ((net[0], training), (net[2], not training)):
+        assert all(module.training == mode for module in layer.modules())
+
+
 # -- the life of adapters ------------------------------------------------------------------------------------
 
 
