@@ -19,9 +19,8 @@ PACKAGES = ("qlora_kit", "loftq")
 # A room is a folder or a single module. Rooms of one line don't know each other.
 FLOORS = """
 errors on_import
-codecs
-naming lowrank
-checkpoints
+codecs naming
+checkpoints lowrank
 config layers
 injection
 initializers algebra preparation hf_quantizer

@@ -32,7 +32,7 @@ from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.biases import bias_parameters
 from ..injection.targets import end_tables
-from ..layers import AdapterLayer
+from ..layers import AdapterLayer, ModulesToSave
 from ..naming import Tree, base_of, canonical
 from .backbone import METADATA_KEY
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
@@ -212,7 +212,8 @@ def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None)
         if adapter_name in layer.adapter_names():
             for suffix, tensor in layer.adapter_tensors(adapter_name).items():
                 container, dot, rest = suffix.partition(".")
-                name = f"model.{path}.{container}.{adapter_name}{dot}{rest}"
+                under = "" if tree.modules[path] is layer else f".{ModulesToSave.holds}"
+                name = f"model.{path}{under}.{container}.{adapter_name}{dot}{rest}"
                 slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, tensor))
     for path, module in adapted.saved_modules(tree).items():
         if adapter_name in module.adapter_names():

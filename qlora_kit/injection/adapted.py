@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
-from ..naming import Tree, base_of
+from ..naming import Tree, chain
 from .biases import KeptBiases, bias_parameters
 from .engine import Plan, swap_
 
@@ -52,18 +52,21 @@ class Adapted:
 
     def layers(self, tree: Tree | None = None) -> dict[str, AdapterLayer]:
         """Every adapter layer by its canonical path; one that stands at several paths comes once."""
-        found = (tree or Tree(self.root)).firsts()
-        return {path: module for path, module in found if isinstance(module, AdapterLayer)}
+        return {path: part for path, part in self._parts(tree) if isinstance(part, AdapterLayer)}
 
     def saved_modules(self, tree: Tree | None = None) -> dict[str, ModulesToSave]:
         """Every module with trained copies, by its canonical path."""
-        found = (tree or Tree(self.root)).firsts()
-        return {path: module for path, module in found if isinstance(module, ModulesToSave)}
+        return {path: part for path, part in self._parts(tree) if isinstance(part, ModulesToSave)}
 
     def parts(self) -> list[AdapterLayer | ModulesToSave]:
         """All layers and saved modules."""
-        found = (module for _, module in Tree(self.root).firsts())
-        return [module for module in found if isinstance(module, (AdapterLayer, ModulesToSave))]
+        return [part for _, part in self._parts(None)]
+
+    def _parts(self, tree: Tree | None) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
+        for path, module in (tree or Tree(self.root)).firsts():
+            for part in chain(module):
+                if isinstance(part, (AdapterLayer, ModulesToSave)):
+                    yield path, part
 
     def bases_of(self, name: str) -> dict[str, nn.Module]:
         """The base modules that adapter ``name`` stands on, by path."""
@@ -87,7 +90,10 @@ class Adapted:
         can't be done and what can."""
         for path, holders in self.copies(names).items():
             if len(holders) > 1:
-                raise error(f"adapters {holders} each hold their own copy of {path} (modules_to_save), {why}")
+                raise error(
+                    f"{path}: expected at most one of the adapters to hold its own trained copy (modules_to_save), "
+                    f"found {holders}; {why}"
+                )
 
     # -- changing it ---------------------------------------------------------------------------------------
 
@@ -95,7 +101,7 @@ class Adapted:
         """Make ``names`` the active adapters, and the trainable ones or none."""
         for name in names:
             self.check_known(name)
-        self.check_one_copy(names, "so they can't be active together; merge one of them first")
+        self.check_one_copy(names, "they can't be active together, so merge one of them first")
         self.active = list(names)
         self.trainable = list(names) if trainable else []
         self.apply_state_()
@@ -121,8 +127,9 @@ class Adapted:
     def drop_(self, *, empty: bool) -> None:
         """Give modules back to the model: those that no adapter uses any more (``empty``), or all."""
         for path, module in Tree(self.root).modules.items():
-            if isinstance(module, (AdapterLayer, ModulesToSave)) and not (empty and module.adapter_names()):
-                swap_(self.root, path, base_of(module))
+            for part in chain(module):
+                if isinstance(part, (AdapterLayer, ModulesToSave)) and not (empty and part.adapter_names()):
+                    swap_(self.root, path, part.get_submodule(part.holds), of=part)
 
     def forget_(self) -> None:
         """No adapter is left; what may be trained is what might be before the first one."""

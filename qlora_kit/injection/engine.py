@@ -197,9 +197,17 @@ def inject_(
     return injection
 
 
-def swap_(model: nn.Module, path: str, module: nn.Module, injection: Injection | None = None) -> None:
-    """Make ``module`` the submodule of ``model`` at ``path``, inside wrappers that stand there."""
-    holder, name = slot(model, path)
+def swap_(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    injection: Injection | None = None,
+    *,
+    of: nn.Module | None = None,
+) -> None:
+    """Make ``module`` the submodule of ``model`` at ``path``, inside wrappers that stand there; where stand-ins stand
+    for one another, in the place of the one ``of``."""
+    holder, name = slot(model, path, of)
     before: Any = holder._modules[name]
     if before is not module:
         if injection is not None:

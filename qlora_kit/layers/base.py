@@ -33,6 +33,7 @@ class AdapterLayer(StandIn):
     """A base module with any number of named low-rank branches beside it. See the module's text."""
 
     family: ClassVar[str]
+    holds = "base_layer"
     #: Names of the parameter containers that hold the two factors, A's first.
     factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
     #: Of any module type; what it offers beyond nn.Module is between its codec and its family.
@@ -220,10 +221,6 @@ class AdapterLayer(StandIn):
         return _Unmerged(self)
 
     # -- standing in for the base module -----------------------------------------------------------------
-
-    @property
-    def original(self) -> nn.Module:
-        return self.base_layer
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer

@@ -13,11 +13,16 @@ import torch
 from torch import nn
 
 from ..errors import TargetError
-from ..naming import StandIn
+from ..naming import StandIn, base_of
 
 
 class ModulesToSave(StandIn):
-    """``original_module`` and one trainable copy of it for each adapter in ``modules_to_save``."""
+    """``original_module`` and one trainable copy of it for each adapter in ``modules_to_save``.
+
+    The original may be an adapter layer: of other adapters, whose place this is too. Copies are of its base.
+    """
+
+    holds = "original_module"
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
@@ -33,14 +38,15 @@ class ModulesToSave(StandIn):
         Raises:
             TargetError: the module holds quantized weights, which can't be trained.
         """
-        for key, parameter in self.original_module.named_parameters():
+        base = base_of(self.original_module)
+        for key, parameter in base.named_parameters():
             if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
                 raise TargetError(
                     f"{path}.{key}: expected a floating-point parameter in modules_to_save, found "
                     f"{parameter.dtype} quantized storage; keep the module out of quantization "
                     "(llm_int8_skip_modules) or adapt it through target_modules"
                 )
-        module = copy.deepcopy(self.original_module)
+        module = copy.deepcopy(base)
         if dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
             module = module.to(dtype)
         self.modules_to_save[name] = module
@@ -59,10 +65,6 @@ class ModulesToSave(StandIn):
         persistent = set(module.state_dict())
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         return {key: value for key, value in tensors.items() if key in persistent}
-
-    @property
-    def original(self) -> nn.Module:
-        return self.original_module
 
     @property
     def current(self) -> nn.Module:

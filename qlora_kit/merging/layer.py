@@ -208,4 +208,4 @@ class Merger:
 
     def _put(self, old: nn.Module, new: nn.Module) -> None:
         for path in self._paths[id(old)]:
-            swap_(self.root, path, new, self.undo)
+            swap_(self.root, path, new, self.undo, of=old)

@@ -14,7 +14,7 @@ from ..config.lora import LoraConfig
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection, Plan, Request, Start, inject_, make_plan
 from ..injection.targets import shortest_names
-from ..naming import Tree, module_at
+from ..naming import Tree
 
 RESIDUAL = "residual"
 
@@ -58,6 +58,6 @@ def attach_residual_(
 
     done = inject_(adapted.root, plan, config, RESIDUAL, start, dtype=dtype or adapted.adapter_dtype)
     undo.on_undo(done.undo)
-    for entry in plan.entries:
-        module_at(adapted.root, entry.path).active_adapters = [RESIDUAL]
+    for layer in adapted.layers().values():
+        layer.active_adapters = [RESIDUAL]
     return Residual(config, plan)

@@ -113,7 +113,7 @@ def chosen_parts(
         raise MergeError(f"nothing to merge: no adapter is active or named; {known}")
     if len(set(names)) != len(names):
         raise MergeError(f"adapters={names}: a name stands twice, so its delta would be added twice")
-    adapted.check_one_copy(names, "and the merged model has room for one; merge one of them", MergeError)
+    adapted.check_one_copy(names, "the merged model has room for one, so merge one of them", MergeError)
     parts, copies = _weighted(names, weights), adapted.copies(names)
     for name, weight in parts.items():
         whole = [path for path, holders in copies.items() if name in holders]

@@ -17,7 +17,7 @@ from ..algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_
 from ..config.checks import check_bool, check_choice
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..injection.adapted import Adapted, adapted_of
+from ..injection.adapted import Adapted
 from ..injection.engine import Plan, Request, Start, inject_, make_plan
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import module_at
@@ -28,7 +28,7 @@ _ROUNDINGS, _FLOOR = 4, 1e-6
 
 
 def add_weighted_adapter(
-    model: Any,
+    self: Any,
     adapters: Sequence[str],
     weights: Weights,
     adapter_name: str,
@@ -90,7 +90,7 @@ def add_weighted_adapter(
     check_bool("svd_full_matrices", svd_full_matrices)
     if svd_driver is not None:
         check_choice("svd_driver", svd_driver, ("gesvd", "gesvdj", "gesvda"), "leave it out")
-    return _combined_(adapted_of(model), adapters, weights, adapter_name, recipe, check_base=check_backbone)
+    return _combined_(self.adapted, adapters, weights, adapter_name, recipe, check_base=check_backbone)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def _combined_(
     """Add adapter ``name``, combined from ``adapters`` by ``recipe``."""
     names = _sources(adapted, adapters)
     check_new(adapted, name, LoraConfig())
-    adapted.check_one_copy(names, "and whole modules can't be combined; leave all but one of these adapters out")
+    adapted.check_one_copy(names, "whole modules can't be combined, so leave all but one of these adapters out")
     copies = {path: holders[0] for path, holders in adapted.copies(names).items()}
     layers = {path: layer for path, layer in adapted.layers().items() if set(names) & set(layer.r)}
     check_apart({source: adapted.configs[source] for source in names}, layers)
@@ -126,8 +126,9 @@ def _combined_(
             for key, tensor in wrapper.adapter_tensors(name).items():
                 tensor.copy_(trained[key])
             report.copied[path] = source
+        layers = adapted.layers()
         for path, found in results.items():
-            _check_registered(path, module_at(adapted.root, path), name, found)
+            _check_registered(path, layers[path], name, found)
         if of_one_base:
             adapted.backbones[name] = fingerprint(adapted.bases_of(name))
     except BaseException:

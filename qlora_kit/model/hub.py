@@ -7,7 +7,7 @@ from typing import Any
 
 
 def push_to_hub(
-    model: Any,
+    self: Any,
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -22,7 +22,7 @@ def push_to_hub(
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, **kwargs)
+        self.save_pretrained(folder, **kwargs)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(
             repo_id=repo_id,

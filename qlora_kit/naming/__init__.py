@@ -8,7 +8,7 @@ All that chooses, saves, loads or merges modules asks here. Nothing here knows w
 """
 
 from .suffixes import Patterns, Suffixes, ends_with, pattern_value
-from .tree import StandIn, Tree, base_of, canonical, module_at, slot, unwrapped
+from .tree import StandIn, Tree, base_of, canonical, chain, module_at, slot, unwrapped
 from .variants import Variants
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Variants",
     "base_of",
     "canonical",
+    "chain",
     "ends_with",
     "module_at",
     "pattern_value",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -26,12 +26,10 @@ _HELD_AS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class StandIn(nn.Module):
-    """A module that took another's place in the tree and stands for it under its name."""
+    """A module that took another's place in the tree and stands for it under its name; one may stand for another."""
 
-    @property
-    def original(self) -> nn.Module:
-        """The user's own module."""
-        raise NotImplementedError
+    #: The attribute that holds what it stands for.
+    holds: ClassVar[str]
 
 
 def canonical(name: str) -> str:
@@ -56,10 +54,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """The user's own module behind wrappers, an adapter layer or a saved copy."""
+def chain(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` without wrappers, what it stands for, what that stands for, down to the user's own module."""
     module = unwrapped(module)
-    return unwrapped(module.original) if isinstance(module, StandIn) else module
+    yield module
+    while isinstance(module, StandIn):
+        module = unwrapped(module._modules[module.holds])  # type: ignore[arg-type]
+        yield module
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The user's own module behind wrappers, adapter layers and saved copies."""
+    *_, base = chain(module)
+    return base
 
 
 def module_at(model: nn.Module, path: str) -> Any:
@@ -77,14 +84,19 @@ def module_at(model: nn.Module, path: str) -> Any:
     return module
 
 
-def slot(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the one at ``path``, and under which attribute: its parent, or its innermost wrapper."""
+def slot(model: nn.Module, path: str, of: nn.Module | None = None) -> tuple[nn.Module, str]:
+    """The module that holds the one at ``path``, and under which attribute: its parent, or its innermost wrapper; of a
+    chain of stand-ins there the outermost's, or that of the link ``of``."""
     parent, _, name = canonical(path).rpartition(".")
     holder: nn.Module = module_at(model, parent)
-    child: Any = holder._modules[name]
-    while (inner := held_as(child)) is not None:
-        holder, name, child = child, inner, child._modules[inner]
-    return holder, name
+    while True:
+        child: Any = holder._modules[name]
+        inner = held_as(child)
+        if inner is None and of is not None and child is not of and isinstance(child, StandIn):
+            inner = child.holds
+        if inner is None:
+            return holder, name
+        holder, name = child, inner
 
 
 class Tree:
@@ -94,7 +106,7 @@ class Tree:
         model: as it was given.
         modules: every path of the user's model with what is there, root first; a module that stands at several paths
             comes at each.
-        paths: all paths of each module, by its id; those of a stand-in by that of its original too.
+        paths: all paths of each module, by its id; those of a stand-in by the ids of what it stands for too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,8 +117,8 @@ class Tree:
             self.modules[path] = module
             paths = self.paths.setdefault(id(module), [])
             paths.append(path)
-            if isinstance(module, StandIn):
-                self.paths.setdefault(id(module.original), paths)
+            for link in chain(module):
+                self.paths.setdefault(id(link), paths)
 
     @cached_property
     def _variants(self) -> Variants:
@@ -123,7 +135,7 @@ class Tree:
         return Suffixes(path for path in self.modules if path)
 
     def paths_of(self, module: nn.Module) -> list[str]:
-        """All paths where ``module``, or a stand-in for it, stands."""
+        """All paths where ``module``, or a stand-in for it, is."""
         return self.paths.get(id(module), [])
 
     def first(self, path: str) -> str:

@@ -41,7 +41,7 @@ def test_who_holds_a_copy_of_a_module() -> None:
     assert value.copies(["b", "a"]) == {"1": ["b", "a"]}
     assert value.copies(["b"]) == {"1": ["b"]}
     value.check_one_copy(["a"], "unused")
-    with pytest.raises(MergeError, match=r"adapters \['a', 'b'\] each hold their own copy of 1 .*, so take one"):
+    with pytest.raises(MergeError, match=r"1: expected at most one .* found \['a', 'b'\]; so take one"):
         value.check_one_copy(["a", "b"], "so take one", MergeError)
 
 
