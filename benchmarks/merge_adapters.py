@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training, quantize_
 from qlora_kit.codecs import protect_storage_
 from qlora_kit.demo.models import Source
-from qlora_kit.demo.run import Settings
+from qlora_kit.demo.settings import Settings
 from qlora_kit.demo.text import make_windows
 from qlora_kit.demo.training import fine_tune_, perplexity
 from qlora_kit.hf_quantizer import record_quantization_

@@ -32,7 +32,7 @@ from torch import nn
 from loftq import allocate
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training
 from qlora_kit.demo.models import Source, quiet, reference_model_path
-from qlora_kit.demo.run import Settings
+from qlora_kit.demo.settings import Settings
 from qlora_kit.demo.text import Windows, make_windows
 from qlora_kit.demo.training import fine_tune_, perplexity
 

@@ -5,6 +5,7 @@ QLoRA does, and once from LoftQ. The 4-bit LoftQ adapter is then saved, reloaded
 merged three ways.
 
 - ``run``: the stages, and ``run_demo``, which is their order
+- ``settings``: what a run depends on
 - ``models``: getting the model, dense or of few bits
 - ``text``: text to fine-tune on
 - ``training``: the fine-tune, and measuring perplexity
@@ -15,7 +16,8 @@ merged three ways.
 from .models import reference_model_path
 from .report import show, write_reports
 from .results import FineTune, Generation, Merged, Reload, Result
-from .run import Settings, run_demo
+from .run import run_demo
+from .settings import Settings
 from .text import make_windows
 from .training import perplexity
 

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,18 @@ from rich.console import Console
 from torch import nn
 
 from ..config.loftq import DEFAULT_TYPES
-from ..config.lora import LoftQConfig, LoraConfig
 from ..hf_quantizer import record_quantization_
 from ..injection.engine import make_plan
 from ..merging.in_memory import merge
 from ..model.lora_model import LoraModel, apply_lora
 from ..preparation.kbit import memory_bill, prepare_model_for_kbit_training
 from ..preparation.quantize import quantize_
-from .models import Source, pick_device, quiet, reference_model_path
+from .models import Source, pick_device, quiet
 from .results import FineTune, Generation, Merged, Reload, Result
+from .settings import BLOCKSIZE, DOUBLE_QUANT, Settings
 from .text import Windows, make_windows
 from .training import fine_tune_, perplexity
 
-LOFTQ_STEPS = 5
-BLOCKSIZE = 64
-DOUBLE_QUANT = {2: True, 4: False}
 # Ways to merge the 4-bit adapter, by what the tables call them: options of ``qlora_kit.merge``.
 MERGES: dict[str, dict[str, Any]] = {
     "float32": {"into": "float32"},
@@ -49,43 +46,6 @@ PROMPTS = (
     "    def forward(self, input: Tensor) -> Tensor:",
 )
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run depends on; alpha equals the rank, so the scaling is 1."""
-
-    model: str
-    out: Path
-    device: str
-    steps: int = 60
-    rank: int = 16
-    learning_rate: float = 1e-3
-    seed: int = 0
-    batch: int = 4
-    window: int = 256
-    held_out_rows: int = 32
-
-    @classmethod
-    def make(cls, *, model: str | None, device: str | None, **others: Any) -> Settings:
-        """Settings with the reference model and the best device filled in where None is given."""
-        return cls(model=model or str(reference_model_path()), device=pick_device(device)[0], **others)
-
-    def lora(self, **start: Any) -> LoraConfig:
-        return LoraConfig(
-            r=self.rank, lora_alpha=self.rank, target_modules="all-linear", task_type="CAUSAL_LM", **start
-        )
-
-    def loftq(self, bits: int, calibration: Any = None, **others: Any) -> LoraConfig:
-        loftq = LoftQConfig(
-            loftq_bits=bits,
-            loftq_iter=LOFTQ_STEPS,
-            blocksize=BLOCKSIZE,
-            double_quant=DOUBLE_QUANT[bits],
-            calibration=calibration,
-            calibration_tokens=self.window,
-        )
-        return self.lora(init_lora_weights="loftq", loftq_config=loftq, **others)
 
 
 def run_demo(settings: Settings, say: Say | None = None) -> Result:
