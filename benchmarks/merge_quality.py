@@ -42,7 +42,7 @@ import torch
 from merge_adapters import Case, Encoder, Store, Task
 from torch import Tensor, nn
 
-from loftq.requantize import moments_on
+from loftq.for_merging import text_moments
 from qlora_kit import LoraModel, merge
 from qlora_kit.codecs import codec_for, protect_storage_
 from qlora_kit.demo.models import quiet, reference_model_path
@@ -118,7 +118,7 @@ def run(case: Case, store: Store, state: State, wanted: list[str] | None) -> Non
         lora = store.adapted(case)
         if way.statistics and way.statistics not in moments:
             text = task.train if way.statistics == "train" else task.builtin
-            moments[way.statistics] = moments_on(text, lora.model, list(lora.adapter_layers()))
+            moments[way.statistics] = text_moments(text, lora.model, list(lora.adapter_layers()))
         options = dict(way.options)
         if "base" in options:
             options["original"] = task.original

@@ -109,7 +109,7 @@ def init(
 @app.command()
 def report(out: OutFolder) -> None:
     """Print the table of a finished run again."""
-    from .report import Report
+    from .starts.report import Report
 
     with errors_in_red("loftq report"):
         typer.echo(str(Report.load(out)))

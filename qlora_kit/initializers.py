@@ -35,7 +35,7 @@ Prepare = Callable[[nn.Module, Sequence[Request]], Initializer]
 _registry: dict[bool | str, Initializer] = {}
 _preparations: dict[bool | str, Prepare] = {}
 # Starts that live in packages above this one, imported when first asked for.
-_on_demand = {"loftq": "loftq.preparation"}
+_on_demand = {"loftq": "loftq.starts.whole_model"}
 INIT_NAMES.update(_on_demand.keys())
 
 

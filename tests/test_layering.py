@@ -31,9 +31,10 @@ folders compat
 qlora_kit
 loftq.methods
 loftq.inputs
+loftq.starts
 loftq.bits
-loftq
 loftq.disk
+loftq
 demo
 cli
 loftq.cli

@@ -19,12 +19,11 @@ from qlora_kit.config.lora import LoraConfig
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.injection.engine import PlanEntry, Request, make_plan, request_for
 
-from ..disk.output import module_bytes
-from ..initializer import DENSE, checked
 from ..inputs.groups import Seen, stages
 from ..inputs.text import calibration_batches
-from ..methods.factorization import factorize
 from ..methods.registry import needs_of
+from ..starts.options import factorize_as, module_bytes
+from ..starts.startable import DENSE, checked
 from .budget import Budget, Choice, check_possible, choose, mean_bits
 
 
@@ -71,7 +70,7 @@ def allocate(
 
     Raises:
         ConfigError: the budget can't be met (says the smallest possible), or ``config`` has types or bits already.
-        TargetError: a module is quantized already; besides, as StorageError, see ``loftq.preparation.prepare``.
+        TargetError: a module is quantized already; besides, as StorageError, see ``loftq.starts.whole_model.prepare``.
     """
     budget = Budget(bits, memory, tuple(ranks), rule)
     options = undecided(config.loftq_config or LoftQConfig())
@@ -176,26 +175,13 @@ def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Bud
     Raises:
         ConfigError: see ``factorize``; names the path.
     """
-    needs = needs_of(options.chosen_method)
-    method = options.chosen_method if seen is not None or not needs.statistics else "loftq"
-    if needs.sequential:
-        method = "cloq" if seen is not None else "loftq"  # what earlier layers become isn't known yet
+    # What earlier layers become isn't known yet; "cloq" is what sequential methods do without.
+    method = "cloq" if needs_of(options.chosen_method).sequential else options.method
+    once = replace(options, method=method, loftq_iter=1)
     choices = []
     for choice in costs_of(request, options, budget):
         try:
-            result = factorize(
-                weight,
-                choice.rank,
-                quant_type=MIXED_TYPES[choice.bits],
-                steps=1,
-                statistics=None if seen is None else seen.statistics,
-                blocksize=options.blocksize,
-                double_quant=options.double_quant,
-                method=method,
-                seed=options.seed,
-                damping=options.damping,
-                scale_search=options.scale_search,
-            )
+            result = factorize_as(once, weight, choice.rank, MIXED_TYPES[choice.bits], seen=seen)
         except ConfigError as fault:
             raise ConfigError(f"{request.path}: {fault}") from fault
         left = result.error if result.output_error is None else result.output_error

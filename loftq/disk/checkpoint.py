@@ -25,6 +25,8 @@ from qlora_kit.errors import StorageError, TargetError
 from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
 from qlora_kit.preparation.quantize import in_bitsandbytes
 
+from ..starts.startable import DENSE
+
 # Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
 _MATRIX = 2
 
@@ -69,7 +71,7 @@ class Checkpoint:
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
         for entry in self.plan.entries:
-            if entry.family == "conv" or entry.codec not in ("dense", "conv1d", "embedding"):
+            if entry.family == "conv" or entry.codec not in DENSE:
                 raise TargetError(
                     f"{entry.path}: expected a linear layer or an embedding to quantize, found a "
                     f"{entry.module_type}; take it out of the targets"

@@ -15,11 +15,10 @@ from qlora_kit.checkpoints.pipeline import in_order
 from qlora_kit.codecs import codec_for
 from qlora_kit.initializers import Request
 
-from ..initializer import start_of
 from ..inputs.groups import Seen
 from ..inputs.streamed_model import streamed_stages
 from ..methods.registry import needs_of
-from ..preparation import change
+from ..starts.one_module import change, start_of
 from .checkpoint import Checkpoint, Unit
 from .output import adapter_names
 from .task import Made, Task

@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_kit.checkpoints.quantized_tensors import PARTS, weight_bytes
+from qlora_kit.checkpoints.quantized_tensors import PARTS
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.injection.engine import PlanEntry
 from qlora_kit.preparation.quantize import in_bitsandbytes
 
-from ..initializer import storage_of
+from ..starts.options import module_bytes, storage_of
 from .checkpoint import Checkpoint
 
 
@@ -42,12 +42,6 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
         if unit.entry is not None:
             total += 4 * unit.entry.trainable_parameters
     return total
-
-
-def module_bytes(shape: tuple[int, ...], kind: str, options: LoftQConfig) -> int:
-    """Bytes of a weight (out, in) in the type ``kind``; see ``weight_bytes``."""
-    blocksize = None if options.blocksize == "row" else int(options.blocksize)
-    return weight_bytes(shape, kind, blocksize, options.double_quant)
 
 
 def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[str, Any] | None:

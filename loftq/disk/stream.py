@@ -3,8 +3,8 @@
 Memory. A tensor is read, worked on and written before the next but one is touched: the peak is a small multiple
 of the largest tensor, whatever the model's size. Reading ahead, computing and writing overlap in threads.
 
-Bits. Each module goes through the very function that starts it in memory (``initializer.start_of``), with the same
-number of threads inside torch, so base and adapter are bitwise those of the in-memory path.
+Bits. Each module goes through the very function that starts it in memory (``starts.one_module.start_of``), with the
+same number of threads inside torch, so base and adapter are bitwise those of the in-memory path.
 
 Interruptions. Results are appended in a fixed order, and noted in the journal once they are on the disk. The same
 command goes on from there and ends with the same bytes. The index and config.json come last: a folder that was
@@ -25,7 +25,7 @@ from qlora_kit.checkpoints.sharded_output import check_disk, clear
 from ..bits.on_disk import allocated, check_budget, provisional
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
-from ..report import Report
+from ..starts.report import Report
 from .checkpoint import Checkpoint, Unit
 from .making import computed, in_forward_order
 from .output import expected_bytes

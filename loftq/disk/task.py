@@ -12,7 +12,7 @@ from qlora_kit.config.lora import LoftQConfig, LoraConfig
 
 from ..bits.budget import Budget
 from ..inputs.text import identity
-from ..report import LayerReport
+from ..starts.report import LayerReport
 
 # The hidden folder of the output where a run keeps what it is working on.
 WORK_FOLDER = ".loftq"

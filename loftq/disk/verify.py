@@ -19,7 +19,7 @@ from qlora_kit.config.lora import CONFIG_NAME, LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError
 from qlora_kit.lowrank import norm
 
-from ..report import LayerReport, Report
+from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint
 from .writers import ADAPTER_FOLDER
 

@@ -23,7 +23,7 @@ from qlora_kit.injection.engine import PlanEntry
 from qlora_kit.injection.targets import shortest_names
 from qlora_kit.lowrank import delta
 
-from ..report import LayerReport, Report
+from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint, Unit
 from .output import adapter_names, quantization_config, stored_names
 from .task import WORK_FOLDER, Made, Task

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.naming import base_of
 from qlora_kit.merging.agreement import evaluating
 
 # Gets a module's path and what it is called with.
@@ -218,7 +219,5 @@ def counted_statistics(
 
 def vocabularies(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
     """The number of rows of those modules at ``paths`` that are embeddings."""
-    from qlora_kit.naming import base_of
-
     found = {path: base_of(model.get_submodule(path)) for path in paths}
     return {path: module.num_embeddings for path, module in found.items() if isinstance(module, nn.Embedding)}

@@ -9,4 +9,7 @@
 - ``error_feedback``: methods whose quantized weight is fitted to the inputs
 - ``principal``: methods that keep the weight's own top directions out of what is quantized
 - ``descent``: codes for a small delta on a weight that lies on the grid already
+- ``checks``: what can be no second moments is refused
 """
+
+from . import error_feedback, factorization, principal  # noqa: F401  # they register their methods

@@ -30,6 +30,7 @@ from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.lowrank import factor_pair, norm, truncated_svd
 
 from .metric import Metric
+from .quantizers import quantizer_for
 from .registry import LoftQResult, Problem
 
 Rounding = Callable[[Tensor], Quantized]
@@ -96,8 +97,6 @@ def correction(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) with ``scaling * B @ A`` the closest to ``residual`` (out, in) of that rank."""
-    from .quantizers import quantizer_for
-
     problem = Problem(residual, rank, scaling, quantizer_for(), 1, None, solver, seed)
     A, B, _ = fitted(residual, problem, metric or Metric())
     return A, B

@@ -35,7 +35,8 @@ from torch import Tensor
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.errors import ConfigError
 
-from .metric import DAMPING, LEAST_DAMPING, check_moments
+from .checks import check_moments
+from .metric import DAMPING, LEAST_DAMPING
 
 # Columns between which (E R) is brought up to date by one product.
 _BLOCK = 64

@@ -12,18 +12,10 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import check_matrix, delta
 
 from .alternation import Rounding, alternate
-from .metric import DAMPING, Metric
+from .checks import checked_cross, checked_statistics
+from .metric import DAMPING, Metric, output_norm
 from .quantizers import quantizer_for
-from .registry import (
-    LoftQResult,
-    Problem,
-    checked_cross,
-    checked_statistics,
-    method_for,
-    needs_of,
-    output_norm,
-    register_method,
-)
+from .registry import LoftQResult, Problem, method_for, needs_of, register_method
 from .rounding import round_by_search
 
 

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.lowrank import SAFE_NORMS, norm
+
+from .checks import check_moments
 
 # The share of the mean square that is added to every input's own: what GPTQ and CLoQ take.
 DAMPING = 0.01
@@ -29,20 +32,6 @@ DAMPING = 0.01
 LEAST_DAMPING = 1e-7
 # Rounding its entries to bfloat16 moves no eigenvalue of R by more than half of this times R's Frobenius norm.
 _ROUNDING = 2.0**-8
-
-
-def check_moments(moments: Tensor) -> None:
-    """Refuse what can be no second moments (in, in), nor their diagonal (in,), at a glance.
-
-    Raises:
-        ConfigError: an entry isn't finite, or one of the diagonal is negative.
-    """
-    diagonal = moments if moments.dim() == 1 else moments.diagonal()
-    if not moments.isfinite().all() or (diagonal < 0).any():
-        raise ConfigError(
-            "statistics: expected finite second moments with a diagonal of at least 0, found NaN, infinity or a "
-            "negative mean square; collect them in float32 or better"
-        )
 
 
 @dataclass(frozen=True)
@@ -121,3 +110,14 @@ class Metric:
         result = torch.empty_like(matrix)
         result[:, self.order] = solved.to(matrix.dtype)
         return result
+
+
+def output_norm(matrix: Tensor, statistics: Tensor) -> float:
+    """sqrt(E ||matrix @ x||^2) = sqrt(tr(matrix R matrix^T)) for inputs of second moments R, or its diagonal."""
+    if statistics.dim() == 1:
+        return norm(matrix * statistics.sqrt())
+    found = float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
+    if not SAFE_NORMS[0] < found < SAFE_NORMS[1]:
+        matrix = matrix.double()
+        found = float(((matrix @ statistics.double()) * matrix).sum().clamp_min(0).sqrt())
+    return found

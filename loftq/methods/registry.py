@@ -14,14 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.errors import ConfigError, closest
-from qlora_kit.lowrank import SAFE_NORMS, norm
 
-from .metric import DAMPING, check_moments
+from .metric import DAMPING
 
 
 @dataclass(frozen=True)
@@ -135,46 +133,3 @@ def needs_of(name: str) -> Needs:
     """What the registered method has to be given. Raises ConfigError as ``method_for`` does."""
     method_for(name)
     return _needs.get(name, Needs())
-
-
-def output_norm(matrix: Tensor, statistics: Tensor) -> float:
-    """sqrt(E ||matrix @ x||^2) = sqrt(tr(matrix R matrix^T)) for inputs of second moments R, or its diagonal."""
-    if statistics.dim() == 1:
-        return norm(matrix * statistics.sqrt())
-    found = float(((matrix @ statistics) * matrix).sum(dtype=torch.float64).clamp_min(0).sqrt())
-    if not SAFE_NORMS[0] < found < SAFE_NORMS[1]:
-        matrix = matrix.double()
-        found = float(((matrix @ statistics.double()) * matrix).sum().clamp_min(0).sqrt())
-    return found
-
-
-def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
-    """``cross`` in float32 on the weight's device. Raises ConfigError if its shape or values can't be."""
-    if cross is None:
-        return None
-    width = weight.shape[1]
-    if tuple(cross.shape) != (width, width) or not cross.float().isfinite().all():
-        raise ConfigError(
-            f"cross: expected finite moments E[x x^^T] of shape ({width}, {width}) for a weight {tuple(weight.shape)}, "
-            f"found {tuple(cross.shape)} or values that aren't finite; collect both models' inputs of this layer"
-        )
-    return cross.detach().to(weight.device, torch.float32)
-
-
-def checked_statistics(statistics: Tensor | None, weight: Tensor) -> Tensor | None:
-    """``statistics`` in float32 on the weight's device.
-
-    Raises:
-        ConfigError: they can't be second moments of this weight's inputs.
-    """
-    if statistics is None:
-        return None
-    width = weight.shape[1]
-    if tuple(statistics.shape) not in ((width,), (width, width)):
-        raise ConfigError(
-            f"statistics: expected second moments of shape ({width}, {width}) or their diagonal ({width},) for a "
-            f"weight {tuple(weight.shape)}, found {tuple(statistics.shape)}; collect them from this layer's inputs"
-        )
-    moments = statistics.detach().to(weight.device, torch.float32)
-    check_moments(moments)
-    return moments

@@ -26,7 +26,7 @@ from ..naming import module_at
 from .agreement import Batches
 
 WAYS = ("nearest", "scale-search", "error-feedback")
-_ON_DEMAND = "loftq.requantize"
+_ON_DEMAND = "loftq.for_merging"
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def rounded(
         moments: second moments (in, in) of the layer's inputs, or their diagonal (in,); "error-feedback" needs them
             whole, the others weigh errors by them where they are given.
         residual_rank: of the branch; cut to what the weight has.
-        grid: a small delta on codes that are there already needn't be rounded anew; see ``loftq.requantize``.
+        grid: a small delta on codes that are there already needn't be rounded anew; see ``loftq.for_merging``.
     """
     if way == "nearest" and not residual_rank:
         return Rounded(quantizer(ideal))
-    return _loftq().rounded(ideal, quantizer, way, moments, residual_rank, grid)
+    return _loftq().round_merged(ideal, quantizer, way, moments, residual_rank, grid)
 
 
 def batches_of(text: Any, model: nn.Module) -> Batches:
@@ -80,7 +80,7 @@ def batches_of(text: Any, model: nn.Module) -> Batches:
     Raises:
         ConfigError, StorageError: there is no such text, or no tokenizer beside the model.
     """
-    return _loftq().batches_of(text, model)
+    return _loftq().text_batches(text, model)
 
 
 def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) -> Mapping[str, Tensor]:
@@ -96,7 +96,7 @@ def moments_of(statistics: Any, model: nn.Module, paths: list[str], way: str) ->
     if statistics is None and way != "error-feedback":
         return {}
     given = isinstance(statistics, Mapping)
-    found: Mapping[str, Tensor] = statistics if given else _loftq().moments_on(statistics, model, paths)
+    found: Mapping[str, Tensor] = statistics if given else _loftq().text_moments(statistics, model, paths)
     missing = [path for path in paths if path not in found]
     if missing and way == "error-feedback":
         raise MergeError(

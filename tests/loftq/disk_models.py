@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from loftq.disk.stream import stream
 from loftq.disk.task import Task
 from loftq.disk.writers import ADAPTER_FOLDER
-from loftq.report import Report
+from loftq.starts.report import Report
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 from qlora_kit.hf_quantizer import record_quantization_
 

@@ -161,7 +161,7 @@ def test_the_adapters_effect_is_in_the_output(monkeypatch: pytest.MonkeyPatch, s
         expected = descent.share(stored - base[layer.path], deltas[layer.path], R)
         assert layer.kept == layer.arrived == pytest.approx(expected, rel=1e-3, abs=1e-3)
     nearest = merge(lora_of(storage), statistics=statistics, force=True)
-    monkeypatch.setattr("loftq.requantize._changed", lambda *_: None)
+    monkeypatch.setattr("loftq.for_merging._changed", lambda *_: None)
     anew = merge(lora_of(storage), rounding="error-feedback", statistics=statistics, force=True)
     for other in (nearest, anew):
         assert abs(other.kept - 1) > 5 * abs(report.kept - 1)
@@ -229,7 +229,7 @@ def test_only_what_is_stored_is_a_grid(monkeypatch: pytest.MonkeyPatch, tmp_path
     def broken(*_: Any) -> Callable[[], None]:
         raise BrokenError("codes are looked at")
 
-    monkeypatch.setattr("loftq.requantize.round_from_codes", broken)
+    monkeypatch.setattr("loftq.for_merging.round_from_codes", broken)
     ids = torch.randint(1, 128, (4, 16))
     with pytest.raises(BrokenError):
         merge(lora(), rounding="error-feedback", statistics=ids)

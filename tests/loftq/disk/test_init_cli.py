@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from loftq import allocate
 from loftq.bits.budget import Budget
 from loftq.cli import app
-from loftq.report import Report
+from loftq.starts.report import Report
 from qlora_kit import LoraConfig, LoraModel
 
 

@@ -22,7 +22,7 @@ from loftq.bits.budget import Budget
 from loftq.disk.checkpoint import Unit
 from loftq.disk.stream import stream
 from loftq.disk.task import WORK_FOLDER, Task
-from loftq.report import Report
+from loftq.starts.report import Report
 from qlora_kit import LoraConfig
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.errors import ConfigError, StorageError

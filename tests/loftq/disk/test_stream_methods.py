@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from loftq import start_report
 from loftq.disk.verify import verify
-from loftq.report import Report
+from loftq.starts.report import Report
 from qlora_kit import LoraModel, apply_lora
 from qlora_kit.checkpoints.quantized_tensors import read_stored
 from qlora_kit.checkpoints.shards import ShardReader

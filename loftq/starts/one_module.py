@@ -27,23 +27,19 @@ from torch import Tensor, nn
 from qlora_kit.checkpoints.originals import original_weight
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
-from qlora_kit.config.loftq import DEFAULT_TYPES, MIXED_TYPES
 from qlora_kit.config.lora import LoftQConfig
-from qlora_kit.errors import ConfigError, TargetError
+from qlora_kit.errors import ConfigError
 from qlora_kit.initializers import Request, Start
-from qlora_kit.lowrank import norm
-from qlora_kit.naming import pattern_value
+from qlora_kit.lowrank import delta, norm
 from qlora_kit.preparation.quantize import linear_holding
 
-from .inputs.groups import Seen
-from .methods.alternation import correction
-from .methods.factorization import factorize
-from .methods.metric import Metric
-from .methods.registry import needs_of, output_norm
+from ..inputs.groups import Seen
+from ..methods.alternation import correction
+from ..methods.metric import Metric, output_norm
+from ..methods.registry import needs_of
+from .options import factorize_as, storage_of
 from .report import LayerReport
-
-# Codecs of modules whose weight is not quantized yet.
-DENSE = ("dense", "conv1d", "embedding")
+from .startable import DENSE, checked
 
 
 def loftq_start(request: Request) -> Start:
@@ -60,26 +56,6 @@ def loftq_start(request: Request) -> Start:
             "loftq.factorize with statistics"
         )
     return start_of(request, options)
-
-
-def checked(request: Request) -> Request:
-    """``request``, if there is a start for its module.
-
-    Raises:
-        TargetError: a convolution, or a module whose weight isn't in memory.
-    """
-    if request.family == "conv":
-        raise TargetError(
-            f"{request.path}: expected a linear layer or an embedding for init_lora_weights='loftq', found "
-            f"{type(request.base).__name__}, of which there is no quantized module; take it out of target_modules "
-            "or give it an adapter of its own with init_lora_weights=True"
-        )
-    if request.codec.device(request.base).type == "meta":
-        raise TargetError(
-            f"{request.path}: expected a weight in memory for init_lora_weights='loftq', found one on the meta "
-            "device; load the model's weights first, or use init_lora_weights=True"
-        )
-    return request
 
 
 @torch.no_grad()
@@ -103,26 +79,21 @@ def start_of(request: Request, options: LoftQConfig, seen: Seen | None = None) -
         raise ConfigError(f"{request.path}: {error}") from error
 
 
+def change(request: Request, start: Start) -> Tensor:
+    """D = Q + sBA - W, float32 (out, in): what the start does to the module."""
+    D = delta(start.A, start.B, request.scaling)
+    if start.base is not None:
+        D += codec_for(start.base).read(start.base)
+        D -= request.codec.read(request.base)
+    return D
+
+
 def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = None) -> Start:
     """Alternate on a dense weight; the start brings the quantized base and a ``LayerReport``."""
     began = time.monotonic()
     weight = request.codec.read(request.base)
     kind, packed = storage_of(request.path, options)
-    result = factorize(
-        weight,
-        request.rank,
-        quant_type=kind,
-        steps=options.loftq_iter,
-        scaling=request.scaling,
-        blocksize=options.blocksize,
-        double_quant=options.double_quant,
-        method=options.chosen_method if seen or not needs_of(options.chosen_method).statistics else "loftq",
-        seed=options.seed,
-        statistics=None if seen is None else seen.statistics,
-        cross=None if seen is None else seen.cross,
-        damping=options.damping,
-        scale_search=options.scale_search,
-    )
+    result = factorize_as(options, weight, request.rank, kind, scaling=request.scaling, seen=seen)
     A, B, base = result.A, result.B, _deployed(request, result.quantized, packed)
     stored = codec_for(base, request.path).read(base)
     if not torch.equal(stored, result.quantized.dequantize()):
@@ -143,13 +114,6 @@ def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = 
         seconds=time.monotonic() - began,
     )
     return Start(A, B, base, report)
-
-
-def storage_of(path: str, options: LoftQConfig) -> tuple[str, bool]:
-    """The type that the module at ``path`` is stored in, and whether it is packed by us whatever the type."""
-    if options.bits_pattern:
-        return MIXED_TYPES[pattern_value(path, options.bits_pattern, options.loftq_bits)], True
-    return options.quant_type or DEFAULT_TYPES[options.loftq_bits], False
 
 
 def _correction(request: Request, options: LoftQConfig, seen: Seen | None, left: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,10 @@ _ENOUGH = 0.95
 
 
 @torch.no_grad()
-def rounded(
+def round_merged(
     ideal: Tensor, quantizer: Quantizer, way: str, moments: Tensor | None, residual_rank: int, grid: Grid | None
 ) -> Rounded:
-    """``qlora_kit.merging.requantize.rounded`` where the nearest codes aren't all.
+    """What ``qlora_kit.merging.requantize.rounded`` gives where the nearest codes aren't all that is asked for.
 
     Rounding anew costs a small delta on the grid twice: nearly all of it is lost, and each block's scale moves by as
     much as its largest value does, and every value of the block with it. So there the codes that are stored are tried
@@ -119,11 +119,11 @@ def _with_branch(ideal: Tensor, quantizer: Quantizer, way: str, moments: Tensor 
     return Rounded(found.quantized, (found.A, found.B))
 
 
-def batches_of(text: Any, model: nn.Module) -> Batches:
+def text_batches(text: Any, model: nn.Module) -> Batches:
     """``text`` ("builtin", a text file, token ids (rows, tokens), or batches) as what ``model`` is called with."""
     return batches_for(text, model, rows=ROWS, window=WINDOW)
 
 
-def moments_on(text: Any, model: nn.Module, paths: list[str]) -> Mapping[str, Tensor]:
+def text_moments(text: Any, model: nn.Module, paths: list[str]) -> Mapping[str, Tensor]:
     """Second moments of the inputs of the modules at ``paths`` on ``text``, by path."""
-    return collect_statistics(model, batches_of(text, model), paths)
+    return collect_statistics(model, text_batches(text, model), paths)

@@ -7,19 +7,18 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qlora_kit.codecs import codec_for
 from qlora_kit.config.loftq import LoftQConfig
 from qlora_kit.initializers import Initializer, register_initializer
 from qlora_kit.injection.engine import Request, Start
-from qlora_kit.lowrank import delta
 
-from .initializer import checked, loftq_start, start_of
-from .inputs.groups import stages
-from .inputs.text import calibration_batches
-from .methods.registry import needs_of
+from ..inputs.groups import stages
+from ..inputs.text import calibration_batches
+from ..methods.registry import needs_of
+from .one_module import change, loftq_start, start_of
 from .report import not_reached, short_calibration
+from .startable import checked
 
 # Bytes of activations in memory between blocks, before they go to files.
 _LIMIT = 4 << 30
@@ -30,7 +29,7 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     """The starts of ``requests``, found in the order of the model's forward.
 
     Raises:
-        ConfigError, StorageError, TargetError: see ``loftq.initializer`` and ``loftq.inputs.text``.
+        ConfigError, StorageError, TargetError: see ``loftq.starts.one_module`` and ``loftq.inputs.text``.
     """
     options = requests[0].config.loftq_config or LoftQConfig()
     needs = needs_of(options.chosen_method)
@@ -59,15 +58,6 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     if message := short_calibration([starts[path].report for path in by_path]):
         warnings.warn(message, stacklevel=2)
     return lambda request: starts.pop(request.path)
-
-
-def change(request: Request, start: Start) -> Tensor:
-    """D = Q + sBA - W, float32 (out, in): what the start does to the module."""
-    D = delta(start.A, start.B, request.scaling)
-    if start.base is not None:
-        D += codec_for(start.base).read(start.base)
-        D -= request.codec.read(request.base)
-    return D
 
 
 register_initializer("loftq", prepare=prepare)(loftq_start)

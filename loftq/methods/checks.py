@@ -1,0 +1,54 @@
+"""Refusing what can be no second moments of a weight's inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_kit.errors import ConfigError
+
+
+def check_moments(moments: Tensor) -> None:
+    """Refuse what can be no second moments (in, in), nor their diagonal (in,), at a glance.
+
+    Raises:
+        ConfigError: an entry isn't finite, or one of the diagonal is negative.
+    """
+    diagonal = moments if moments.dim() == 1 else moments.diagonal()
+    if not moments.isfinite().all() or (diagonal < 0).any():
+        raise ConfigError(
+            "statistics: expected finite second moments with a diagonal of at least 0, found NaN, infinity or a "
+            "negative mean square; collect them in float32 or better"
+        )
+
+
+def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``cross`` in float32 on the weight's device. Raises ConfigError if its shape or values can't be."""
+    if cross is None:
+        return None
+    width = weight.shape[1]
+    if tuple(cross.shape) != (width, width) or not cross.float().isfinite().all():
+        raise ConfigError(
+            f"cross: expected finite moments E[x x^^T] of shape ({width}, {width}) for a weight {tuple(weight.shape)}, "
+            f"found {tuple(cross.shape)} or values that aren't finite; collect both models' inputs of this layer"
+        )
+    return cross.detach().to(weight.device, torch.float32)
+
+
+def checked_statistics(statistics: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``statistics`` in float32 on the weight's device.
+
+    Raises:
+        ConfigError: they can't be second moments of this weight's inputs.
+    """
+    if statistics is None:
+        return None
+    width = weight.shape[1]
+    if tuple(statistics.shape) not in ((width,), (width, width)):
+        raise ConfigError(
+            f"statistics: expected second moments of shape ({width}, {width}) or their diagonal ({width},) for a "
+            f"weight {tuple(weight.shape)}, found {tuple(statistics.shape)}; collect them from this layer's inputs"
+        )
+    moments = statistics.detach().to(weight.device, torch.float32)
+    check_moments(moments)
+    return moments
