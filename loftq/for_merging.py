@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_kit.algebra import Branch, Recipe, combine
 from qlora_kit.codecs.quantized import Quantized, Quantizer
-from qlora_kit.lowrank import add_product_, norm
+from qlora_kit.lowrank import add_product_, norm, share_arrived
 from qlora_kit.merging.agreement import Batches
 from qlora_kit.merging.requantize import Grid, Rounded
 
@@ -75,11 +75,14 @@ def _read(found: Rounded) -> Tensor:
 
 
 def _arrived(found: Rounded, ideal: Tensor, grid: Grid, metric: Metric) -> float:
-    """The share of the delta that is in ``found``, <found - base, delta> / <delta, delta>, by ``metric``."""
-    delta = metric.weigh(grid.B @ grid.A)
-    size = delta.square().sum()
-    lost = metric.weigh(_read(found).sub_(ideal))
-    return 1 + float((lost * delta).sum() / size) if size > 0 else 1.0
+    """The share of the delta that is in ``found``, see ``share_arrived``.
+
+    By ``metric``, as codes are chosen by it: its damping counts inputs that the text never showed. A delta on these
+    alone would have no effect by the plain moments, all of which arrives whatever becomes of it.
+    """
+    features = metric.weigh(grid.A)
+    missing = metric.weigh(_read(found).sub_(ideal).neg_())
+    return share_arrived(missing @ features.T, grid.B, features @ features.T)
 
 
 def _beside(grid: Grid, way: str, moments: Tensor | None, metric: Metric, rank: int) -> tuple[Rounded, bool]:

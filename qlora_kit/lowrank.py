@@ -1,4 +1,5 @@
-"""Low-rank arithmetic on plain tensors: the product of a factor pair, and the best rank-r pair of a matrix.
+"""Low-rank arithmetic on plain tensors: the product of a factor pair, how much of it is in a weight, and the best
+rank-r pair of a matrix.
 
 By Eckart and Young (1936) the closest matrix of rank r, in the Frobenius norm, keeps the r largest singular
 triplets. Two exact ways to them are offered:
@@ -92,6 +93,25 @@ def add_product_(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """``weight`` (out, in) plus B (out, rank) @ A (rank, in), in its place and without a second matrix of its size."""
     with torch.autocast(weight.device.type, enabled=False):
         return weight.addmm_(B, A)
+
+
+@torch.no_grad()
+def share_arrived(lost: Tensor, B: Tensor, gram: Tensor) -> float:
+    """The share <Q - base, B A>_R / <B A, B A>_R of a delta B A that is in a weight Q, by inputs of second moments R; 1
+    is all of it, and what is said of a delta without effect.
+
+    What R is, is the caller's to say: the identity measures the weight itself, moments what a text has shown of the
+    layer's output, and damped moments count what it hasn't shown as well, a little.
+
+    Args:
+        lost: (base + B A - Q) R A^T, (out, rank): what is missing, by the adapter's own features A x. Takes a few rows
+            of the weight at a time and nothing of its size.
+        B: (out, rank).
+        gram: A R A^T, (rank, rank).
+    """
+    B = B.double()
+    size = float(((B @ gram.double()) * B).sum())
+    return 1 - float((lost.double() * B).sum()) / size if size > 0 else 1.0
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from reference import descent
 from reference.lowrank import best_approximation, jacobi_svd
 
 from qlora_kit.errors import ConfigError
-from qlora_kit.lowrank import delta, factor_pair, truncated_svd
+from qlora_kit.lowrank import delta, factor_pair, share_arrived, truncated_svd
 
 # float32 arithmetic on matrices of norm about 30: a few hundred roundings of 6e-8 relative each.
 FLOAT32 = 2e-5
@@ -136,3 +137,20 @@ def test_bad_factors_and_scaling_are_named() -> None:
     for scaling in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="scaling: expected a positive finite number, found"):
             factor_pair(torch.eye(2), torch.ones(2), torch.eye(2), scaling)
+
+
+@pytest.mark.parametrize("moments", ["plain", "full", "diagonal"])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 3.0])
+def test_the_share_that_arrives_is_the_projection_on_the_delta(moments: str, noise: float) -> None:
+    A, B = flat((3, 11)), flat((7, 3), seed=1)
+    rows = flat((40, 11), seed=2) * torch.arange(1, 12)
+    R = {"plain": torch.eye(11), "full": rows.T @ rows / 40, "diagonal": rows.square().mean(0).diag()}[moments]
+    change = 0.3 * B @ A + noise * flat((7, 11), seed=3)
+    expected = descent.share(*(matrix.double().numpy() for matrix in (change, B @ A, R)))
+    found = share_arrived((B @ A - change) @ R @ A.T, B, A @ R @ A.T)
+    assert found == pytest.approx(expected, rel=FLOAT32, abs=FLOAT32)
+
+
+def test_a_delta_without_effect_has_arrived() -> None:
+    assert share_arrived(torch.zeros(7, 3), torch.ones(7, 3), torch.zeros(3, 3)) == 1
+    assert share_arrived(torch.zeros(7, 3), torch.zeros(7, 3), torch.eye(3)) == 1

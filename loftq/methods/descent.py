@@ -34,6 +34,7 @@ from torch import Tensor
 
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.errors import ConfigError
+from qlora_kit.lowrank import share_arrived
 
 from .checks import check_moments
 from .metric import DAMPING, LEAST_DAMPING
@@ -111,10 +112,10 @@ class _Descent:
         self.B = B
         self.features = A.T[self.order].contiguous()  # (in, rank)
         self.weighed = self.moments @ self.features  # R A^T
-        gram = self.features.T @ self.weighed
-        self.delta = B @ gram  # what is lost with the stored codes
+        self.gram = self.features.T @ self.weighed  # A R A^T
+        self.delta = B @ self.gram  # what is lost with the stored codes
         # Directions below what float32 sums leave would be noise, many times over.
-        self.inverse = torch.linalg.pinv(gram.double(), rtol=_NO_DIRECTION, hermitian=True).float()
+        self.inverse = torch.linalg.pinv(self.gram.double(), rtol=_NO_DIRECTION, hermitian=True).float()
         columns, sizes, _ = torch.linalg.svd(B, full_matrices=False)
         self.written = columns[:, sizes > _NO_DIRECTION * sizes.max()]
         self.size = float((self.delta * B).sum(dtype=torch.float64))
@@ -154,7 +155,7 @@ class _Descent:
 
     def share(self, lost: Tensor) -> float:
         """Of the delta, how much arrives in the direction of its effect."""
-        return 1 - float((lost * self.B).sum(dtype=torch.float64)) / self.size
+        return share_arrived(lost, self.B, self.gram)
 
     def correction(self, lost: Tensor) -> Tensor:
         """(out, rank) that, times A, has the same effect as the lost output has in the adapter's directions."""

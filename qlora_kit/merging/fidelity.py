@@ -6,7 +6,7 @@ along its own direction; ``delta_error`` what the rounding did, in units of the 
 the merged weight is further from the ideal than the weight without the adapter was.
 
 All of them come from the ideal weight, the factors of the delta and the stored weight a few rows at a time: with
-L = stored - ideal, stored - base is L + delta, and <L, B A> is <B^T L, A>. Neither the delta nor the base need be
+L = stored - ideal, stored - base is L + delta, and <L, B A> is <L A^T, B>. Neither the delta nor the base need be
 there as a matrix.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checkpoints.files import write_text_atomically
 from ..codecs.finite import all_finite
 from ..errors import MergeError
-from ..lowrank import add_product_, norm
+from ..lowrank import add_product_, norm, share_arrived
 from .agreement import Agreement
 
 
@@ -210,31 +210,29 @@ def compare(
         MergeError: the stored weight isn't finite; names ``path``.
     """
     A, B = delta
-    lost_square, along = 0.0, torch.zeros((), dtype=torch.float64, device=ideal.device)
-    weighed = None if moments is None else A * moments if moments.dim() == 1 else A @ moments
-    along_output = along.clone()
+    lost_square, weighed = 0.0, None if moments is None else A * moments if moments.dim() == 1 else A @ moments
+    missing, missing_output = torch.zeros_like(B), torch.zeros_like(B)
     for rows, values in stored:
         check_finite(path, values)
         lost = values.sub_(ideal[rows])
         if residual is not None:
             add_product_(lost, residual[0], residual[1][rows])
         lost_square += norm(lost) ** 2
-        written = B[rows].T @ lost
-        along += (written * A).sum(dtype=torch.float64)
+        missing[rows] -= lost @ A.T
         if weighed is not None:
-            along_output += (written * weighed).sum(dtype=torch.float64)
+            missing_output[rows] -= lost @ weighed.T
     size, lost_norm = norms["delta"], lost_square**0.5
     return LayerFidelity(
         path=path,
         codec=codec,
         delta_ratio=_ratio(size, norms["base"]),
-        retained=1 + float(along) / size**2 if size else 1.0,
+        retained=share_arrived(missing, B, A.double() @ A.double().T),
         error=_ratio(lost_norm, norm(ideal)),
         delta_error=_ratio(lost_norm, size),
         base_error=None if base_error is None else _ratio(base_error, size),
         rank=0 if residual is None else residual[0].shape[0],
         delta_norm=size,
-        arrived=None if weighed is None else _arrived(along_output, A, B, weighed),
+        arrived=None if weighed is None else share_arrived(missing_output, B, weighed.double() @ A.double().T),
     )
 
 
@@ -267,12 +265,6 @@ def _product_norm(A: Tensor, B: Tensor) -> float:
     """||B @ A|| from the two small Gram matrices."""
     A, B = A.double(), B.double()
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
-
-
-def _arrived(lost: Tensor, A: Tensor, B: Tensor, weighed: Tensor) -> float:
-    """1 + ``lost`` / <delta, delta>_R, with ``weighed`` A R; 1 for a delta without effect."""
-    size = ((B.double().T @ B.double()) * (weighed.double() @ A.double().T)).sum()
-    return 1 + float(lost / size) if size > 0 else 1.0
 
 
 def _ratio(part: float, whole: float) -> float:

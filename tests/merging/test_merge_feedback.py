@@ -91,6 +91,20 @@ def test_other_roundings_and_int8_look_at_no_codes() -> None:
     assert same(found.quantized, round_with_feedback(ideal, quantizer, Metric.of(moments(96))))
 
 
+def test_a_delta_on_inputs_that_the_text_never_showed_is_kept() -> None:
+    """By the plain moments it has no effect, and would have arrived in any codes: those rounded anew lose it."""
+    R, unseen = moments(96), slice(60, 96)
+    R[unseen] = 0
+    R[:, unseen] = 0
+    quantizer, small, _ = grid(SMALL)
+    small.A[:, : unseen.start] = 0
+    found = rounded(small.stored.dequantize() + small.B @ small.A, quantizer, "error-feedback", R, 0, small)
+    change, delta = changes(found.quantized, small)
+    assert descent.share(change, delta, np.eye(96)) == pytest.approx(1, abs=0.1)
+    anew = round_with_feedback(small.stored.dequantize() + small.B @ small.A, quantizer, Metric.of(R))
+    assert descent.share(changes(anew, small)[0], delta, np.eye(96)) < 0.01
+
+
 def test_a_branch_beside_changed_codes() -> None:
     """What the branch has no rank for goes into the codes; one that has room for all leaves them as they are."""
     R = moments(96)

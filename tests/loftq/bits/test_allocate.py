@@ -236,7 +236,7 @@ def test_the_least_memory_that_is_named_is_then_enough() -> None:
 
 
 def test_an_impossible_budget_is_seen_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loftq.bits.allocation.factorize", None)
+    monkeypatch.setattr("loftq.bits.allocation.factorize_as", None)
     with pytest.raises(ConfigError, match="memory: expected at least"):
         allocate(llama(), asked(method="qera"), memory=1000)
 
