@@ -1,6 +1,6 @@
 """The algebra of adapters: several low-rank branches of one module in, one out; pure tensors, no modules, no files.
 
-- ``combine``: the way to every type, for one module
+- ``combination``: ``combine``, the way to every type, for one module
 - ``registry``: the types by name, and the recipe of a combination
 - ``records``: what goes in and what comes out
 - ``walk``: every module of an adapter, and the report
@@ -9,7 +9,7 @@
 - ``spectra``: types that work on a shared basis of singular vectors
 """
 
-from .combine import combine
+from .combination import combine
 from .exact import core_svd, distance, exact_rank, weighted_stack
 from .records import Branch, Combined
 from .registry import Recipe, combination_types, register_combination

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import AdapterError, closest
 from ..naming import pattern_value
-from .combine import combine
+from .combination import combine
 from .records import Branch, Combined
 from .registry import Recipe, check_together, check_weights
 
