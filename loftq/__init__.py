@@ -1,4 +1,13 @@
-"""LoftQ: quantize a weight and start its low-rank adapter together, so that the sum is close to the original."""
+"""LoftQ: quantize a weight and start its low-rank adapter together, so that the sum is close to the original.
+
+- ``methods/``: one weight: which quantized weight and which branch
+- ``inputs/``: what the layers of a model are given
+- ``starts/``: the adapters of a model, each module by a method
+- ``bits/``: how many bits each layer gets under a budget
+- ``disk/``: all of it from folder to folder, a tensor at a time
+- ``for_merging``: what ``qlora_kit.merging`` asks of this package
+- ``cli``: the command line
+"""
 
 from qlora_kit.codecs.quantized import Quantized
 

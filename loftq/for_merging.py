@@ -1,5 +1,5 @@
 """What merging asks of LoftQ: roundings that look further than the nearest code, the branch for what they lose, and the
-inputs to look at."""
+inputs to look at. ``qlora_kit.merging.requantize`` imports this module when it is asked for one of them."""
 
 from __future__ import annotations
 

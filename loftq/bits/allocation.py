@@ -100,10 +100,10 @@ def allocate(
                 measure(path, stage.seen().get(path))
         for path in requests.keys() - found.keys():
             measure(path, None)
-    return allocation(config, {path: found[path] for path in requests}, sizes, budget, fixed, plan.entries)
+    return decide(config, {path: found[path] for path in requests}, sizes, budget, fixed, plan.entries)
 
 
-def allocation(
+def decide(
     config: LoraConfig,
     choices: Mapping[str, Sequence[Choice]],
     sizes: Mapping[str, int],

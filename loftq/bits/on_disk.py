@@ -18,7 +18,7 @@ from ..disk.task import Task
 from ..inputs.groups import Seen
 from ..inputs.streamed_model import streamed_stages
 from ..methods.registry import needs_of
-from .allocation import allocation, costs_of, measured, undecided
+from .allocation import costs_of, decide, measured, undecided
 from .budget import Choice, check_possible
 
 
@@ -78,7 +78,7 @@ def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Seq
         if path not in journal.measured:
             measure(path, None)
     choices = {path: [Choice(**choice) for choice in journal.measured[path]] for path in entries}
-    found = allocation(task.lora, choices, _sizes(checkpoint), budget, _fixed(checkpoint), checkpoint.plan.entries)
+    found = decide(task.lora, choices, _sizes(checkpoint), budget, _fixed(checkpoint), checkpoint.plan.entries)
     return replace(task, lora=found.config)
 
 

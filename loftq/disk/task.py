@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 
 from ..bits.budget import Budget
-from ..inputs.text import identity
+from ..inputs.text import text_identity
 from ..starts.report import LayerReport
 
 # The hidden folder of the output where a run keeps what it is working on.
@@ -51,7 +51,7 @@ class Task:
     def options(self) -> dict[str, Any]:
         """All that the output's bytes depend on besides the source."""
         lora = {k: v for k, v in self.lora.to_dict().items() if k not in ("loftq_config", "base_model_name_or_path")}
-        method, text = self.loftq.chosen_method, identity(self.loftq.calibration)
+        method, text = self.loftq.chosen_method, text_identity(self.loftq.calibration)
         loftq = asdict(replace(self.loftq, method=method, calibration=text))
         device = self.device.partition(":")[0]
         budget = None if self.budget is None else self.budget.to_dict()

@@ -1,4 +1,7 @@
-"""What the layers' inputs look like: text through the model, and second moments of what each layer sees.
+"""What the layers of a model are given: text through it, and second moments of what each layer sees.
+
+Whatever the model: its own forward is run and only stopped, never imitated, and nothing in it is changed. What the
+moments are for, and what becomes of a layer, must not be known here; who asks says what a layer has become.
 
 - ``text``: the text: a file, tokens, or what every Python brings along
 - ``moments``: E[x x^T] of chosen modules from one pass

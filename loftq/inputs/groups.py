@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qlora_kit.naming import base_of
 
-from .moments import Collector, Moments, collected, counted_statistics, evaluating, inputs_of, rows_of, vocabularies
+from .moments import Collector, Moments, counted_statistics, evaluating, gather, inputs_of, rows_of, vocabularies
 from .walk import Run, Walk, stops_for
 
 
@@ -173,7 +173,7 @@ def _plainly(
                 collector.end()
 
     def collect() -> dict[str, Seen]:
-        collector = collected(through, paths, diagonal=diagonal, widths=widths)
+        collector = gather(through, paths, diagonal=diagonal, widths=widths)
         return {path: Seen(mean, None, count) for path, (mean, count) in collector.means().items()}
 
     yield from _turn(Stage(paths, _collect=collect))

@@ -162,7 +162,7 @@ class Collector:
         return {path: (mean, count) for path, (mean, count) in found.items() if mean is not None}
 
 
-def collected(collect: Callable[[Collector], None], paths: Iterable[str], **options: Any) -> Collector:
+def gather(collect: Callable[[Collector], None], paths: Iterable[str], **options: Any) -> Collector:
     """A collector of ``paths`` to which ``collect`` has handed the inputs; a second time where sharing broke.
 
     Args:
@@ -214,7 +214,7 @@ def counted_statistics(
                 collector.end()
 
     with evaluating(model):
-        return collected(collect, paths, diagonal=diagonal, widths=widths).means()
+        return gather(collect, paths, diagonal=diagonal, widths=widths).means()
 
 
 def vocabularies(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:

@@ -27,7 +27,7 @@ def streamed_stages(
     wanted: bool = True,
     measuring: bool = False,
 ) -> Iterator[Iterable[Stage]]:
-    """The stages of ``checkpoint``'s targeted modules, see ``calibrate.stages``; none if they aren't ``wanted``.
+    """The stages of ``checkpoint``'s targeted modules, see ``groups.stages``; none if they aren't ``wanted``.
 
     Args:
         folder: for activations and offloaded weights; what is put there is gone after the block.

@@ -91,18 +91,29 @@ def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, win
     Raises:
         StorageError: the file isn't there or isn't text, or has fewer tokens than a row.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     wanted = rows * window * _CHARACTERS_PER_TOKEN
-    texts = builtin_text(wanted) if source == BUILTIN else _file_text(Path(source), wanted)
-    ids = [i for text in texts for i in (*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end)]
+    ids = token_ids(builtin_text(wanted) if source == BUILTIN else _file_text(Path(source), wanted), tokenizer)
     if len(ids) < window:
         raise StorageError(
             f"calibration {source}: expected at least one row of {window} tokens, found {len(ids)} tokens in all; pass "
             "a longer text or a smaller window"
         )
-    cut = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    cut = in_rows(ids, window)
     chosen = torch.linspace(0, len(cut) - 1, min(rows, len(cut))).round().long()
     return cut[chosen]
+
+
+def token_ids(texts: Iterable[str], tokenizer: Any) -> Tensor:
+    """The ids of all ``texts``, int64 (n,), each ended by the tokenizer's end of text if it has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # verbose=False: a text longer than the model's context is no mistake here, it is cut into rows.
+    ids = [i for text in texts for i in (*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end)]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def in_rows(ids: Tensor, window: int) -> Tensor:
+    """``ids`` (n,) as rows (n // window, window); what is left over at the end goes."""
+    return ids[: len(ids) // window * window].view(-1, window)
 
 
 def builtin_text(characters: int) -> Iterator[str]:
@@ -125,7 +136,7 @@ def builtin_text(characters: int) -> Iterator[str]:
             return
 
 
-def identity(source: Any) -> Any:
+def text_identity(source: Any) -> Any:
     """What tells one calibration text from another, as a JSON value: it changes with the contents."""
     if source is None:
         return None

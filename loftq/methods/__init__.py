@@ -1,4 +1,8 @@
-"""One weight in, a quantized weight and a branch out: pure tensor functions that know no module and no file.
+"""Which quantized weight and which branch together stand best for one weight: tensors in, tensors out.
+
+Every method minimizes the same kind of error, in one of few metrics, with the quantizer that is deployed; so they are
+parts to be put together, and what they are compared by is theirs alone. They must never know of a module, a path or a
+file: then a weight of a model in memory, of a shard and of a test all get the same bits.
 
 - ``registry``: what a method is asked for and gives, and the methods by name
 - ``factorization``: ``factorize``, one weight by a method's name

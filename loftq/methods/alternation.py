@@ -56,7 +56,7 @@ def alternate(problem: Problem, metric: Metric, rounding: Rounding, *, goal: Ten
         torch.sub(full, quantized.dequantize(out=left), out=left)
         quantization_error = norm(left) / plain_size
         if not history:
-            zero = quantization_error if plainly else norm(full - problem.quantize(full).dequantize()) / plain_size
+            zero = quantization_error if plainly else norm(problem.zero_residual()) / plain_size
         A, B, U = fitted(left, problem, metric, U)
         goal = torch.addmm(full, B, A, alpha=-problem.scaling)
         left.add_(goal).sub_(full)
@@ -64,7 +64,7 @@ def alternate(problem: Problem, metric: Metric, rounding: Rounding, *, goal: Ten
         if history[-1] == min(history):
             error = history[-1] if metric.plain else norm(left) / plain_size
             best = LoftQResult(quantized, A, B, history, zero, quantization_error, error=error)
-        if len(history) == problem.steps or (len(history) > 1 and history[-1] >= history[-2]):
+        if problem.ended(history):
             return best
 
 

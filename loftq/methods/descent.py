@@ -38,6 +38,7 @@ from qlora_kit.lowrank import share_arrived
 
 from .checks import check_moments
 from .metric import DAMPING, LEAST_DAMPING
+from .rounding import ascending
 
 # Columns between which (E R) is brought up to date by one product.
 _BLOCK = 64
@@ -102,9 +103,7 @@ class _Descent:
     def __init__(self, stored: Quantized, A: Tensor, B: Tensor, moments: Tensor) -> None:
         self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         self.moments = moments[self.order][:, self.order].contiguous()
-        self.levels, labels = stored.table().sort(stable=True)
-        self.labels = labels.to(torch.uint8)
-        self.midpoints = (self.levels[:-1] + self.levels[1:]) / 2
+        self.levels, self.labels, self.midpoints = ascending(stored)
         self.scales = self._of_each(stored, stored.scales)
         self.shifts = None if stored.shifts is None else self._of_each(stored, stored.shifts)
         self.stored = stored.codes.T[self.order].contiguous()

@@ -50,7 +50,7 @@ def aligned(problem: Problem) -> LoftQResult:
     quantization_error = norm(left) / size
     return replace(
         result,
-        zero_error=norm(full - problem.quantize(full).dequantize()) / size,
+        zero_error=norm(problem.zero_residual()) / size,
         quantization_error=quantization_error,
         goal=target,
         error=norm(left.addmm_(result.B, result.A, alpha=-problem.scaling)) / size,

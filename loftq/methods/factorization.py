@@ -89,11 +89,10 @@ def factorize(
     full, stored = problem.weight, result.quantized.dequantize()
     size = output_norm(full, problem.statistics) or 1.0
     left = full - stored - delta(result.A, result.B, scaling)
-    zero = full - problem.quantize(full).dequantize()
     return replace(
         result,
         output_error=output_norm(left, problem.statistics) / size,
-        zero_output_error=output_norm(zero, problem.statistics) / size,
+        zero_output_error=output_norm(problem.zero_residual(), problem.statistics) / size,
     )
 
 

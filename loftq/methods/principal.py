@@ -28,7 +28,7 @@ def pissa(problem: Problem) -> LoftQResult:
     full, scaling = problem.weight, problem.scaling
     rounding = nearest(problem, Metric())
     size = norm(full) or 1.0
-    zero_error = norm(full - problem.quantize(full).dequantize()) / size
+    zero_error = norm(problem.zero_residual()) / size
     history: list[float] = []
     rest, U = full, None
     while True:
@@ -41,7 +41,7 @@ def pissa(problem: Problem) -> LoftQResult:
         rest = full - stored
         if history[-1] == min(history):
             best = LoftQResult(quantized, A, B, history, zero_error, norm(rest) / size)
-        if len(history) == problem.steps or (len(history) > 1 and history[-1] >= history[-2]):
+        if problem.ended(history):
             return best
 
 

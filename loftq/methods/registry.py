@@ -11,7 +11,7 @@ there is what the callers provide: second moments of the inputs, and inputs of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,6 +50,14 @@ class Problem:
     cross: Tensor | None = None
     damping: float = DAMPING
     scale_search: bool | None = None
+
+    def zero_residual(self) -> Tensor:
+        """W - quantize(W), float32 (out, in): what a start from zero leaves."""
+        return self.weight - self.quantize(self.weight).dequantize()
+
+    def ended(self, history: Sequence[float]) -> bool:
+        """Whether alternations with the errors ``history`` so far are over: enough, or the last was no better."""
+        return len(history) == self.steps or (len(history) > 1 and history[-1] >= history[-2])
 
 
 @dataclass(frozen=True)

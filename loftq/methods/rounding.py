@@ -74,19 +74,13 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
         return scaled
     assert metric.factor is not None
     out_features, width = matrix.shape
-    if scaled.blocksize is None:
-        levels = torch.arange(-127, 128, device=matrix.device) / 127.0
-        labels, blocksize, shifts = torch.arange(-127, 128, device=matrix.device).to(torch.int8), width, None
-    else:
-        levels, labels = scaled.table().sort(stable=True)
-        labels, blocksize, shifts = labels.to(torch.uint8), scaled.blocksize, scaled.shifts
-    scales = scaled.scales
-    midpoints = (levels[:-1] + levels[1:]) / 2
+    levels, labels, midpoints = ascending(scaled)
+    blocksize, scales, shifts = scaled.blocksize or width, scaled.scales, scaled.shifts
     first = torch.arange(out_features, device=matrix.device) * width
     # Columns as rows, in the triangle's order: what is worked on at a time then lies together.
     unit = metric.factor / metric.factor.diagonal()
     rest = matrix.T[metric.order].contiguous()
-    codes = torch.empty(width, out_features, dtype=torch.uint8 if scaled.blocksize else torch.int8, device=rest.device)
+    codes = torch.empty(width, out_features, dtype=labels.dtype, device=rest.device)
     for begin in range(0, width, _BLOCK):
         part = rest[begin : begin + _BLOCK]
         errors = torch.empty_like(part)
@@ -115,6 +109,17 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
         None,
         scaled.rows,
     )
+
+
+def ascending(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor]:
+    """What codes read as before scaling, ascending; the codes, uint8 or int8; and the midpoints between levels."""
+    if quantized.blocksize is None:
+        codes = torch.arange(-127, 128, device=quantized.codes.device)
+        levels, labels = codes / 127.0, codes.to(torch.int8)
+    else:
+        levels, order = quantized.table().sort(stable=True)
+        labels = order.to(torch.uint8)
+    return levels, labels, (levels[:-1] + levels[1:]) / 2
 
 
 def _importance(metric: Metric, matrix: Tensor) -> Tensor:

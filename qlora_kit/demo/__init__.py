@@ -2,7 +2,9 @@
 
 At 4 bits (bitsandbytes NF4) and at 2 bits (our packed layers) the same short fine-tune starts once from zero, as
 QLoRA does, and once from LoftQ. The 4-bit LoftQ adapter is then saved, reloaded on a base read back from disk, and
-merged three ways.
+merged into 16, 32 and 4 bits.
+
+It shows what the public functions do and adds nothing to them: whatever a user couldn't write has no place here.
 
 - ``run``: the stages, and ``run_demo``, which is their order
 - ``settings``: what a run depends on

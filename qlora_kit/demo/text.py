@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq.inputs.text import in_rows, token_ids
+
 from ..errors import ConfigError
 
 FOLDERS = ("distributions", "nn", "optim")
@@ -52,8 +54,7 @@ def make_windows(tokenizer: Any, *, window: int, train_rows: int, held_out_rows:
     Raises:
         ConfigError: the text gives fewer training rows than asked for.
     """
-    train = _cut(tokenizer, read_sources(held_out=False), window)
-    held_out = _cut(tokenizer, read_sources(held_out=True), window)
+    train, held_out = (in_rows(token_ids(read_sources(side), tokenizer), window) for side in (False, True))
     if len(train) < train_rows:
         raise ConfigError(
             f"steps x batch: expected at most {len(train)} rows of {window} tokens, which is what the sources of "
@@ -65,10 +66,3 @@ def make_windows(tokenizer: Any, *, window: int, train_rows: int, held_out_rows:
         held_out=held_out[torch.randperm(len(held_out), generator=generator)[:held_out_rows]],
         source=f"sources of torch {torch.__version__} ({', '.join(FOLDERS)})",
     )
-
-
-def _cut(tokenizer: Any, texts: Iterator[str], window: int) -> Tensor:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # verbose=False: a file longer than the model's context is no mistake here, it is cut into windows.
-    ids = [i for text in texts for i in (*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *end)]
-    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)

@@ -2,7 +2,7 @@
 
 One path for every storage: the codec reads a float32 weight, the deltas of all adapters are added to it at once, and
 one write puts the result where it goes, be it back into the same storage, into a dense module or into another k-bit
-one (``merge_layer``). Beside the model that is one layer's float32 weight: what a layer was goes to a temporary file
+one (``layer``). Beside the model that is one layer's float32 weight: what a layer was goes to a temporary file
 on the disk, from where an error brings every layer back bit for bit (``spill``). A merge happens as a whole or not
 at all.
 """

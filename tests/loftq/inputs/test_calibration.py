@@ -14,7 +14,7 @@ from tiny_lm import write_tiny_lm
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel, AutoTokenizer, LlamaForCausalLM, T5Config, T5EncoderModel
 
-from loftq.inputs.text import BUILTIN, batches_for, builtin_text, identity, load_tokenizer, token_rows
+from loftq.inputs.text import BUILTIN, batches_for, builtin_text, load_tokenizer, text_identity, token_rows
 from qlora_kit.errors import ConfigError, StorageError
 
 CONTEXT = 256  # of the tiny model
@@ -224,13 +224,13 @@ def test_models_are_given_only_what_they_take() -> None:
 def test_the_identity_changes_with_the_contents_and_with_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one")
-    first = identity(path)
+    first = text_identity(path)
     assert first.startswith("text.txt, 3 bytes, ")
-    assert identity(str(path)) == first
+    assert text_identity(str(path)) == first
     path.write_text("two")
-    assert identity(path) != first
+    assert text_identity(path) != first
     path.write_text("one")
-    assert identity(path) == first
+    assert text_identity(path) == first
     ids = torch.arange(6).view(2, 3)
     sources: list[Any] = [
         BUILTIN,
@@ -243,8 +243,8 @@ def test_the_identity_changes_with_the_contents_and_with_nothing_else(tmp_path: 
         [{"labels": ids}],
         [{"input_ids": ids}, {"input_ids": ids}],
     ]
-    assert identity(BUILTIN) == f"builtin, Python {sys.version_info.major}.{sys.version_info.minor}"
-    found = [identity(source) for source in sources]
+    assert text_identity(BUILTIN) == f"builtin, Python {sys.version_info.major}.{sys.version_info.minor}"
+    found = [text_identity(source) for source in sources]
     assert len(set(found)) == len(found)
-    assert found == [identity(source) for source in sources]
-    assert identity([{"input_ids": ids.clone()}]) == found[5]
+    assert found == [text_identity(source) for source in sources]
+    assert text_identity([{"input_ids": ids.clone()}]) == found[5]
