@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from importlib.metadata import requires
 from pathlib import Path
@@ -38,6 +39,33 @@ def test_readme_names_only_files_that_exist() -> None:
     named = set(re.findall(r"`((?:qlora_kit|loftq)/[\w/.]*)`", (ROOT / "README.md").read_text()))
     gone = sorted(path for path in named if not (ROOT / path).exists())
     assert not gone, f"README.md names files that don't exist: {gone}"
+
+
+def resolves(dotted: str) -> bool:
+    """Whether there is a module, function, class or attribute of that name."""
+    first, *names = dotted.split(".")
+    found = importlib.import_module(first)
+    for depth, name in enumerate(names, 2):
+        if not hasattr(found, name):
+            try:
+                importlib.import_module(".".join(dotted.split(".")[:depth]))
+            except ImportError:
+                return name in getattr(found, "__annotations__", {})
+        found = getattr(found, name)
+    return True
+
+
+@pytest.mark.parametrize("file", ["CONTRIBUTING.md", *python_files("qlora_kit", "loftq")])
+def test_what_a_text_refers_to_exists(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    names = set(re.findall(r"``?((?:qlora_kit|loftq)(?:\.\w+)+)", text))
+    gone = [name for name in sorted(names) if not resolves(name)]
+    gone += [
+        path
+        for path in re.findall(r"``?((?:qlora_kit|loftq|tests|benchmarks)/[\w/.]+)", text)
+        if not (ROOT / path).exists()
+    ]
+    assert not gone, f"{file} speaks of {gone}, which aren't there"
 
 
 @pytest.mark.parametrize("folder", ["qlora_kit", "loftq", "tests", "benchmarks"])

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_kit.merging.agreement import evaluating
 from qlora_kit.naming import base_of
 
-from .moments import Collector, Moments, counted_statistics, evaluating, gather, inputs_of, rows_of, vocabularies
+from .moments import Collector, Moments, counted_statistics, gather, inputs_of, rows_of, vocabularies
 from .walk import Run, Walk, stops_for
 
 
