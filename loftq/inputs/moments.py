@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import ConfigError
-from qlora_kit.naming import base_of
 from qlora_kit.merging.agreement import evaluating
+from qlora_kit.naming import base_of
 
 # Gets a module's path and what it is called with.
 Receiver = Callable[[str, Any], None]
