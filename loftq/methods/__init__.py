@@ -1,8 +1,8 @@
 """Which quantized weight and which branch together stand best for one weight: tensors in, tensors out.
 
-Every method minimizes the same kind of error, in one of few metrics, with the quantizer that is deployed; so they are
-parts to be put together, and what they are compared by is theirs alone. They must never know of a module, a path or a
-file: then a weight of a model in memory, of a shard and of a test all get the same bits.
+Every method minimizes an error in one of few metrics, with the quantizer that is deployed, so methods are put together
+from the same few parts. None must ever know of a module, a path or a file: a weight gets the same bits whether a model
+in memory, a shard or a test brings it.
 
 - ``registry``: what a method is asked for and gives, and the methods by name
 - ``factorization``: ``factorize``, one weight by a method's name
@@ -10,10 +10,11 @@ file: then a weight of a model in memory, of a shard and of a test all get the s
 - ``metric``: how an error is measured, by the weight alone or on the inputs
 - ``quantizers``: which quantizer the loop runs with
 - ``rounding``: scales searched by block, codes by error feedback
+- ``nearest``: methods that round to the nearest codes
 - ``error_feedback``: methods whose quantized weight is fitted to the inputs
 - ``principal``: methods that keep the weight's own top directions out of what is quantized
 - ``descent``: codes for a small delta on a weight that lies on the grid already
 - ``checks``: what can be no second moments is refused
 """
 
-from . import error_feedback, factorization, principal  # noqa: F401  # they register their methods
+from . import error_feedback, nearest, principal  # noqa: F401  # they register their methods

@@ -23,7 +23,7 @@ def cloq(problem: Problem) -> LoftQResult:
     searched; and the two half-steps may alternate, Q then being rounded from W - sBA.
     """
     metric = Metric.of(problem.statistics, damping=problem.damping)
-    return alternate(problem, metric, feedback(problem, metric))
+    return alternate(problem, metric, feedback_rounding(problem, metric))
 
 
 @register_method("aligned", statistics="full", sequential=True)
@@ -43,7 +43,7 @@ def aligned(problem: Problem) -> LoftQResult:
     if problem.cross is None or problem.statistics is None or metric.order is None:
         return cloq(problem)
     target = aligned_weight(problem.weight, problem.statistics, problem.cross, problem.damping)
-    result = alternate(replace(problem, weight=target), metric, feedback(problem, metric))
+    result = alternate(replace(problem, weight=target), metric, feedback_rounding(problem, metric))
     full = problem.weight
     size = norm(full) or 1.0
     left = full - result.quantized.dequantize()
@@ -65,7 +65,7 @@ def aligned_weight(weight: Tensor, statistics: Tensor, cross: Tensor, damping: f
     return torch.linalg.solve(moments + shift, weight.double() @ (cross.double() + shift), left=False).float()
 
 
-def feedback(problem: Problem, metric: Metric) -> Rounding:
+def feedback_rounding(problem: Problem, metric: Metric) -> Rounding:
     """Error feedback, to searched scales unless the problem says otherwise."""
     search = problem.scale_search is not False
     return lambda matrix: round_with_feedback(matrix, problem.quantize, metric, search=search)

@@ -1,4 +1,4 @@
-"""One weight, quantized and corrected by a method's name; and the methods that are an alternation as it stands."""
+"""One weight, quantized and corrected by a method's name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from qlora_kit.config.checks import check_positive
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import check_matrix, delta
 
-from .alternation import Rounding, alternate
 from .checks import checked_cross, checked_statistics
-from .metric import DAMPING, Metric, output_norm
+from .metric import DAMPING, output_norm
 from .quantizers import quantizer_for
-from .registry import LoftQResult, Problem, method_for, needs_of, register_method
-from .rounding import round_by_search
+from .registry import LoftQResult, Problem, method_for, needs_of
 
 
 @torch.no_grad()
@@ -94,32 +92,3 @@ def factorize(
         output_error=output_norm(left, problem.statistics) / size,
         zero_output_error=output_norm(problem.zero_residual(), problem.statistics) / size,
     )
-
-
-def nearest(problem: Problem, metric: Metric) -> Rounding:
-    """Rounding to the nearest codes, to scales searched under ``metric`` if the problem asks for it."""
-    if problem.scale_search:
-        return lambda matrix: round_by_search(matrix, problem.quantize, metric)
-    return problem.quantize
-
-
-@register_method("loftq")
-def loftq(problem: Problem) -> LoftQResult:
-    """LoftQ (Li et al. 2023, arXiv 2310.08659), but for the points that ``alternate`` lists."""
-    return alternate(problem, Metric(), nearest(problem, Metric()))
-
-
-@register_method("qera-diag", statistics="diagonal")
-def qera_diag(problem: Problem) -> LoftQResult:
-    """QERA-approx (Zhang et al. 2024, arXiv 2410.06040): sBA = svd_r((W - Q) D) D^-1 with D^2 the inputs' mean
-    squares, the least of E ||(W - Q - sBA) x||^2 where the inputs are uncorrelated; alternated."""
-    metric = Metric.of(problem.statistics, diagonal=True, damping=problem.damping)
-    return alternate(problem, metric, nearest(problem, metric))
-
-
-@register_method("qera", statistics="full")
-def qera(problem: Problem) -> LoftQResult:
-    """QERA-exact (Zhang et al. 2024, arXiv 2410.06040): sBA = svd_r((W - Q) F) F^-1 with F F^T = E[x x^T], the least
-    of E ||(W - Q - sBA) x||^2; alternated."""
-    metric = Metric.of(problem.statistics, damping=problem.damping)
-    return alternate(problem, metric, nearest(problem, metric))

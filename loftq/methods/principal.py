@@ -10,8 +10,8 @@ from torch import Tensor
 from qlora_kit.lowrank import factor_pair, norm, truncated_svd
 
 from .alternation import alternate
-from .factorization import nearest
 from .metric import Metric
+from .nearest import nearest_rounding
 from .registry import LoftQResult, Problem, register_method
 
 # Shares of the rank that SRR tries to give to the weight's own directions.
@@ -26,7 +26,7 @@ def pissa(problem: Problem) -> LoftQResult:
     Further steps alternate in that order (the publication's "QPiSSA-T-iters"); the best is returned.
     """
     full, scaling = problem.weight, problem.scaling
-    rounding = nearest(problem, Metric())
+    rounding = nearest_rounding(problem, Metric())
     size = norm(full) or 1.0
     zero_error = norm(problem.zero_residual()) / size
     history: list[float] = []
@@ -54,7 +54,7 @@ def srr(problem: Problem) -> LoftQResult:
     taken; k = 0 is QERA, k = r starts as QPiSSA does. Further steps alternate from there.
     """
     metric = Metric.of(problem.statistics, damping=problem.damping)
-    rounding = nearest(problem, metric)
+    rounding = nearest_rounding(problem, metric)
     full = problem.weight
     U, S, Vh = truncated_svd(metric.weigh(full), problem.rank, solver=problem.solver, seed=problem.seed)
     once = replace(problem, steps=1)
