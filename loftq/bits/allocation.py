@@ -18,6 +18,7 @@ from qlora_kit.config.loftq import MIXED_TYPES, LoftQConfig
 from qlora_kit.config.lora import LoraConfig
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.injection.engine import PlanEntry, Request, make_plan, request_for
+from qlora_kit.naming import module_at
 
 from ..inputs.groups import Seen, stages
 from ..inputs.text import calibration_batches
@@ -79,7 +80,7 @@ def allocate(
     targeted = {id(request.base.weight) for request in requests.values()}
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)
     # Those are copied beside the adapter.
-    fixed += sum(p.nbytes for path in plan.modules_to_save for p in model.get_submodule(path).parameters())
+    fixed += sum(p.nbytes for path in plan.modules_to_save for p in module_at(model, path).parameters())
     sizes = {path: request.shape[0] * request.shape[1] for path, request in requests.items()}
     costs = {path: costs_of(request, options, budget) for path, request in requests.items()}
     rank_of = {entry.path: entry.rank for entry in plan.entries}

@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_kit.merging.agreement import evaluating
-from qlora_kit.naming import base_of
+from qlora_kit.naming import base_of, module_at
 
-from .moments import Collector, Moments, counted_statistics, gather, inputs_of, rows_of, vocabularies
+from .moments import Collector, Moments, counted_statistics, gather, inputs_of, rows_of, vocabularies, watchable
 from .walk import Run, Walk, stops_for
 
 
@@ -103,7 +102,7 @@ def stages(
     """
     paths, batches = list(paths), list(batches)
     widths = vocabularies(model, paths)
-    with evaluating(model), ExitStack() as stack:
+    with watchable(model), ExitStack() as stack:
         stops, repeated = _scouted(model, batches, paths)
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         share = limit // (2 if sequential else 1)
@@ -252,5 +251,5 @@ def _changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
             scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
             return output + (rows if scale is None else rows * scale).to(output.dtype)
 
-        stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+        stack.callback(module_at(model, path).register_forward_hook(hook, with_kwargs=True).remove)
     return stack

@@ -7,8 +7,9 @@ are token ids, have the tokens' frequencies as the diagonal of theirs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.merging.agreement import evaluating
-from qlora_kit.naming import base_of
+from qlora_kit.naming import base_of, module_at
 
 # Gets a module's path and what it is called with.
 Receiver = Callable[[str, Any], None]
@@ -64,6 +65,15 @@ class Moments:
 
 
 @contextmanager
+def watchable(model: nn.Module) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode, and what of it is compiled runs uncompiled: hooks come and go,
+    for which compiled code doesn't look once it is there."""
+    compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes a second
+    with evaluating(model), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+        yield
+
+
+@contextmanager
 def inputs_of(model: nn.Module, paths: Iterable[str], receive: Receiver) -> Iterator[None]:
     """Inside the block, each call of a module of ``paths`` first hands its input to ``receive``."""
     with ExitStack() as stack:
@@ -72,7 +82,7 @@ def inputs_of(model: nn.Module, paths: Iterable[str], receive: Receiver) -> Iter
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
                 receive(path, args[0] if args else next(iter(kwargs.values()), None))
 
-            handle = model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+            handle = module_at(model, path).register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -213,11 +223,11 @@ def counted_statistics(
                 model(**batch)
                 collector.end()
 
-    with evaluating(model):
+    with watchable(model):
         return gather(collect, paths, diagonal=diagonal, widths=widths).means()
 
 
 def vocabularies(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
     """The number of rows of those modules at ``paths`` that are embeddings."""
-    found = {path: base_of(model.get_submodule(path)) for path in paths}
+    found = {path: base_of(module_at(model, path)) for path in paths}
     return {path: module.num_embeddings for path, module in found.items() if isinstance(module, nn.Embedding)}

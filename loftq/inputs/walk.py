@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qlora_kit.naming import Tree, module_at
+
 Batch = Mapping[str, Any]
 # Where a module keeps its hooks, and bytes that are copied to or from a file at a time.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -75,7 +77,7 @@ class Run:
         """
         assert self.at is not None
         self.fill()
-        module = self.walk.model.get_submodule(self.at)
+        module = module_at(self.walk.model, self.at)
         # Copies, since a module may work in place, and the next call is to see the same; what came as one tensor
         # twice is one tensor still.
         copies: dict[int, Tensor] = {}
@@ -244,7 +246,7 @@ class Walk:
     @contextmanager
     def without_hooks(self, path: str) -> Iterator[None]:
         """Inside the block, the hooks that the module at ``path`` had before the walk don't run."""
-        module = self.model.get_submodule(path)
+        module = module_at(self.model, path)
         before = {name: getattr(module, name) for name in _HOOKS}
         for name, hooks in before.items():
             setattr(module, name, OrderedDict((k, v) for k, v in hooks.items() if k not in self._hooks[path]))
@@ -265,7 +267,7 @@ class Walk:
                     run.spill(self.folder)
 
     def _stop_at(self, path: str) -> Callable[[], None]:
-        module = self.model.get_submodule(path)
+        module = module_at(self.model, path)
         self._hooks[path] = {number for name in _HOOKS for number in getattr(module, name)}
         own: Any = vars(module).get("forward")
         forward = module.forward
@@ -296,7 +298,7 @@ def floats(tree: Any) -> list[Tensor]:
 def stops_for(model: nn.Module, paths: Iterable[str]) -> dict[str, list[str]]:
     """Where to stop for the modules at ``paths``: the outermost blocks (members of a ``ModuleList`` that aren't mere
     containers themselves) that hold them, each with those that it holds; a module outside of blocks is its own."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = Tree(model).modules
     lists = {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
     containers = {path for path, module in modules.items() if isinstance(module, (nn.ModuleList, nn.ModuleDict))}
     stops: dict[str, list[str]] = {}
