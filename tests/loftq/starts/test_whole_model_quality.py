@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from loftq.inputs.text import BUILTIN, token_rows
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "reference_lm"
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "reference_lm"
 CALIBRATED = ["qera-diag", "qera", "srr", "cloq", "aligned"]
 # One that mixes heads and one inside the MLP, in each of four layers: enough to tell, in a fraction of the time.
 TARGETS = ["o_proj", "down_proj"]
