@@ -39,7 +39,7 @@ def check(module: Any, width: int) -> None:
     assert quantizer is not None
     assert (quantized.quant_type, quantized.double_quant) == (quantizer.quant_type, quantizer.double_quant)
     assert quantized.blocksize == quantizer.blocksize
-    assert quantized.source is None
+    assert quantized.exact_scales is None
     # The same products in the same order, so the same bits.
     assert torch.equal(quantized.dequantize(), weight)
     codec.take_(module, quantized)
