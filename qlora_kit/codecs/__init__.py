@@ -1,7 +1,7 @@
 """How a base module keeps its weight: ``read`` gives it in float32 (out, in), ``write_`` stores it.
 
-A codec answers for one storage format and never asks what is done with the weight. One is found by the module's type, and says
-whether it holds that module's matrix.
+A codec answers for one storage format and never asks what is done with the weight. One is found by the module's type,
+and says whether it holds that module's matrix.
 
 - ``base``: ``Codec``, what every one promises
 - ``registry``: from a module to its codec, by its type and by what the codec says of it

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
+from codes_taken import check_codes_taken
 from reference import quantization as ref
 from torch import Tensor, nn
 
@@ -165,3 +166,19 @@ def test_dense_like_bytes_and_dtype() -> None:
     meta = Linear8bitLt(64, 32, has_fp16_weights=False, device="meta")
     assert codec.shape(meta) == (32, 64)
     assert codec.nbytes(meta) > 0
+
+
+@pytest.mark.parametrize("forwards", [0, 1])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("out", "fan_in"), [(32, 64), (37, 33)])
+@torch.no_grad()
+def test_codes_are_taken(out: int, fan_in: int, train: bool, forwards: int) -> None:
+    module = Linear8bitLt(fan_in, out, has_fp16_weights=False).to("cpu").train(train)
+    for _ in range(forwards):  # the scales then lie elsewhere
+        module(torch.randn(2, fan_in))
+        assert module.weight.SCB is None
+    codec = codec_for(module)
+    weight, quantized = codec.read(module), codec.quantized(module)
+    assert quantized is not None
+    assert torch.equal(quantized.dequantize(), weight)
+    check_codes_taken(module, fan_in)
