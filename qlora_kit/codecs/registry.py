@@ -59,7 +59,7 @@ def registered_codec(module: nn.Module) -> Codec | None:
     """The codec of ``module``'s type, whether or not it holds the matrix of this module: for counting and protecting
     what is stored."""
     kind = registered_type(type(module))
-    return None if kind is None else _registry[kind]
+    return None if kind is None else _registry.get(kind)
 
 
 def find_codec(module: nn.Module) -> Codec | None:

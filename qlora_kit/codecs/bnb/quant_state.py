@@ -15,6 +15,7 @@ from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_typ
 from torch import Tensor
 
 from ..blockwise import search_codes
+from ..packing import pack
 from ..quantized import SCALES_BLOCKSIZE, Quantized
 
 # The least scale that bitsandbytes gives a short last block; whole blocks may have 0.
@@ -82,12 +83,11 @@ def packed_codes(quantized: Quantized, last: Tensor | None = None) -> Tensor:
         last: the byte whose low half fills an odd number of codes up; by default what bitsandbytes fills with, a zero's
             code.
     """
-    codes = quantized.codes.reshape(-1)
-    if codes.numel() % 2:
-        zero = torch.zeros(1, device=codes.device)
-        fill = search_codes(zero, quantized.table()) if last is None else last.reshape(1) & 0xF
-        codes = torch.cat([codes, fill])
-    return (codes[::2] << 4) | codes[1::2]
+    packed = pack(quantized.codes, 4, first_high=True)
+    if quantized.codes.numel() % 2:
+        zero = torch.zeros(1, device=packed.device)
+        packed[-1:] |= search_codes(zero, quantized.table()) if last is None else last & 0xF
+    return packed
 
 
 def as_data(state: QuantState | None) -> dict[str, Any] | None:
