@@ -49,7 +49,8 @@ def reason_against_computed(module: nn.Module) -> str | None:
     parameters = module._parameters
     if parameters.get("weight") is not None:
         return None
-    if "weight" in (module._modules.get("parametrizations") or ()):
+    parametrizations: Any = module._modules.get("parametrizations")
+    if parametrizations is not None and "weight" in parametrizations:
         return (
             "its weight is computed by parametrizations; make it a plain one first, with "
             "torch.nn.utils.parametrize.remove_parametrizations"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn import Linear8bitLt
 from codes_taken import check_codes_taken
 from reference import quantization as ref
@@ -70,6 +71,22 @@ def test_codes_are_bitsandbytes() -> None:
     for ours in (module, built):
         assert torch.equal(ours.weight.data, expected.weight.data)
         assert torch.equal(ours.weight.SCB, expected.weight.SCB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(32, 64), (37, 33), (1, 1), (3, 4097)])
+def test_codes_are_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    ties = torch.randint(-127, 127, shape) + 0.5
+    ties[:, 0] = 127  # the scale's step is then 1
+    ends = torch.randn(shape) * torch.tensor([6e-8, 1.0, 6e4])[torch.randint(3, (shape[0], 1))]
+    zeros = torch.randn(shape)
+    zeros[-1] = 0
+    for weight in (torch.randn(shape), ties, ends.clamp(-6e4, 6e4), zeros):
+        codes, scales, _ = int8_vectorwise_quant(weight.to(dtype).half())
+        codes[scales == 0] = 0  # bitsandbytes divides a row of zeros by 0
+        module = quantize_linear_int8(nn.Linear(shape[1], shape[0]), weight.to(dtype))
+        assert torch.equal(module.weight.data, codes)
+        assert torch.equal(module.weight.SCB, scales)
 
 
 @pytest.mark.parametrize("forwarded", [False, True])

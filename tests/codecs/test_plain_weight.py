@@ -295,6 +295,18 @@ def test_a_forward_is_tried_once() -> None:
     assert Counted.calls == 1
 
 
+def test_pytorchs_own_kinds_of_tensors_are_known() -> None:
+    from torch._subclasses import FakeTensor, FakeTensorMode
+    from torch.distributed.tensor import DTensor
+
+    assert plain_weight._is_plain(DTensor)
+    assert plain_weight._is_plain(FakeTensor)
+    with FakeTensorMode():
+        module = nn.Linear(4, 4)
+    assert type(module.weight) is not nn.Parameter
+    assert reason(module) is None
+
+
 def test_a_shape_of_any_size_costs_nothing() -> None:
     """A layer of 10^12 entries, of which there is no memory."""
     assert reason(FalconLinear(1_000_000, 1_000_000, bias=False, device="meta")) is None

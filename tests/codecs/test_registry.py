@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from qlora_kit import LoraConfig, apply_lora, merge, quantize_
 from qlora_kit.codecs import codec_for, find_codec, register_codec, registered_codec, registry
 from qlora_kit.codecs.dense import DenseCodec
-from qlora_kit.errors import UnsupportedModuleError
+from qlora_kit.errors import MergeError, UnsupportedModuleError
 
 
 @pytest.fixture(autouse=True)
 def _registrations_end_with_the_test() -> Iterator[None]:
-    before = dict(registry._registry)
     yield
-    registry._registry.clear()
-    registry._registry.update(before)
+    for kind in [kind for kind in registry._registry if kind.__module__ == __name__]:
+        del registry._registry[kind]
     registry._found.clear()
 
 
@@ -100,6 +100,14 @@ def test_all_linear_skips_what_has_no_codec() -> None:
     # Float32 products of another order.
     torch.testing.assert_close(merge(lora).model(x), expected, rtol=1e-4, atol=1e-5)
     assert type(quantize_(net(), 4)[1]) is Doubled
+
+
+def test_a_merge_into_16_bits_does_not_cast_the_codes_of_a_module_that_has_no_codec() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), FP8Linear(64, 64, block_size=(32, 32)))
+    lora = apply_lora(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    with pytest.raises(MergeError, match=r"1\.weight: expected a parameter that can be made dense, found .*float8"):
+        merge(lora, into="bfloat16")
+    assert type(merge(lora).model[1]) is FP8Linear
 
 
 @pytest.mark.parametrize("start", [True, "loftq", "gaussian"])

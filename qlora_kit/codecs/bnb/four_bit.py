@@ -305,7 +305,7 @@ def linear_of_codes(
 def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
     """Put the codes and scales of ``quantized``, of the module's type and blocksize, in the place of the module's."""
     state: Any = state_of(module)
-    weight: Params4bit = module.weight
+    weight: Any = module.weight
     last = weight.data.view(torch.uint8).view(-1)[-1]  # what fills it up stays
     weight.data = packed_codes(quantized, last).view(weight.dtype).view(weight.shape)
     store_scales_(state, quantized)

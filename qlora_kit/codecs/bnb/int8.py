@@ -132,7 +132,8 @@ def quantize_linear_int8(
 def linear_of_codes_int8(
     linear: nn.Linear, quantized: Quantized, *, threshold: float = 0.0, compute_dtype: torch.dtype | None = None
 ) -> Linear8bitLt:
-    """A ``Linear8bitLt`` in ``linear``'s place that holds ``quantized``, int8; see ``quantize_linear_int8``."""
+    """A ``Linear8bitLt`` in ``linear``'s place that holds ``quantized``, int8, whose codes become the module's own; see
+    ``quantize_linear_int8``."""
     module = Linear8bitLt(
         linear.in_features,
         linear.out_features,
