@@ -17,7 +17,7 @@ from ..codecs.packed import pack_linear
 from ..codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
 from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoraConfig
-from ..errors import TargetError
+from ..errors import CodecError, TargetError
 from ..injection.engine import Injection, make_plan, swap_, with_hooks_of
 
 # Codecs of linear modules whose weight is not quantized yet.
@@ -62,7 +62,10 @@ def quantize_(
                     f"({entry.codec}); take it out of target_modules"
                 )
             matrix = codec_for(base, entry.path).read(base)
-            new = linear_holding(base, quantize_matrix(matrix, kind, blocksize, double_quant=double_quant))
+            try:
+                new = linear_holding(base, quantize_matrix(matrix, kind, blocksize, double_quant=double_quant))
+            except CodecError as error:
+                raise CodecError(f"{entry.path}: {error}") from error
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, with_hooks_of(base, new), undo)
     except BaseException:

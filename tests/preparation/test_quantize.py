@@ -18,6 +18,18 @@ def test_quantizing_a_model_is_all_or_nothing() -> None:
     assert net[0] is first
     with torch.no_grad():
         first.weight[0, 0] = 1e6
-    with pytest.raises(CodecError, match="below 65504"):
+    with pytest.raises(CodecError, match=r"^0: .*below 65504"):
         quantize_(net, 8, target_modules=["0"])
     assert net[0] is first
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "signed2", "affine3"])
+def test_values_that_are_not_finite_are_refused_by_path(quant_type: str, value: float) -> None:
+    net = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 65))
+    children = list(net)
+    with torch.no_grad():
+        net[1].weight[64, 7] = value
+    with pytest.raises(CodecError, match=r"^1: .*expected .*(finite|range|65504)"):
+        quantize_(net, quant_type=quant_type, target_modules=["0", "1"])
+    assert list(net) == children
