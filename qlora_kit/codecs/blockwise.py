@@ -61,8 +61,8 @@ def quantize(
     absmax = torch.maximum(highest, -lowest)
     if not all_finite(absmax):
         raise CodecError(
-            "weight: expected values that are finite in torch.float32, found NaN or infinity; load the weight again, or "
-            "leave the module out of the targets"
+            "weight: expected values that are finite in torch.float32, found NaN or infinity; load the weight again "
+            "or leave the module out of the targets"
         )
     scales = torch.where(-lowest > highest, -absmax, absmax) if signed else absmax
     scales = _best_scales(flat, scales, table, blocksize, multipliers)
