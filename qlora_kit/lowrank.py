@@ -33,7 +33,7 @@ import math
 import torch
 from torch import Tensor
 
-from .codecs.base import row_pieces
+from .codecs.pieces import row_pieces
 from .errors import ConfigError
 
 SOLVERS = ("auto", "full", "gram", "krylov", "subspace")

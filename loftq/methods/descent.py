@@ -94,7 +94,7 @@ def round_from_codes(
         codes, lost = descent.aimed(target)
         if (missing := descent.missing(lost)) < least:
             best, least = codes, missing
-    return replace(stored, codes=best, source=None)
+    return replace(stored, codes=best, exact_scales=None)
 
 
 class _Descent:

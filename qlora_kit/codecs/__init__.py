@@ -1,8 +1,11 @@
 """How a base module keeps its weight: ``read`` gives it in float32 (out, in), ``write_`` stores it.
 
-A codec answers for one storage format and never asks what is done with the weight. One is found by the module's type.
+A codec answers for one storage format and never asks what is done with the weight. One is found by the module's type,
+and says whether it holds that module's matrix.
 
-- ``base``: ``Codec``, what every one promises, and the registry
+- ``base``: ``Codec``, what every one promises
+- ``registry``: from a module to its codec, by its type and by what the codec says of it
+- ``plain_weight``: is a module's ``weight`` the matrix it multiplies by?
 - ``dense``: one floating-point ``weight``: linear, embedding (transposed), convolution (flattened)
 - ``conv1d``: transformers' ``Conv1D``, stored (in, out)
 - ``packed``: ``PackedLinear``, 2, 3, 4 or 8 bits without a gap
@@ -12,13 +15,15 @@ A codec answers for one storage format and never asks what is done with the weig
 - ``codebooks``: the tables of low-bit types
 - ``packing``: codes in bytes
 - ``lookup``: a linear layer's function straight from its codec
+- ``pieces``: a matrix some rows at a time
 - ``finite``: is every value of a tensor finite?
 """
 
 from __future__ import annotations
 
 from . import dense, packed
-from .base import Codec, codec_for, find_codec, protect_storage_, register_codec, shielded_storage
+from .base import Codec
+from .registry import codec_for, find_codec, protect_storage_, register_codec, registered_codec, shielded_storage
 
 __all__ = [
     "Codec",
@@ -28,5 +33,6 @@ __all__ = [
     "packed",
     "protect_storage_",
     "register_codec",
+    "registered_codec",
     "shielded_storage",
 ]

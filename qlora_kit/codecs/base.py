@@ -1,4 +1,4 @@
-"""How a base module keeps its weight: the codec protocol and the registry from module type to codec.
+"""How a base module keeps its weight: what every codec promises.
 
 A codec answers one question, *how is the weight stored?*, as ``read(module) -> float32 (out, in)`` and
 ``write_(module, weight)``. Merging, initializers, fidelity reports and storage are written once over this
@@ -7,35 +7,23 @@ pair; a new storage format is one codec and its registration:
     @register_codec(MyPackedLinear)
     class MyCodec(Codec): ...
 
-The registry is keyed on the module's type and searched along the type's method resolution order, so the
-most specific registration wins and a user's entry replaces a built-in one. It never looks at a flag of the
-model: a 4-bit linear is found as such in any module tree. Codecs of optional libraries register when a
-module of that library is first met, which keeps ``import qlora_kit`` light.
-
 Orientation. ``(out, in)`` is the matrix of y = W x. For an embedding that is (dim, vocabulary), the
 transpose of its table; a convolution is flattened to (out, in / groups * prod(kernel)).
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from math import gcd
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import CodecError, UnsupportedModuleError
+from ..errors import CodecError
 from .finite import all_finite
-
-if TYPE_CHECKING:
-    from .quantized import Quantized, Quantizer
-
-# Entries that are read, checked or compared at a time where a whole second matrix isn't to be held.
-PIECE = 1 << 20
+from .pieces import row_pieces
+from .quantized import Quantized, Quantizer
 
 
 class Codec:
@@ -50,6 +38,12 @@ class Codec:
     def __init_subclass__(cls) -> None:
         if "snapshot" in vars(cls) and "contents" not in vars(cls):  # a copy will do
             cls.contents = cls.snapshot  # type: ignore[method-assign]
+
+    def reason_against(self, module: nn.Module) -> str | None:
+        """Why this codec doesn't hold the matrix of ``module``, which is of a type that it is registered for or of a
+        subclass; None if it does. Asked of every module and often, so it has to be quick. In a message it stands in
+        brackets after the type."""
+        return None
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """The logical (out, in), known without touching storage (meta tensors included)."""
@@ -139,101 +133,9 @@ class Codec:
         return module
 
 
-_registry: dict[type[nn.Module], Codec] = {}
-# Where the codecs of an optional library register themselves, by the library's top-level package.
-_on_demand = {"bitsandbytes": "qlora_kit.codecs.bnb", "transformers": "qlora_kit.codecs.conv1d"}
-
-
-def register_codec(*types: type[nn.Module]) -> Callable[[type[Codec]], type[Codec]]:
-    """Class decorator: store modules of ``types`` through this codec; the latest registration wins."""
-
-    def register(codec: type[Codec]) -> type[Codec]:
-        instance = codec()
-        for kind in types:
-            _registry[kind] = instance
-        return codec
-
-    return register
-
-
-def load_on_demand(kind: type, table: dict[str, str]) -> None:
-    """Import the handlers of the optional libraries that ``kind`` or its bases come from."""
-    for root in {base.__module__.partition(".")[0] for base in kind.__mro__}:
-        if root in table:
-            importlib.import_module(table[root])
-
-
-def find_codec(module: nn.Module) -> Codec | None:
-    """The codec of ``module``'s type, or None."""
-    kind = type(module)
-    load_on_demand(kind, _on_demand)
-    return next((_registry[base] for base in kind.__mro__ if base in _registry), None)
-
-
-def codec_for(module: nn.Module, path: str = "") -> Codec:
-    """The codec of ``module``'s type.
-
-    Raises:
-        UnsupportedModuleError: no codec is registered for it; names ``path`` and the type.
-    """
-    codec = find_codec(module)
-    if codec is None:
-        raise UnsupportedModuleError(
-            f"{path or 'module'}: expected a module type with a registered codec, found "
-            f"{type(module).__module__}.{type(module).__qualname__}; leave it out of the targets or register "
-            "a codec with qlora_kit.codecs.register_codec"
-        )
-    return codec
-
-
-def protect_storage_(root: nn.Module) -> None:
-    """Keep the platform from rewriting any stored weight under ``root``; idempotent."""
-    for module in root.modules():
-        codec = find_codec(module)
-        if codec is not None:
-            codec.protect_(module)
-
-
-@contextmanager
-def shielded_storage(root: nn.Module) -> Iterator[None]:
-    """Keep packed weights under ``root`` bit for bit through a ``.to(dtype)`` or ``_apply`` inside the block.
-
-    Packed codes may be stored in a tensor that calls itself bfloat16 or float32 (so that sharding libraries
-    accept it); a cast would convert those bits as if they were numbers.
-    """
-    shielded: list[tuple[Codec, nn.Module, Any]] = []
-    try:
-        for module in root.modules():
-            codec = find_codec(module)
-            token = None if codec is None else codec.shield_(module)
-            if codec is not None and token is not None:
-                shielded.append((codec, module, token))
-        yield
-    finally:
-        for codec, module, token in shielded:
-            codec.unshield_(module, token)
-
-
 def described(module: nn.Module) -> str:
     """The module as error messages name it: type and constructor summary."""
     return f"{type(module).__name__}({module.extra_repr()})"
-
-
-def row_pieces(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
-    """Rows of a matrix, about ``PIECE`` entries at a time, each piece beginning at a multiple of ``multiple`` entries
-    in row-major order."""
-    rows, width = shape[0], max(1, shape[1])
-    unit = multiple // gcd(width, multiple)
-    step = max(1, PIECE // (width * unit)) * unit
-    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
-
-
-def assembled(pieces: Iterator[tuple[slice, Tensor]], shape: tuple[int, int], device: torch.device) -> Tensor:
-    """The whole matrix of which ``pieces`` are the rows: float32 ``shape``."""
-    whole = torch.empty(shape, dtype=torch.float32, device=device)
-    for rows, values in pieces:
-        whole[rows] = values
-    return whole
 
 
 def checked_weight(module: nn.Module, weight: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CodecError
+from .finite import all_finite
 
 # Values that are looked up at a time on a CPU: their temporaries together fill a few MB.
 _CHUNK = 1 << 18
@@ -51,10 +52,18 @@ def quantize(
 
     Returns:
         ``codes`` uint8 of ``weight``'s shape, and scales float32 of (ceil(numel / blocksize),).
+
+    Raises:
+        CodecError: a value is NaN or infinite.
     """
     flat = weight.detach().reshape(-1).float()
     highest, lowest = _extremes(flat, blocksize)
     absmax = torch.maximum(highest, -lowest)
+    if not all_finite(absmax):
+        raise CodecError(
+            "weight: expected values that are finite in torch.float32, found NaN or infinity; load the weight again "
+            "or leave the module out of the targets"
+        )
     scales = torch.where(-lowest > highest, -absmax, absmax) if signed else absmax
     scales = _best_scales(flat, scales, table, blocksize, multipliers)
     return nearest_codes(flat, scales, None, table, blocksize).reshape(weight.shape), scales

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CodecError
-from .base import Codec, checked_weight, described, register_codec, row_pieces
+from .base import Codec, checked_weight, described
+from .pieces import row_pieces
+from .plain_weight import Trial, filled, holding_values, reason_against_forward, reason_against_weight
+from .registry import register_codec, registered_type
 
 
 @register_codec(nn.Linear)
@@ -23,6 +26,17 @@ class DenseCodec(Codec):
     """``nn.Linear``: the stored weight is the (out, in) matrix, in any floating dtype."""
 
     name = "dense"
+
+    def reason_against(self, module: nn.Module) -> str | None:
+        """For storage of another kind to be read by a codec that builds on this one, override it."""
+        return reason_against_weight(module) or self._reason_against_forward(module)
+
+    def _reason_against_forward(self, module: nn.Module) -> str | None:
+        return reason_against_forward(module, registered_type(type(module)), self._trial)
+
+    def _trial(self, module: nn.Module) -> Trial:
+        """What shows whether a forward that overrides the registered type's does the same."""
+        return Trial(holding_values(nn.Linear(5, 4, device="meta")), [filled(2, 3, 5), filled(3, 5)])
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features  # type: ignore[return-value]
@@ -79,6 +93,19 @@ class EmbeddingCodec(TransposedCodec):
 
     name = "embedding"
 
+    def _trial(self, module: nn.Module) -> Trial:
+        sample: Any = holding_values(nn.Embedding(7, 4, device="meta"))
+        # No words in the order of their places: a table of positions, which looks those up, would pass.
+        words = torch.tensor([[5, 1, 3], [2, 0, 6]], device="cpu")
+        scale = getattr(module, "embed_scale", None)  # of transformers' ScaledWordEmbedding; the layer family has it
+        if scale is None:
+            return Trial(sample, [words])
+        if isinstance(scale, Tensor):
+            sample.register_buffer("embed_scale", torch.tensor(3.0, device="cpu"))
+        else:
+            sample.embed_scale = 3.0
+        return Trial(sample, [words], 3.0)
+
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings  # type: ignore[return-value]
 
@@ -88,6 +115,12 @@ class ConvCodec(DenseCodec):
     """Convolutions: (out, in / groups, *kernel) flattened to (out, in / groups * prod(kernel))."""
 
     name = "conv"
+
+    def _trial(self, module: nn.Module) -> Trial:
+        dimensions = len(module.kernel_size)  # type: ignore[arg-type]
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        sample = holding_values(kind(2, 3, kernel_size=3, padding=1, device="meta"))
+        return Trial(sample, [filled(1, 2, *range(5, 5 + dimensions))])
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]

@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Codec, assembled, checked_weight, codec_for, register_codec, row_pieces
+from .base import Codec, checked_weight
 from .blockwise import scale_blocks_
 from .codebooks import codebook, scheme
 from .dense import dense_linear, take_bias_
 from .lookup import lookup_linear
 from .packing import look_up, pack, packed_bytes, unpack
+from .pieces import assembled, row_pieces
+from .plain_weight import reason_against_computed
 from .quantized import SCALES_BLOCKSIZE, Quantized, Quantizer, Scales
+from .registry import codec_for, register_codec
 
 
 class PackedLinear(nn.Linear):
@@ -136,6 +139,9 @@ class PackedCodec(Codec):
     """``PackedLinear``: reads by looking whole groups of codes up, writes by quantizing anew."""
 
     name = "packed"
+
+    def reason_against(self, module: Any) -> str | None:
+        return reason_against_computed(module)
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features

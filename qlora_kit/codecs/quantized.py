@@ -1,8 +1,9 @@
 """A quantized matrix as data: codes, scales, and what reads them back. No modules here.
 
-``quantize_matrix`` gives what the deployed layers hold: bitsandbytes' codes and scales for NF4, FP4 and int8,
-our packed layers' for the other types. Double quantization takes the nearest 8-bit scale; bitsandbytes' CPU
-kernel takes the neighbour for the few scales in a thousand that lie within 1e-5 of a midpoint.
+``quantize_matrix`` finds what all deployed layers hold, bitsandbytes' and our packed ones: its codes and scales for
+NF4, FP4 and int8 are bitsandbytes', bit for bit. Double quantization takes the nearest 8-bit scale; bitsandbytes' CPU
+kernel takes the neighbour for the few scales in a thousand that lie within 1e-5 of a midpoint, so its layers have it
+quantize ``exact_scales`` itself (``bnb.quant_state``).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError, ConfigError
-from .base import row_pieces
 from .blockwise import dequantize, quantize, quantize_range
 from .codebooks import codebook, scheme
+from .pieces import row_pieces
 
 # The scales of a weight are themselves quantized in blocks of 256, as in bitsandbytes.
 SCALES_BLOCKSIZE = 256
+# The blocks that bitsandbytes' kernels for NF4 and FP4 take.
+BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,8 @@ class Quantized:
             only for ranges.
         blocksize: values per scale; None for the rows of int8.
         rows: the blocks were asked for as rows.
-        source: float32 (out, in), the matrix that was quantized. Quantizing it again, with the same quantizer,
-            gives these codes, which quantizing ``dequantize()`` only does without double quantization. None where
-            scales or codes were chosen in another way; codes and scales are then all there is.
+        exact_scales: float32 (blocks,), the scales before double quantization where the codes are the nearest to
+            these; None where codes or scales were chosen in another way, for the scales as they are read then.
     """
 
     quant_type: str
@@ -79,7 +81,7 @@ class Quantized:
     stored_scales: Scales
     stored_shifts: Scales | None
     blocksize: int | None
-    source: Tensor | None = field(repr=False)
+    exact_scales: Tensor | None = field(repr=False)
     rows: bool = False
 
     @property
@@ -143,7 +145,7 @@ def quantize_matrix(
         codes, scales = quantize(matrix, table, blocksize, signed=signed, multipliers=multipliers)
         shifts = None
     stored = Scales.of(scales, double_quant), None if shifts is None else Scales.of(shifts, double_quant)
-    return Quantized(quant_type, codes, *stored, blocksize, matrix, rows)
+    return Quantized(quant_type, codes, *stored, blocksize, scales, rows)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _int8(matrix: Tensor) -> Quantized:
         inverse = torch.where(scale > 0, 127.0 / scale, torch.zeros_like(scale))
         codes[rows] = torch.mul(half, inverse[:, None]).round_()
         scales[rows] = scale
-    return Quantized("int8", codes, Scales(scales), None, None, matrix, True)
+    return Quantized("int8", codes, Scales(scales), None, None, scales, True)
 
 
 @cache

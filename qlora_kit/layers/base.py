@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for
-from ..codecs.base import load_on_demand
+from ..codecs.registry import load_on_demand
 from ..errors import AdapterError, MergeError, UnsupportedModuleError
 from ..lowrank import add_product_, delta
 from ..naming import StandIn

@@ -86,7 +86,7 @@ def cast_rest_(model: nn.Module, dtype: torch.dtype, spill: Spill, undo: Injecti
     Buffers that aren't saved (rotary frequencies, say) are the model's own business and keep their dtype.
     """
     for key, parameter in model.named_parameters():
-        if hasattr(parameter, "quant_state") or not parameter.is_floating_point():
+        if hasattr(parameter, "quant_state") or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
             raise MergeError(
                 f"{key}: expected a parameter that can be made dense, found {type(parameter).__name__} of "
                 f"{parameter.dtype}; merge into='same', or register a codec whose dense_like dequantizes its module"

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, find_codec, protect_storage_
+from ..codecs import Codec, protect_storage_, registered_codec
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 
@@ -142,7 +142,7 @@ def memory_bill(model: nn.Module) -> MemoryBill:
         if isinstance(module, AdapterLayer):
             continue
         weight = module._parameters.get("weight")
-        codec = find_codec(module)
+        codec = registered_codec(module)
         if codec is not None and weight is not None and _is_packed(codec, module, weight) and id(weight) not in seen:
             # Scales may be buffers, or kept outside parameters and buffers: the codec knows all of them.
             bill["k-bit scales"] += codec.nbytes(module) - weight.nbytes
@@ -163,7 +163,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, shared ones once; a packed weight counts as the weights it holds."""
     held: dict[int, int] = {}
     for module in model.modules():
-        codec, weight = find_codec(module), module._parameters.get("weight")
+        codec, weight = registered_codec(module), module._parameters.get("weight")
         if codec is not None and weight is not None and _is_packed(codec, module, weight):
             held[id(weight)] = prod(codec.shape(module))
     counts = [(held.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]

@@ -14,14 +14,12 @@ from torch import nn
 
 from ..codecs import codec_for
 from ..codecs.packed import pack_linear
-from ..codecs.quantized import Quantized, quantize_matrix
+from ..codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
 from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoraConfig
-from ..errors import TargetError
+from ..errors import CodecError, TargetError
 from ..injection.engine import Injection, make_plan, swap_, with_hooks_of
 
-# What bitsandbytes' kernels take; other blocks of NF4 and FP4 are packed by us.
-BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Codecs of linear modules whose weight is not quantized yet.
 DENSE_LINEARS = ("dense", "conv1d")
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +62,10 @@ def quantize_(
                     f"({entry.codec}); take it out of target_modules"
                 )
             matrix = codec_for(base, entry.path).read(base)
-            new = linear_holding(base, quantize_matrix(matrix, kind, blocksize, double_quant=double_quant))
+            try:
+                new = linear_holding(base, quantize_matrix(matrix, kind, blocksize, double_quant=double_quant))
+            except CodecError as error:
+                raise CodecError(f"{entry.path}: {error}") from error
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, with_hooks_of(base, new), undo)
     except BaseException:
@@ -91,25 +92,9 @@ def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = Fals
 def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
     if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
-    from ..codecs.bnb import quantize_linear, quantize_linear_int8, take_codes_, take_codes_int8_
+    from ..codecs.bnb import linear_of_codes, linear_of_codes_int8
 
-    # Where there is a source, bitsandbytes' own kernel rounds it; codes chosen in another way take its place.
-    source = quantized.dequantize() if quantized.source is None else quantized.source
-    if quantized.blocksize is None:
-        int8 = quantize_linear_int8(linear, source)
-        if quantized.source is None:
-            take_codes_int8_(int8, quantized)
-        return int8
-    four_bit = quantize_linear(
-        linear,
-        source,
-        quant_type=quantized.quant_type,
-        blocksize=quantized.blocksize,
-        double_quant=quantized.double_quant,
-    )
-    if quantized.source is None:
-        take_codes_(four_bit, quantized)
-    return four_bit
+    return (linear_of_codes_int8 if quantized.blocksize is None else linear_of_codes)(linear, quantized)
 
 
 def _as_linear(base: nn.Module) -> nn.Linear:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn import Linear8bitLt
+from codes_taken import check_codes_taken
 from reference import quantization as ref
 from torch import Tensor, nn
 
@@ -69,6 +71,22 @@ def test_codes_are_bitsandbytes() -> None:
     for ours in (module, built):
         assert torch.equal(ours.weight.data, expected.weight.data)
         assert torch.equal(ours.weight.SCB, expected.weight.SCB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(32, 64), (37, 33), (1, 1), (3, 4097)])
+def test_codes_are_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    ties = torch.randint(-127, 127, shape) + 0.5
+    ties[:, 0] = 127  # the scale's step is then 1
+    ends = torch.randn(shape) * torch.tensor([6e-8, 1.0, 6e4])[torch.randint(3, (shape[0], 1))]
+    zeros = torch.randn(shape)
+    zeros[-1] = 0
+    for weight in (torch.randn(shape), ties, ends.clamp(-6e4, 6e4), zeros):
+        codes, scales, _ = int8_vectorwise_quant(weight.to(dtype).half())
+        codes[scales == 0] = 0  # bitsandbytes divides a row of zeros by 0
+        module = quantize_linear_int8(nn.Linear(shape[1], shape[0]), weight.to(dtype))
+        assert torch.equal(module.weight.data, codes)
+        assert torch.equal(module.weight.SCB, scales)
 
 
 @pytest.mark.parametrize("forwarded", [False, True])
@@ -165,3 +183,19 @@ def test_dense_like_bytes_and_dtype() -> None:
     meta = Linear8bitLt(64, 32, has_fp16_weights=False, device="meta")
     assert codec.shape(meta) == (32, 64)
     assert codec.nbytes(meta) > 0
+
+
+@pytest.mark.parametrize("forwards", [0, 1])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("out", "fan_in"), [(32, 64), (37, 33)])
+@torch.no_grad()
+def test_codes_are_taken(out: int, fan_in: int, train: bool, forwards: int) -> None:
+    module = Linear8bitLt(fan_in, out, has_fp16_weights=False).to("cpu").train(train)
+    for _ in range(forwards):  # the scales then lie elsewhere
+        module(torch.randn(2, fan_in))
+        assert module.weight.SCB is None
+    codec = codec_for(module)
+    weight, quantized = codec.read(module), codec.quantized(module)
+    assert quantized is not None
+    assert torch.equal(quantized.dequantize(), weight)
+    check_codes_taken(module, fan_in)

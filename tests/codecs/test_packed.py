@@ -1,215 +1,294 @@
-"""``PackedLinear``: what it holds, computes, keeps through casts and copies, and how adapters live on it."""
+"""The packed linear as storage: what it reads, holds and writes, and that copies and casts keep it bit for bit."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from codes_taken import check_codes_taken
+from reference import quantization as ref
 from torch import Tensor, nn
 
-from qlora_kit import LoraConfig, apply_lora, codec_for, merge, quantize_
+from qlora_kit.codecs import codec_for
+from qlora_kit.codecs.codebooks import SCHEMES, codebook
 from qlora_kit.codecs.packed import PackedLinear, pack_linear
 from qlora_kit.codecs.quantized import quantize_matrix
-from qlora_kit.errors import CodecError, TargetError
-from qlora_kit.preparation.kbit import memory_bill
+from qlora_kit.errors import CodecError
 
-KINDS = ["nf2", "signed2", "affine2", "nf3", "lloyd3", "uniform4", "affine8"]
-SHAPES = [(24, 64), (33, 47), (1, 5), (40, 96)]
-
-
-def make(
-    shape: tuple[int, int] = (24, 64),
-    kind: str = "signed2",
-    bias: bool = True,
-    blocksize: int = 64,
-    double: bool = False,
-) -> tuple[PackedLinear, Tensor]:
-    """A packed linear, and the dense matrix it stands for."""
-    linear = nn.Linear(shape[1], shape[0], bias=bias)
-    quantized = quantize_matrix(linear.weight.detach(), kind, blocksize, double_quant=double)
-    return pack_linear(linear, quantized), quantized.dequantize()
+TYPES = [name for name, kind in SCHEMES.items() if kind.bits in (2, 3, 4, 8)]
+FEW = ["signed2", "affine2", "signed3", "nf4", "affine8"]
+# (out, in): in_features a whole number of blocks and not, of groups of 8 codes and not.
+SHAPES = [(16, 64), (37, 96), (7, 5), (33, 47), (1, 5)]
+few_types = pytest.mark.parametrize("quant_type", FEW)
+plain_and_double = pytest.mark.parametrize("double_quant", [False, True])
 
 
-def stored(module: nn.Module) -> list[Tensor]:
-    return [tensor.clone() for tensor in codec_for(module).stored(module)]
+def make(out: int, fan_in: int, quant_type: str = "signed2", *, bias: bool = True, **kwargs: Any) -> PackedLinear:
+    linear = nn.Linear(fan_in, out, bias=bias)
+    return pack_linear(linear, quantize_matrix(linear.weight.detach(), quant_type, **kwargs))
 
 
-def assert_same(module: nn.Module, before: list[Tensor]) -> None:
-    after = codec_for(module).stored(module)
-    assert len(after) == len(before)
-    for new, old in zip(after, before, strict=True):
-        assert new.dtype == old.dtype
-        assert torch.equal(new, old)
+def empty_like(module: PackedLinear, device: str | None = None) -> PackedLinear:
+    return PackedLinear(
+        module.in_features,
+        module.out_features,
+        module.bias is not None,
+        quant_type=module.quant_type,
+        blocksize=module.blocksize,
+        double_quant=module.double_quant,
+        device=device,
+    )
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+def raw(module: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Dtype, shape and bits of all that is stored, but for the bias."""
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
+        for name, tensor in module.state_dict().items()
+        if name != "bias"
+    }
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096, None])
+@plain_and_double
 @pytest.mark.parametrize("shape", SHAPES)
-def test_reads_back_what_was_quantized(shape: tuple[int, int], kind: str, double: bool) -> None:
-    module, dense = make(shape, kind, double=double)
-    assert torch.equal(codec_for(module).read(module), dense)
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_reads_what_was_quantized(
+    quant_type: str, shape: tuple[int, int], double_quant: bool, blocksize: int | None
+) -> None:
+    linear = nn.Linear(shape[1], shape[0])
+    quantized = quantize_matrix(linear.weight.detach(), quant_type, blocksize, double_quant=double_quant)
+    module = pack_linear(linear, quantized)
+    codec, before = codec_for(module), raw(module)
+    read = codec.read(module)
+    assert (codec.name, codec.shape(module), read.dtype) == ("packed", shape, torch.float32)
+    assert torch.equal(read, quantized.dequantize())
+    codec.read(module).zero_()
+    assert raw(module) == before
+
+
+@plain_and_double
+@pytest.mark.parametrize("shape", SHAPES)
+@few_types
+def test_what_is_stored_can_be_read_bit_by_bit(quant_type: str, shape: tuple[int, int], double_quant: bool) -> None:
+    module = make(*shape, quant_type, double_quant=double_quant)
+    read = codec_for(module).read(module).double().numpy()
+    np.testing.assert_allclose(read, ref.read_packed(module), rtol=0, atol=2e-7)  # values up to 0.5 in float32
 
 
 @pytest.mark.parametrize(
-    ("kind", "double", "bits"),
-    [("signed2", False, 2.5), ("signed2", True, 2.127), ("lloyd3", False, 3.5), ("lloyd3", True, 3.127)],
+    ("quant_type", "double_quant", "bits"),
+    [
+        *[("signed2", False, 2.5), ("signed2", True, 2.127), ("affine2", False, 3.0), ("affine2", True, 2.254)],
+        *[("lloyd3", False, 3.5), ("lloyd3", True, 3.127)],
+        *[("signed3", False, 3.5), ("signed3", True, 3.127), ("nf4", False, 4.5), ("nf4", True, 4.127)],
+    ],
 )
-def test_bytes_a_weight(kind: str, double: bool, bits: float) -> None:
-    module, _ = make((512, 512), kind, bias=False, double=double)
-    counted = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    assert codec_for(module).nbytes(module) == counted
-    assert 8 * counted / 512**2 == pytest.approx(bits, abs=2e-3)  # the table and the offset are some 36 bytes
+def test_bits_a_weight(quant_type: str, double_quant: bool, bits: float) -> None:
+    module = make(256, 2048, quant_type, double_quant=double_quant)
+    found = codec_for(module).nbytes(module) * 8 / (256 * 2048)
+    assert found == pytest.approx(bits, abs=0.001)  # a table and an offset add 36 bytes or so to half a million weights
+    kept = sum(tensor.nbytes for name, tensor in module.state_dict().items() if name != "bias")
+    assert codec_for(module).nbytes(module) == kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients_are_those_of_the_dense_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    module, dense = make(shape, "lloyd3")
-    module.bias.requires_grad_()
-    x = torch.randn(3, 2, shape[1], dtype=dtype, requires_grad=True)
-    out = module(x)
-    assert out.dtype == dtype
-    weights = torch.randn(out.shape, dtype=dtype)
-    got = torch.autograd.grad((out * weights).sum(), [x, module.bias])
-    y, W, b = x.detach().double().requires_grad_(), dense.double(), module.bias.detach().double().requires_grad_()
-    expected_out = F.linear(y, W, b)
-    expected = torch.autograd.grad((expected_out * weights.double()).sum(), [y, b])
-    # one rounding of inputs, weights and sums to the dtype's digits
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
-    for ours, reference in [(out, expected_out), *zip(got, expected, strict=True)]:
-        torch.testing.assert_close(ours.double(), reference, rtol=tolerance, atol=tolerance)
+def test_a_new_module_is_of_zeros() -> None:
+    for quant_type in FEW:
+        module = PackedLinear(47, 33, quant_type=quant_type, double_quant=True)
+        assert not codec_for(module).read(module).any()
+        assert torch.equal(module(torch.randn(2, 47)), torch.zeros(2, 33))
+        assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_autocast_and_empty_batches() -> None:
-    module, dense = make()
-    x = torch.randn(4, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert module(x).dtype == torch.bfloat16
-    torch.testing.assert_close(module(x), F.linear(x, dense, module.bias))
-    assert module(x[:0]).shape == (0, 24)
-
-
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
-    return quantize_(net, 2, double_quant=True, target_modules=["0", "2"])
-
-
-def test_adapters_train_through_it() -> None:
-    net = model()
-    before = [stored(net[0]), stored(net[2])]
-    lora = apply_lora(net, LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
-    x, y = torch.randn(16, 64), torch.randn(16, 64)
-    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = F.mse_loss(lora(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    lora.eval()(x)
-    for path, tensors in zip(("0", "2"), before, strict=True):
-        assert_same(lora.model.get_submodule(path).base_layer, tensors)
-    trainable, total = lora.get_nb_trainable_parameters()
-    assert trainable == 4 * (64 + 96) * 2
-    assert total == trainable + 2 * 64 * 96 + 96 + 64, "packed weights count as weights"
-
-
-def test_the_memory_bill_counts_every_byte_once() -> None:
-    net = model()
-    bill = memory_bill(net)
-    assert bill.total == sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
-    assert bill.bytes["k-bit weights"] == 2 * 64 * 96 // 4
-
-
-def test_merge_and_the_way_back() -> None:
-    lora = apply_lora(model(), LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
-    layer = lora.model.get_submodule("0")
-    before, read = stored(layer.base_layer), codec_for(layer.base_layer).read(layer.base_layer)
-    delta = layer.delta("default")
-    lora.merge_adapter()
-    assert not torch.equal(codec_for(layer.base_layer).read(layer.base_layer), read)
-    lora.unmerge_adapter()
-    assert_same(layer.base_layer, before)
-    dense = merge(lora, into="float32").model
-    torch.testing.assert_close(dense.get_submodule("0").weight.detach(), read + delta)
-
-
-def test_requantizing_what_was_read_doesn_t_shrink_it() -> None:
-    """A fitted table stays short of its block's largest value; scales that follow it would shrink every time."""
-    for kind in KINDS:
-        module, dense = make((40, 96), kind)
-        codec = codec_for(module)
-        for _ in range(3):
-            codec.write_(module, codec.read(module))
-        torch.testing.assert_close(codec.read(module), dense, rtol=1e-6, atol=1e-7)  # scales round in float32
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_casts_leave_codes_and_scales_alone(double: bool) -> None:
-    module, dense = make((33, 47), "affine2", double=double)
-    before = stored(module)
-    for cast in (module.half, module.bfloat16, module.double, module.float):
-        cast()
-        assert_same(module, before)
-    assert module.half().bias.dtype == torch.float16
-    assert module.compute_dtype == torch.float16
-    assert torch.equal(codec_for(module).read(module), dense)
-
-
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["signed2", "affine3"])
-def test_state_dict_copies_and_pickles(kind: str, double: bool) -> None:
-    module, dense = make((33, 47), kind, double=double)
-    options = {"quant_type": kind, "double_quant": double}
-    empty = PackedLinear(47, 33, **options, device="meta")
-    empty.load_state_dict(module.state_dict(), assign=True)
-    filled = PackedLinear(47, 33, **options)
-    filled.load_state_dict(module.state_dict())
-    data = io.BytesIO()
-    torch.save(module, data)
-    data.seek(0)
-    for other in (empty, filled, copy.deepcopy(module), torch.load(data, weights_only=False)):
-        assert torch.equal(codec_for(other).read(other), dense)
-        assert torch.equal(other.bias, module.bias)
-    assert module.to("meta").weight.is_meta
-
-
-def test_what_doesn_t_fit_is_refused_and_changes_nothing() -> None:
-    module, _ = make()
-    before = stored(module)
-    codec = codec_for(module)
-    with pytest.raises(CodecError, match=r"expected a weight of shape \(24, 64\)"):
-        codec.write_(module, torch.zeros(64, 24))
-    with pytest.raises(CodecError, match="NaN or infinity"):
-        codec.write_(module, torch.full((24, 64), float("nan")))
+def test_types_that_cannot_be_packed_are_refused() -> None:
     with pytest.raises(CodecError, match=r"bits: expected one of \[2, 3, 4, 8\] to pack, found 5"):
         PackedLinear(8, 8, quant_type="uniform5")
-    assert_same(module, before)
+    with pytest.raises(CodecError, match="found 7"):
+        make(8, 8, "affine7")
+    with pytest.raises(CodecError, match="quant_type: expected one of"):
+        PackedLinear(8, 8, quant_type="int8")
 
 
-def test_snapshot_and_restore_are_bitwise() -> None:
-    module, _ = make((33, 47), "affine3", double=True)
-    codec, before = codec_for(module), stored(module)
+def test_it_takes_its_linears_place() -> None:
+    linear = nn.Linear(47, 33).eval().to(torch.bfloat16)
+    linear.bias.requires_grad_(False)
+    module = pack_linear(linear, quantize_matrix(linear.weight.detach().float(), "signed3"))
+    assert torch.equal(module.bias, linear.bias)
+    assert module.bias.data_ptr() != linear.bias.data_ptr()
+    assert (module.training, module.bias.requires_grad) == (False, False)
+    assert codec_for(module).compute_dtype(module) == torch.bfloat16
+    assert make(8, 8, bias=False).bias is None
+    assert "signed3, blocksize=64" in repr(module)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@plain_and_double
+@few_types
+def test_writing_quantizes_anew(quant_type: str, double_quant: bool, shape: tuple[int, int]) -> None:
+    module = make(*shape, quant_type, blocksize=32, double_quant=double_quant)
+    bias, weight = module.bias.detach().clone(), torch.randn(shape)
+    codec_for(module).write_(module, weight)
+    expected = quantize_matrix(weight, quant_type, 32, double_quant=double_quant).dequantize()
+    assert torch.equal(codec_for(module).read(module), expected)
+    assert torch.equal(module.bias, bias)
+
+
+UNFIT = [
+    (torch.zeros(47, 33), r"expected a weight of shape \(33, 47\)"),
+    (torch.zeros(33, 46), r"expected a weight of shape \(33, 47\)"),
+    (torch.full((33, 47), torch.nan), "NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("found", "message"), UNFIT)
+@few_types
+def test_a_weight_that_does_not_fit_is_refused_and_changes_nothing(
+    quant_type: str, found: Tensor, message: str
+) -> None:
+    module = make(33, 47, quant_type, double_quant=True)
+    before = raw(module)
+    with pytest.raises(CodecError, match=message):
+        codec_for(module).write_(module, found)
+    infinite = torch.zeros(33, 47)
+    infinite[3, 4] = torch.inf
+    with pytest.raises(CodecError, match=r"finite in torch\.float32, found NaN or infinity"):
+        codec_for(module).write_(module, infinite)
+    assert raw(module) == before
+
+
+@plain_and_double
+@few_types
+def test_a_snapshot_is_put_back_bit_for_bit(quant_type: str, double_quant: bool) -> None:
+    module = make(33, 47, quant_type, double_quant=double_quant)
+    codec, before = codec_for(module), raw(module)
     snapshot = codec.snapshot(module)
-    codec.write_(module, torch.randn(33, 47))
-    codec.restore_(module, snapshot)
-    assert_same(module, before)
+    for _ in range(2):  # a snapshot can be used again: what is restored isn't its memory
+        codec.write_(module, torch.randn(33, 47))
+        assert raw(module) != before
+        codec.restore_(module, snapshot)
+        assert raw(module) == before
 
 
-def test_quantizing_a_model_is_all_or_nothing() -> None:
-    net = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(3, 3, 1))
-    first = net[0]
-    with pytest.raises(TargetError, match="1: expected a dense linear layer to quantize, found Conv2d"):
-        quantize_(net, 2, target_modules=["0", "1"])
-    assert net[0] is first
-    with torch.no_grad():
-        first.weight[0, 0] = 1e6
-    with pytest.raises(CodecError, match="below 65504"):
-        quantize_(net, 8, target_modules=["0"])
-    assert net[0] is first
+@pytest.mark.parametrize("assign", [False, True])
+@plain_and_double
+@few_types
+def test_a_state_dict_fills_an_empty_module(quant_type: str, double_quant: bool, assign: bool) -> None:
+    module = make(33, 47, quant_type, double_quant=double_quant)
+    other = empty_like(module, "meta" if assign else None)
+    found = other.load_state_dict(module.state_dict(), assign=assign)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    assert raw(other) == raw(module)
+    x = torch.randn(3, 47)
+    assert torch.equal(other(x), module(x))
+
+
+def test_a_stored_table_is_the_one_that_is_read() -> None:
+    module = make(16, 64, "signed2")
+    read, state = codec_for(module).read(module), module.state_dict()
+    other = empty_like(module)
+    other.load_state_dict({**state, "codebook": state["codebook"] * 2})
+    assert torch.equal(codec_for(other).read(other), read * 2)
+    assert torch.equal(state["codebook"], codebook("signed2", blocksize=64))
+
+
+def saved(module: PackedLinear) -> PackedLinear:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    copied: PackedLinear = torch.load(file, weights_only=False)
+    return copied
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, saved, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "save", "pickle"],
+)
+@plain_and_double
+def test_copies_are_equal_and_apart(duplicate: Callable[[PackedLinear], PackedLinear], double_quant: bool) -> None:
+    module = make(33, 47, "affine3", double_quant=double_quant)
+    before, x = raw(module), torch.randn(3, 47)
+    twin = duplicate(module)
+    assert raw(twin) == before
+    assert torch.equal(twin(x), module(x))
+    assert (twin.quant_type, twin.blocksize, twin.double_quant) == ("affine3", 64, double_quant)
+    codec_for(twin).write_(twin, torch.randn(33, 47))
+    for tensor in twin.state_dict().values():
+        tensor.zero_()
+    assert raw(module) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@plain_and_double
+@few_types
+def test_casts_change_neither_codes_nor_scales_nor_table(
+    quant_type: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    module = make(33, 47, quant_type, double_quant=double_quant)
+    before, read = raw(module), codec_for(module).read(module)
+    model = nn.Sequential(module, nn.Linear(33, 2))
+    for cast in (lambda: model.to(dtype), lambda: module.to("cpu", dtype), model.float):
+        cast()
+        assert raw(module) == before
+        assert torch.equal(codec_for(module).read(module), read)
+    model.to(dtype)
+    assert module.bias.dtype == module.compute_dtype == dtype
+    assert codec_for(module).compute_dtype(module) == dtype
+    assert module(torch.randn(2, 47, dtype=dtype)).dtype == dtype
+
+
+def test_named_casts_change_no_bit() -> None:
+    module = make(33, 47, "affine2", double_quant=True)
+    before = raw(module)
+    for name in ("half", "bfloat16", "double", "float"):
+        getattr(module, name)()
+        assert raw(module) == before
+
+
+@plain_and_double
+@few_types
+def test_to_the_meta_device_and_back_empty(quant_type: str, double_quant: bool) -> None:
+    module = make(33, 47, quant_type, double_quant=double_quant)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    before = raw(module)
+    module.to("meta")
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    assert codec_for(module).shape(module) == (33, 47)
+    module.to_empty(device="cpu")
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in module.state_dict().items()}
+    assert kinds == {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+    module.load_state_dict(state)
+    assert raw(module) == before
+
+
+@pytest.mark.parametrize("quant_type", ["nf2", "signed2", "affine2", "nf3", "lloyd3", "uniform4", "affine8"])
+def test_requantizing_what_was_read_doesn_t_shrink_it(quant_type: str) -> None:
+    """A fitted table stays short of its block's largest value; scales that follow it would shrink every time."""
+    module = make(40, 96, quant_type)
+    codec = codec_for(module)
+    dense = codec.read(module)
+    for _ in range(3):
+        codec.write_(module, codec.read(module))
+    torch.testing.assert_close(codec.read(module), dense, rtol=1e-6, atol=1e-7)  # scales round in float32
+
+
+@plain_and_double
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize(("out", "fan_in", "blocksize"), [(37, 96, 64), (7, 5, 64), (9, 33, None)])
+def test_codes_are_taken(out: int, fan_in: int, blocksize: int | None, quant_type: str, double_quant: bool) -> None:
+    linear = nn.Linear(fan_in, out)
+    quantized = quantize_matrix(linear.weight.detach(), quant_type, blocksize, double_quant=double_quant)
+    module = pack_linear(linear, quantized)
+    check_codes_taken(module, fan_in)
+    codec = codec_for(module)
+    codec.take_(module, quantized)
+    found = codec.quantized(module)
+    assert found is not None
+    assert torch.equal(found.codes, quantized.codes)
+    assert all(torch.equal(*pair) for pair in zip(found.tensors(), quantized.tensors(), strict=True))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from reference import quantization as ref
 from torch import Tensor, nn
 
-from qlora_kit import AdapterLayer, LoraConfig, LoraModel, apply_lora, merge
+from qlora_kit import AdapterLayer, LoraConfig, LoraModel, apply_lora, merge, quantize_
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.packed import PackedLinear, pack_linear
 from qlora_kit.codecs.quantized import quantize_matrix
@@ -229,3 +229,71 @@ def test_merging_into_the_same_storage_stays_packed(quant_type: str) -> None:
         module = merged.get_submodule(path)
         assert isinstance(module, PackedLinear)
         assert torch.equal(codec_for(module).read(module), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(24, 64), (33, 47), (1, 5), (40, 96)])
+def test_forward_and_gradients_are_those_of_the_dense_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    module = make(*shape, "lloyd3")
+    dense = codec_for(module).read(module)
+    module.bias.requires_grad_()
+    x = torch.randn(3, 2, shape[1], dtype=dtype, requires_grad=True)
+    out = module(x)
+    assert out.dtype == dtype
+    weights = torch.randn(out.shape, dtype=dtype)
+    got = torch.autograd.grad((out * weights).sum(), [x, module.bias])
+    y, W, b = x.detach().double().requires_grad_(), dense.double(), module.bias.detach().double().requires_grad_()
+    expected_out = F.linear(y, W, b)
+    expected = torch.autograd.grad((expected_out * weights.double()).sum(), [y, b])
+    # one rounding of inputs, weights and sums to the dtype's digits
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    for ours, reference in [(out, expected_out), *zip(got, expected, strict=True)]:
+        torch.testing.assert_close(ours.double(), reference, rtol=tolerance, atol=tolerance)
+
+
+def test_autocast_and_empty_batches() -> None:
+    module = make(24, 64)
+    dense = codec_for(module).read(module)
+    x = torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    torch.testing.assert_close(module(x), F.linear(x, dense, module.bias))
+    assert module(x[:0]).shape == (0, 24)
+
+
+def two_bits() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+    return quantize_(net, 2, double_quant=True, target_modules=["0", "2"])
+
+
+def test_adapters_train_through_it() -> None:
+    lora = apply_lora(two_bits(), LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+    before = base_bits(lora)
+    x, y = torch.randn(16, 64), torch.randn(16, 64)
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.mse_loss(lora(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    lora.eval()(x)
+    assert base_bits(lora) == before
+    trainable, total = lora.get_nb_trainable_parameters()
+    assert trainable == 4 * (64 + 96) * 2
+    assert total == trainable + 2 * 64 * 96 + 96 + 64, "packed weights count as weights"
+
+
+def test_merge_and_the_way_back() -> None:
+    lora = apply_lora(two_bits(), LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+    layer = lora.model.get_submodule("0")
+    before, read = base_bits(lora), codec_for(layer.base_layer).read(layer.base_layer)
+    delta = layer.delta("default")
+    lora.merge_adapter()
+    assert not torch.equal(codec_for(layer.base_layer).read(layer.base_layer), read)
+    lora.unmerge_adapter()
+    assert base_bits(lora) == before
+    dense = merge(lora, into="float32").model
+    torch.testing.assert_close(dense.get_submodule("0").weight.detach(), read + delta)

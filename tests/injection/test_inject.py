@@ -22,7 +22,7 @@ from qlora_kit import (
     register_initializer,
     register_layer,
 )
-from qlora_kit.codecs.base import _registry as codecs
+from qlora_kit.codecs.registry import _registry as codecs
 from qlora_kit.initializers import start_for
 from qlora_kit.injection.engine import Request, Start, inject_
 from qlora_kit.layers import LinearAdapter

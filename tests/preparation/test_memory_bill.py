@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from tiny_llama import HIDDEN, INTERMEDIATE, STORAGES, VOCABULARY, adapted, llama, load
+from torch import nn
 
-from qlora_kit import prepare_model_for_kbit_training
+from qlora_kit import prepare_model_for_kbit_training, quantize_
 from qlora_kit.preparation.kbit import memory_bill
 
 
@@ -45,3 +46,11 @@ def test_bill_is_printable_plain_data_and_knows_adapters(llama_dir: Path) -> Non
     now = memory_bill(lora)
     assert now.bytes["adapters, float32"] == trainable
     assert now.total == lora.memory_bill.total + trainable
+
+
+def test_packed_linears_count_every_byte_once() -> None:
+    net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+    quantize_(net, 2, double_quant=True, target_modules=["0", "2"])
+    bill = memory_bill(net)
+    assert bill.total == sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
+    assert bill.bytes["k-bit weights"] == 2 * 64 * 96 // 4

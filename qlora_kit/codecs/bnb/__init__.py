@@ -4,6 +4,7 @@
 - ``int8``: the codec of int8 linears
 - ``common``: the stock forward of both, with the bias left as it is
 - ``layout``: where a 4-bit weight's codes and scales are
+- ``quant_state``: bitsandbytes' state of a 4-bit weight, filled with codes and scales that we chose
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from collections.abc import Mapping
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
 
-from .four_bit import Codec4bit, kernel_is_right, quantize_linear, take_codes_
-from .int8 import CodecInt8, quantize_linear_int8, take_codes_int8_
+from .four_bit import Codec4bit, kernel_is_right, linear_of_codes, quantize_linear
+from .int8 import CodecInt8, linear_of_codes_int8, quantize_linear_int8
 
 __all__ = [
     "Codec4bit",
     "CodecInt8",
     "kernel_is_right",
     "linear_from_tensors",
+    "linear_of_codes",
+    "linear_of_codes_int8",
     "quantize_linear",
     "quantize_linear_int8",
-    "take_codes_",
-    "take_codes_int8_",
 ]
 
 

@@ -23,18 +23,21 @@ from math import lcm
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from ...errors import CodecError
 from .. import blockwise
-from ..base import assembled, checked_weight, codec_for, described, register_codec, row_pieces
+from ..base import checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..lookup import lookup_linear
-from ..quantized import Quantized, Quantizer, Scales
+from ..pieces import assembled, row_pieces
+from ..plain_weight import Trial, filled, holding_values, reason_against_computed
+from ..quantized import BNB_BLOCKSIZES, Quantized, Quantizer, Scales, quantize_matrix
+from ..registry import codec_for, register_codec
 from .common import stock_forward
 from .layout import is_repacked, scales_of, standard_bytes
+from .quant_state import adopt_, as_data, as_state, new_state, packed_codes, state_of, store_scales_
 
 
 def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
@@ -43,7 +46,7 @@ def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
     Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks; and in
     float64 they compute garbage.
     """
-    return x.device.type != "cpu" or _state(module) is None or not _misread(module)
+    return x.device.type != "cpu" or state_of(module) is None or not _misread(module)
 
 
 @register_codec(Linear4bit)
@@ -55,13 +58,20 @@ class Codec4bit(DenseCodec):
 
     name = "bnb-4bit"
 
+    def reason_against(self, module: Any) -> str | None:
+        return reason_against_computed(module) or self._reason_against_forward(module)
+
+    def _trial(self, module: Any) -> Trial:
+        linear: Any = holding_values(nn.Linear(64, 32, device="meta"))
+        return Trial(quantize_linear(linear, linear.weight), [filled(2, 3, 64), filled(3, 64)])
+
     def read(self, module: Any) -> Tensor:
-        if _state(module) is None:
+        if state_of(module) is None:
             return super().read(module)
         return assembled(self.pieces(module), self.shape(module), module.weight.device)
 
     def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
-        state = _state(module)
+        state = state_of(module)
         if state is None:
             yield from super().pieces(module)
             return
@@ -76,11 +86,11 @@ class Codec4bit(DenseCodec):
             yield rows, values.view(-1, module.in_features)
 
     def quantizer(self, module: Any) -> Quantizer | None:
-        state = _state(module)
+        state = state_of(module)
         return None if state is None else Quantizer(state.quant_type, state.blocksize, state.nested)
 
     def quantized(self, module: Any) -> Quantized | None:
-        state: Any = _state(module)
+        state: Any = state_of(module)
         if state is None:
             return None
         pairs = standard_bytes(module.weight.data, state)
@@ -95,32 +105,22 @@ class Codec4bit(DenseCodec):
 
     @torch.no_grad()
     def write_(self, module: Any, weight: Tensor) -> None:
-        state = _state(module)
+        state = state_of(module)
         if state is None:
             super().write_(module, weight)
             return
         weight = checked_weight(module, weight, self.shape(module), torch.float32).float()
         self.protect_(module)
-        stored: Params4bit = module.weight
-        data, fresh = quantize_4bit(
-            weight.contiguous(),
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=stored.dtype,
-        )
-        stored.data = data.reshape(stored.shape)
-        state.absmax, state.offset, state.state2 = fresh.absmax, fresh.offset, fresh.state2
-        _adopt_(module, state)
+        take_codes_(module, quantize_matrix(weight, state.quant_type, state.blocksize, double_quant=state.nested))
 
     def release_(self, module: Any) -> None:
         super().release_(module)
-        if (state := _state(module)) is not None:
+        if (state := state_of(module)) is not None:
             state.absmax = state.absmax.new_empty(0)
 
     def stored(self, module: Any) -> list[Tensor]:
         """The codes row by row and all scales; the small look-up tables aren't among them."""
-        state = _state(module)
+        state = state_of(module)
         if state is None:
             return super().stored(module)
         codes = standard_bytes(module.weight.data, state)
@@ -132,27 +132,27 @@ class Codec4bit(DenseCodec):
     def compute_dtype(self, module: Any) -> torch.dtype:
         if module.compute_dtype is not None:
             return module.compute_dtype
-        state = _state(module)
+        state = state_of(module)
         if state is not None:
             return state.original_dtype if is_repacked(state) else state.dtype
         weight: Tensor = module.weight
         return weight.dtype if weight.is_floating_point() else torch.float32
 
     def contents(self, module: Any) -> Any:
-        return module.weight.data, _as_data(_state(module))
+        return module.weight.data, as_data(state_of(module))
 
     @torch.no_grad()
     def restore_(self, module: Any, snapshot: Any) -> None:
         data, saved = snapshot
         device = module.weight.device
         module.weight.data = data.to(device, copy=True)
-        state = _state(module)
+        state = state_of(module)
         if state is not None and saved is not None:
             # The same state object lives on, since the weight, the module and others may hold it.
             state.__dict__.clear()
-            state.__dict__.update(_as_state(saved).__dict__)
+            state.__dict__.update(as_state(saved).__dict__)
             state.to(device)
-            _adopt_(module, state)
+            adopt_(module, state)
 
     @torch.no_grad()
     def protect_(self, module: Any) -> None:
@@ -163,10 +163,10 @@ class Codec4bit(DenseCodec):
         doubly quantized, which loses nothing more; a UserWarning says it once.
         """
         module.support_avx512bf16_for_cpu = False
-        state = _state(module)
+        state = state_of(module)
         if state is None:
             return
-        if _misread(module) and "forward" not in module.__dict__:
+        if _misread(module) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
             module.forward = partial(_lookup_forward, module)
         if not is_repacked(state):
             return
@@ -177,7 +177,7 @@ class Codec4bit(DenseCodec):
         state.nested, state.offset, state.state2 = False, None, None
         state.packing_format_for_cpu = False  # type: ignore[attr-defined]  # set by the stock repacking
         weight.compress_statistics = False
-        _adopt_(module, state)
+        adopt_(module, state)
         warnings.warn(
             f"{described(module)}: an earlier evaluation forward had repacked this 4-bit weight for CPU inference "
             "and rounded its scales to bfloat16 (up to 0.4 % each); the codes are restored, that rounding can't be "
@@ -189,7 +189,7 @@ class Codec4bit(DenseCodec):
 
     def shield_(self, module: Any) -> Any:
         weight: Tensor = module.weight
-        if _state(module) is None or not weight.is_floating_point():
+        if state_of(module) is None or not weight.is_floating_point():
             return None
         storage = weight.dtype
         weight.data = weight.data.view(torch.uint8)
@@ -199,7 +199,7 @@ class Codec4bit(DenseCodec):
         module.weight.data = module.weight.data.view(token)
 
     def forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = _state(module)
+        state = state_of(module)
         if state is None:
             raise CodecError(
                 f"{described(module)}.weight: expected a quantized weight, found {module.weight.dtype} not yet "
@@ -217,7 +217,7 @@ class Codec4bit(DenseCodec):
 
 
 def _misread(module: Any) -> bool:
-    return bool(module.in_features % _state(module).blocksize) or module.compute_dtype == torch.float64  # type: ignore[union-attr]
+    return bool(module.in_features % state_of(module).blocksize) or module.compute_dtype == torch.float64  # type: ignore[union-attr]
 
 
 def _lookup_forward(module: Any, x: Tensor) -> Tensor:
@@ -240,94 +240,73 @@ def quantize_linear(
     """A protected ``Linear4bit`` in ``linear``'s place that holds ``weight``, on ``linear``'s device.
 
     Args:
-        linear: gives the sizes, a copy of the bias, the training flag and the device.
         weight: (out, in), finite; quantized from float32.
+
+    For the other arguments and errors see ``linear_of_codes``.
+    """
+    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float32).float()
+    quantized = quantize_matrix(weight, quant_type, blocksize, double_quant=double_quant)
+    return linear_of_codes(linear, quantized, compute_dtype=compute_dtype, quant_storage=quant_storage)
+
+
+def linear_of_codes(
+    linear: nn.Linear,
+    quantized: Quantized,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    quant_storage: torch.dtype = torch.uint8,
+) -> Linear4bit:
+    """A protected ``Linear4bit`` in ``linear``'s place that holds ``quantized``, on its device.
+
+    Args:
+        linear: gives the sizes, a copy of the bias and the training flag.
         compute_dtype: the products' dtype; None takes ``linear``'s.
+        quant_storage: the dtype that the bytes call themselves.
 
     Raises:
-        CodecError: the weight doesn't fit.
-        ValueError: bitsandbytes doesn't know the quantization type or blocksize.
+        CodecError: bitsandbytes doesn't know the quantization type or blocksize.
     """
+    kind, blocksize, nested = quantized.quant_type, quantized.blocksize, quantized.double_quant
+    if kind not in ("nf4", "fp4") or blocksize not in BNB_BLOCKSIZES:
+        raise CodecError(
+            f"{described(linear)}: expected nf4 or fp4 in blocks of one of {list(BNB_BLOCKSIZES)} for Linear4bit, "
+            f"found {kind} in blocks of {blocksize}; pick one of these, or pack the codes (qlora_kit.codecs.packed)"
+        )
     dtype = compute_dtype or linear.weight.dtype
-    weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float32).float()
-    data, state = quantize_4bit(
-        weight.contiguous(),
-        blocksize=blocksize,
-        compress_statistics=double_quant,
-        quant_type=quant_type,
-        quant_storage=quant_storage,
-    )
-    state.dtype = dtype
     module = Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         compute_dtype=dtype,
-        compress_statistics=double_quant,
-        quant_type=quant_type,
+        compress_statistics=nested,
+        quant_type=kind,
         quant_storage=quant_storage,
         device="meta",
     )
+    state = new_state(quantized, dtype)
     module.weight = Params4bit(
-        data,
+        packed_codes(quantized).view(quant_storage).unsqueeze(1),
         requires_grad=False,
         quant_state=state,
         blocksize=blocksize,
-        compress_statistics=double_quant,
-        quant_type=quant_type,
+        compress_statistics=nested,
+        quant_type=kind,
         quant_storage=quant_storage,
         module=module,
         bnb_quantized=True,
     )
-    _adopt_(module, state)
+    adopt_(module, state)
     take_bias_(module, linear)
-    codec_for(module).protect_(module)
+    Codec4bit().protect_(module)
     return module
 
 
 @torch.no_grad()
 def take_codes_(module: Linear4bit, quantized: Quantized) -> None:
     """Put the codes and scales of ``quantized``, of the module's type and blocksize, in the place of the module's."""
-    state: Any = _state(module)
-    codes, stored = quantized.codes.reshape(-1), module.weight.data.view(torch.uint8).view(-1)
-    if codes.numel() % 2:  # what fills the last byte up stays
-        codes = torch.cat([codes, stored[codes.numel() // 2, None] & 0xF])
-    packed = (codes[::2] << 4) | codes[1::2]
-    stored[: packed.numel()] = packed
-    scales = quantized.stored_scales
-    state.absmax = scales.values.clone()
-    if state.nested:
-        assert scales.absmax is not None
-        assert scales.offset is not None
-        state.state2.absmax = scales.absmax.clone()
-        state.offset = scales.offset.reshape(()).clone()
-
-
-def _as_data(state: QuantState | None) -> dict[str, Any] | None:
-    """``state`` as a dictionary of its tensors and plain values."""
-    if state is None:
-        return None
-    return {name: _as_data(value) if isinstance(value, QuantState) else value for name, value in vars(state).items()}
-
-
-def _as_state(data: dict[str, Any]) -> QuantState:
-    """The state of which ``data`` is the copy, with tensors of its own."""
-    state = QuantState.__new__(QuantState)
-    for name, value in data.items():
-        state.__dict__[name] = _as_state(value) if isinstance(value, dict) else value
-        if isinstance(value, Tensor):
-            state.__dict__[name] = value.clone()
-        elif isinstance(value, tuple):  # a shape, which trees of tensors take apart
-            state.__dict__[name] = torch.Size(value)
-    return state
-
-
-def _state(module: Any) -> QuantState | None:
-    """The 4-bit state; sharding and conversion can lose the weight's while the module keeps its own."""
-    state = getattr(module.weight, "quant_state", None)
-    return module.quant_state if state is None else state
-
-
-def _adopt_(module: Any, state: QuantState) -> None:
-    module.quant_state = state
-    module.weight.quant_state = state
+    state: Any = state_of(module)
+    weight: Any = module.weight
+    last = weight.data.view(torch.uint8).view(-1)[-1]  # what fills it up stays
+    weight.data = packed_codes(quantized, last).view(weight.dtype).view(weight.shape)
+    store_scales_(state, quantized)
+    adopt_(module, state)

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 
 from ...errors import CodecError
-from ..base import checked_weight, described, register_codec, row_pieces
+from ..base import checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
-from ..quantized import Quantized, Quantizer, Scales
+from ..pieces import row_pieces
+from ..plain_weight import Trial, filled, holding_values, reason_against_computed
+from ..quantized import Quantized, Quantizer, Scales, quantize_matrix
+from ..registry import register_codec
 from .common import stock_forward
 
 
@@ -27,6 +29,14 @@ class CodecInt8(DenseCodec):
     """
 
     name = "bnb-int8"
+
+    def reason_against(self, module: Any) -> str | None:
+        return reason_against_computed(module) or self._reason_against_forward(module)
+
+    def _trial(self, module: Any) -> Trial:
+        linear: Any = holding_values(nn.Linear(64, 32, device="meta"))
+        inputs = [filled(2, 3, 64).half(), filled(3, 64).half()]  # bitsandbytes warns that it rounds others to that
+        return Trial(quantize_linear_int8(linear, linear.weight), inputs)
 
     def read(self, module: Any) -> Tensor:
         if not _is_int8(module):
@@ -64,7 +74,8 @@ class CodecInt8(DenseCodec):
             _int8_parts(module)
             # float16 is what bitsandbytes quantizes from, so a value must be finite in it.
             weight = checked_weight(module, weight, self.shape(module), torch.float16)
-            _store_int8_(module, *_quantize_int8(weight))
+            found = quantize_matrix(weight, "int8")
+            _store_int8_(module, found.codes, found.scales)
         else:
             super().write_(module, weight)
             module.state.reset_grads()  # an evaluation forward caches codes
@@ -113,7 +124,16 @@ def quantize_linear_int8(
         CodecError: the weight doesn't fit, or has a value that overflows float16.
     """
     weight = checked_weight(linear, weight, (linear.out_features, linear.in_features), torch.float16)
-    codes, scales = _quantize_int8(weight)
+    return linear_of_codes_int8(
+        linear, quantize_matrix(weight, "int8"), threshold=threshold, compute_dtype=compute_dtype
+    )
+
+
+def linear_of_codes_int8(
+    linear: nn.Linear, quantized: Quantized, *, threshold: float = 0.0, compute_dtype: torch.dtype | None = None
+) -> Linear8bitLt:
+    """A ``Linear8bitLt`` in ``linear``'s place that holds ``quantized``, int8, whose codes become the module's own; see
+    ``quantize_linear_int8``."""
     module = Linear8bitLt(
         linear.in_features,
         linear.out_features,
@@ -122,17 +142,11 @@ def quantize_linear_int8(
         threshold=threshold,
         device="meta",
     )
+    codes, scales = quantized.codes, quantized.scales
     module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     module.compute_dtype = compute_dtype or linear.weight.dtype  # type: ignore[assignment]
     take_bias_(module, linear)
     return module
-
-
-@torch.no_grad()
-def take_codes_int8_(module: Linear8bitLt, quantized: Quantized) -> None:
-    """Put the codes and row scales of ``quantized`` in the place of the module's."""
-    codes, scales = quantized.codes.clone(), quantized.scales.clone()
-    module.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
 def _is_int8(module: Any) -> bool:
@@ -154,16 +168,6 @@ def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
         )
     codes: Tensor = module.weight.data
     return codes, scales.to(device=codes.device, dtype=torch.float32)
-
-
-def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' row-wise codes and scales of a weight that is finite in float16; zeros for an all-zero row."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for rows in row_pieces(weight.shape):
-        found, scales[rows], _ = int8_vectorwise_quant(weight[rows].half().contiguous())
-        codes[rows] = found.masked_fill_((scales[rows] == 0)[:, None], 0)
-    return codes, scales
 
 
 def _store_int8_(module: Any, codes: Tensor, scales: Tensor) -> None:

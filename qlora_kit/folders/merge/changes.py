@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...adapter_files.combined_config import check_apart, holder_of
 from ...adapter_files.folder import PREFIX
 from ...checkpoints.stored_model import StoredModel
-from ...codecs import codec_for, find_codec
+from ...codecs import codec_for, registered_codec
 from ...codecs.finite import all_finite
 from ...errors import MergeError, StorageError, closest
 from ...injection.targets import end_tables
@@ -60,6 +60,7 @@ def changes_of(base: StoredModel, adapters: Mapping[str, Stored], weights: Mappi
         MergeError: a value is NaN or infinite, two adapters replace one tensor, or one is to be weighted that can't be.
         StorageError: tensors without a place in the model, or of other shapes.
         AdapterError: one adapter has a branch in a module that another trained whole.
+        UnsupportedModuleError: a branch in a module whose weight isn't its matrix.
     """
     check_apart(
         {name: one.config for name, one in adapters.items()}, {p for s in adapters.values() for p in s.branches}
@@ -86,7 +87,7 @@ def _add_branches(base: StoredModel, name: str, one: Stored, weight: float, chan
     for path, branch in one.branches.items():
         own = base.path_of(path)
         module = base.modules.get(own or "")
-        if module is None or find_codec(module) is None or f"{own}.weight" not in base.known:
+        if module is None or registered_codec(module) is None or f"{own}.weight" not in base.known:
             left += one.keys[path]
             continue
         expected = codec_for(module, path).shape(module)

@@ -38,7 +38,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def on_the_grid(kind: str, shape: tuple[int, int] = (33, 97), seed: int = 0, unit: float = 0.05) -> Quantized:
     """97 columns are more than one block of updates, and no whole number of blocks of scales."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * unit
-    return replace(quantizer_for(**KINDS[kind])(weight), source=None)
+    return replace(quantizer_for(**KINDS[kind])(weight), exact_scales=None)
 
 
 def moments(width: int = 97, seed: int = 0) -> Tensor:
@@ -126,7 +126,7 @@ def test_a_sweep_beside_blocks_of_zeros() -> None:
     weight = torch.randn(33, 97) * 0.05
     weight[2:5] = 0
     for kind in ("nf4", "lloyd3 in rows", "affine3"):
-        stored = replace(quantizer_for(**KINDS[kind])(weight), source=None)
+        stored = replace(quantizer_for(**KINDS[kind])(weight), exact_scales=None)
         A, B = factors(stored, 0.3)
         check_sweep(stored, A, B, moments())
         found = round_from_codes(stored, A, B, moments())
@@ -222,7 +222,7 @@ def test_it_is_repeatable_and_changes_nothing_it_was_given() -> None:
     first, second = (round_from_codes(stored, A, B, R) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert all(torch.equal(*pair) for pair in zip(given, before, strict=True))
-    assert first.source is None
+    assert first.exact_scales is None
 
 
 # -- moments -------------------------------------------------------------------------------------------------------

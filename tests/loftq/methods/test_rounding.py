@@ -181,7 +181,7 @@ def test_a_full_metric_searches_by_its_diagonal() -> None:
     first, second = (round_by_search(weight(), quantizer, Metric.of(moments, diagonal=d)) for d in (False, True))
     # The triangle's rows give the diagonal back with float32's rounding.
     torch.testing.assert_close(first.scales, second.scales, rtol=1e-5, atol=0)
-    assert first.source is None, "quantizing the weight again would give other codes"
+    assert first.exact_scales is None, "the codes aren't the nearest to other scales"
 
 
 def test_more_blocks_than_are_searched_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

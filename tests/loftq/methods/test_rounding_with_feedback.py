@@ -139,7 +139,7 @@ def test_is_repeatable_and_leaves_the_weight_alone() -> None:
     first, second = (round_with_feedback(full, quantizer, metric) for _ in range(2))
     assert torch.equal(full, before)
     assert torch.equal(first.codes, second.codes)
-    assert first.source is None, "quantizing the weight again would give other codes"
+    assert first.exact_scales is None, "the codes aren't the nearest to other scales"
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "affine2", "signed2"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from codes_taken import check_codes_taken
 from four_bit_linears import STORAGES, relative, stock
 from reference import quantization as ref
 from torch import Tensor
@@ -97,3 +98,24 @@ def test_a_repacking_that_failed_halfway(out: int) -> None:
     x = torch.randn(1, 96)
     expected = x @ before.t() + module.bias
     torch.testing.assert_close(codec_for(module).forward(module, x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="this CPU or build doesn't repack (no AVX512_BF16)")
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@torch.no_grad()
+def test_codes_are_taken_by_a_repacked_weight(storage: torch.dtype, double_quant: bool) -> None:
+    module: Any = stock(64, 128, compress_statistics=double_quant, quant_storage=storage).eval()
+    codec = codec_for(module)
+    module(torch.randn(1, 128))
+    assert module.weight.quant_state.packing_format_for_cpu
+    weight, quantized = codec.read(module), codec.quantized(module)
+    assert quantized is not None
+    assert quantized.double_quant is codec.quantizer(module).double_quant is False  # type: ignore[union-attr]
+    assert torch.equal(quantized.dequantize(), weight)
+    with pytest.warns(UserWarning, match="repacked this 4-bit weight for CPU inference"):
+        codec.take_(module, quantized)
+    assert torch.equal(codec.read(module), weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_codes_taken(module, 128)

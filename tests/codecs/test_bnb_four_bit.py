@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Embedding4bit, Linear4bit
+from codes_taken import check_codes_taken
 from four_bit_linears import FAULTY, SHAPES, STORAGES, make, relative, stock, storage_fits
 from reference import quantization as ref
 from torch import nn
 
 from qlora_kit.codecs import codec_for, shielded_storage
 from qlora_kit.codecs.bnb import kernel_is_right, quantize_linear
-from qlora_kit.errors import CodecError
+from qlora_kit.codecs.dense import DenseCodec
+from qlora_kit.errors import CodecError, UnsupportedModuleError
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -258,7 +261,9 @@ def test_meta_modules_are_described() -> None:
 def test_packed_embeddings_are_refused_by_name() -> None:
     module = Embedding4bit(16, 64, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
     with pytest.raises(CodecError, match=r"Embedding4bit.*floating-point weight, found Params4bit"):
-        codec_for(module).read(module)
+        DenseCodec().read(module)
+    with pytest.raises(UnsupportedModuleError, match=r"words: expected .*Embedding4bit .*Params4bit"):
+        codec_for(module, "words")
 
 
 @pytest.mark.cuda
@@ -273,3 +278,17 @@ def test_on_cuda(out: int, fan_in: int, blocksize: int) -> None:
     assert relative(y.cpu(), (x.double() @ weight.double().t() + module.bias.double()).cpu()) < 1e-2  # may use TF32
     y.sum().backward()
     assert relative(x.grad.cpu(), weight.double().sum(0).expand(4, -1).cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("out", "fan_in", "blocksize"), [(32, 64, 64), (37, 96, 64), (5, 7, 64), (8, 512, 4096)])
+def test_codes_are_taken(
+    out: int, fan_in: int, blocksize: int, quant_type: str, double_quant: bool, storage: torch.dtype
+) -> None:
+    """5 x 7 is an odd number of codes: the last byte has one."""
+    if not storage_fits(out, fan_in, storage):
+        pytest.skip(f"{out}x{fan_in} nibbles aren't a whole number of {storage} values")
+    settings: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant, "quant_storage": storage}
+    check_codes_taken(make(out, fan_in, blocksize, **settings).eval(), fan_in)
