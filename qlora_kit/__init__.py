@@ -19,8 +19,8 @@ from .errors import (
 from .initializers import register_initializer
 from .injection.engine import Plan, make_plan
 from .layers import AdapterLayer, register_layer
-from .merging.fidelity import MergeReport
 from .merging.in_memory import merge
+from .merging.report import MergeReport
 from .model.lora_model import LoraModel, apply_lora
 from .on_import import import_after
 from .preparation.gradients import check_gradients

@@ -23,7 +23,17 @@ from __future__ import annotations
 
 from . import dense, packed
 from .base import Codec
-from .registry import codec_for, find_codec, protect_storage_, register_codec, registered_codec, shielded_storage
+from .registry import (
+    codec_for,
+    find_codec,
+    on_demand,
+    protect_storage_,
+    register_codec,
+    registered_codec,
+    shielded_storage,
+)
+
+on_demand.update(bitsandbytes=f"{__name__}.bnb", transformers=f"{__name__}.conv1d")
 
 __all__ = [
     "Codec",

@@ -23,8 +23,8 @@ from .base import Codec
 _registry: dict[type[nn.Module], Codec] = {}
 # The first type with a codec along each type's method resolution order, once it was looked for.
 _found: dict[type[nn.Module], type[nn.Module] | None] = {}
-# Where the codecs of an optional library register themselves, by the library's top-level package.
-_on_demand = {"bitsandbytes": "qlora_kit.codecs.bnb", "transformers": "qlora_kit.codecs.conv1d"}
+#: By the name of an optional library, the module that registers codecs for its types, imported at need.
+on_demand: dict[str, str] = {}
 
 
 def register_codec(*types: type[nn.Module]) -> Callable[[type[Codec]], type[Codec]]:
@@ -50,7 +50,7 @@ def load_on_demand(kind: type, table: dict[str, str]) -> None:
 def registered_type(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The type whose codec stands for ``kind``: itself, or the nearest of its bases that has one."""
     if kind not in _found:
-        load_on_demand(kind, _on_demand)
+        load_on_demand(kind, on_demand)
         _found[kind] = next((base for base in kind.__mro__ if base in _registry), None)
     return _found[kind]
 

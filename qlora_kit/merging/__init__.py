@@ -10,8 +10,9 @@ Written once over the codecs' ``read`` and ``write_``; a merge happens as a whol
 - ``requantize``: from an ideal weight back to few bits
 - ``base_choice``: dequantized or original weights to add to, measured
 - ``residual``: the small adapter that stays and holds what rounding lost
-- ``fidelity``: ``MergeReport``, each layer's numbers and the model's
-- ``fidelity_plot``: the report as a picture
+- ``fidelity``: what was kept of one layer
+- ``report``: ``MergeReport``, what was kept of the model
+- ``fidelity_plot``: the same as a picture
 - ``agreement``: how far the merged model's output is from the adapted one's
 - ``advice``: what to say when the delta would be lost
 """

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError
 from ..injection.adapted import Adapted
 from .base_choice import base_weight, grid_of
-from .fidelity import LayerFidelity, MergeReport, add_delta_, compare, share_of
+from .fidelity import LayerFidelity, add_delta_, compare, share_of
+from .report import MergeReport
 from .requantize import WAYS, rounded
 from .task import MergeTask
 

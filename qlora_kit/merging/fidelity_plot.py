@@ -3,18 +3,17 @@ kept."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .fidelity import MergeReport
+from .fidelity import LayerFidelity
 
 # A report without losses has errors of 0, which a log axis can't show.
 _LEAST = 1e-6
 
 
-def plot(report: MergeReport, path: Path) -> None:
-    """Write the picture of ``report`` to ``path``, whose ending says the format."""
+def plot(merged: Sequence[LayerFidelity], title: str, path: Path) -> None:
+    """Write the picture of ``merged`` layers to ``path``, whose ending says the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -22,9 +21,9 @@ def plot(report: MergeReport, path: Path) -> None:
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     sizes, kept = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    layers = range(len(report.layers))
-    deltas = [max(layer.delta_ratio, _LEAST) for layer in report.layers]
-    errors = [max(layer.error, _LEAST) for layer in report.layers]
+    layers = range(len(merged))
+    deltas = [max(layer.delta_ratio, _LEAST) for layer in merged]
+    errors = [max(layer.error, _LEAST) for layer in merged]
     sizes.vlines(layers, errors, deltas, color="0.85", zorder=0)
     sizes.plot(layers, deltas, "o", ms=4, color="C0", label="delta / weight")
     sizes.plot(layers, errors, "o", ms=4, color="C3", label="rounding error / weight")
@@ -36,10 +35,10 @@ def plot(report: MergeReport, path: Path) -> None:
     sizes.set_ylabel("relative to ||W||")
     sizes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     kept.axhline(100, color="0.6", lw=0.8, ls=":")
-    shares = [100 * layer.retained for layer in report.layers]
+    shares = [100 * layer.retained for layer in merged]
     kept.plot(layers, shares, "o", ms=4, color="C0", label="in the weight")
-    if any(layer.arrived is not None for layer in report.layers):
-        outputs = [100 * layer.kept for layer in report.layers]
+    if any(layer.arrived is not None for layer in merged):
+        outputs = [100 * layer.kept for layer in merged]
         kept.plot(layers, outputs, "o", ms=4, mfc="none", color="C2", label="in the output")
         kept.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         shares = shares + outputs
@@ -47,8 +46,7 @@ def plot(report: MergeReport, path: Path) -> None:
     kept.xaxis.set_major_locator(MaxNLocator(integer=True))
     kept.set_ylabel("delta kept, %")
     kept.set_xlabel("layer, in the order of the model")
-    into = "each module's own storage" if report.into == "same" else report.into
-    figure.suptitle(f"{len(report.layers)} layers merged into {into}: {report.kept:.1%} of the delta kept")
+    figure.suptitle(title)
     for axes in (sizes, kept):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)

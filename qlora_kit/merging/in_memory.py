@@ -29,9 +29,10 @@ from ..preparation.kbit import release_from_float32_
 from .advice import refusal
 from .agreement import record
 from .base_choice import base_losses, quantized_modules
-from .fidelity import MergeReport, share_of
+from .fidelity import share_of
 from .in_place import switch_on_
 from .layer import Merger
+from .report import MergeReport
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
 from .rest_of_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, put_trained_copies_

@@ -35,8 +35,9 @@ from ...checkpoints.sharded_output import ShardedOutput, check_disk, clear
 from ...checkpoints.stored_model import StoredModel
 from ...config.lora import CONFIG_NAME
 from ...errors import MergeError, QLoRAKitError, StorageError
-from ...merging.fidelity import LayerFidelity, MergeReport, share_of
+from ...merging.fidelity import LayerFidelity, share_of
 from ...merging.in_memory import LEAST_RETAINED
+from ...merging.report import MergeReport
 from ...merging.task import MergeTask
 from ..combine import Stored, read_stored
 from .base_check import check_stored_backbone
