@@ -3,12 +3,10 @@ of the layer that will run."""
 
 from __future__ import annotations
 
-from qlora_kit.codecs.codebooks import SCHEMES
+from qlora_kit.codecs.codebooks import TYPES
 from qlora_kit.codecs.quantized import Quantizer
 from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.errors import ConfigError, closest
-
-TYPES = (*SCHEMES, "int8")
 
 
 def quantizer_for(

@@ -92,6 +92,10 @@ SCHEMES: dict[str, Scheme] = {
         *(Scheme(f"signed{bits}", bits, "signed") for bits in (2, 3)),
     ]
 }
+# All types there are; bitsandbytes' int8 has whole rows in the place of blocks, and no table.
+TYPES = (*SCHEMES, "int8")
+# Those that modules store: codes of other numbers of bits aren't packed, only computed with.
+STORED_TYPES = tuple(name for name in TYPES if name == "int8" or SCHEMES[name].bits in (2, 3, 4, 8))
 
 
 def scheme(quant_type: str) -> Scheme:

@@ -7,16 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..codecs.codebooks import STORED_TYPES
 from ..errors import closest
 from .checks import check_bool, check_choice, check_int, check_positive, check_regex, failure
 
 # What a number of bits means where no type is named. benchmarks/RESULTS.md has the comparison behind it.
 DEFAULT_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "int8"}
-# The types of qlora_kit.codecs.codebooks, and bitsandbytes' int8; each name ends in its bits.
-QUANT_TYPES = (
-    *("nf2", "nf3", "nf4", "fp4", "int8", "signed2", "signed3", "lloyd2", "lloyd3"),
-    *(f"{family}{bits}" for family in ("uniform", "affine") for bits in (2, 3, 4, 8)),
-)
 # The same where modules of several bits stand in one model, all packed by us.
 MIXED_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "uniform8"}
 
@@ -72,7 +68,7 @@ class LoftQConfig:
             raise failure("loftq_bits", "2, 3, 4 or 8", self.loftq_bits, "pass loftq_bits=4")
         check_int("loftq_iter", self.loftq_iter, 1, "pass loftq_iter=1 or more; 5 is a good choice")
         if self.quant_type is not None:
-            check_choice("quant_type", self.quant_type, QUANT_TYPES, "leave quant_type out")
+            check_choice("quant_type", self.quant_type, STORED_TYPES, "leave quant_type out")
             if int(self.quant_type[-1]) != self.loftq_bits:
                 fix = f"pass loftq_bits={self.quant_type[-1]} or leave quant_type out"
                 raise failure("quant_type", f"a type of {self.loftq_bits} bits", self.quant_type, fix)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..adapter_files.tensors import adapter_slots
-from ..codecs.codebooks import SCHEMES
+from ..codecs.codebooks import STORED_TYPES
 from ..codecs.quantized import Quantizer
 from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
@@ -22,7 +22,6 @@ from ..layers import AdapterLayer
 from .requantize import WAYS, target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KBIT = (*SCHEMES, "int8")
 BASES = ("dequantized", "original", "auto")
 
 
@@ -52,10 +51,10 @@ class MergeTask:
     residual_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.into not in ("same", *DTYPES, *KBIT):
+        if self.into not in ("same", *DTYPES, *STORED_TYPES):
             raise MergeError(
                 f"into={self.into!r}: expected 'same' or one of {sorted(DTYPES)}, or a type of few bits such as 'nf4', "
-                f"'int8', 'nf3' or 'nf2'; the closest are {closest(str(self.into), (*DTYPES, *KBIT))}"
+                f"'int8', 'nf3' or 'nf2'; the closest are {closest(str(self.into), (*DTYPES, *STORED_TYPES))}"
             )
         for name, value, known in (("rounding", self.rounding, WAYS), ("base", self.base, BASES)):
             if value not in known:

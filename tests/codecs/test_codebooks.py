@@ -7,9 +7,10 @@ import pytest
 import torch
 from reference import quantization as ref
 
-from qlora_kit.codecs.codebooks import SCHEMES, codebook, scheme
+from qlora_kit.codecs.codebooks import SCHEMES, STORED_TYPES, codebook, scheme
+from qlora_kit.codecs.packed import PackedLinear
 from qlora_kit.codecs.quantized import quantize_matrix
-from qlora_kit.config.loftq import DEFAULT_TYPES, QUANT_TYPES
+from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.errors import CodecError
 
 FITTED = ["lloyd2", "lloyd3", "signed2", "signed3"]
@@ -115,7 +116,7 @@ def test_unknown_names_list_the_known_and_the_closest() -> None:
         quantize_matrix(torch.ones(2, 2), "signed8")
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", STORED_TYPES)
 def test_names_that_a_config_takes_exist_and_end_in_their_bits(quant_type: str) -> None:
     assert quant_type == "int8" or quant_type in SCHEMES
     bits = quantize_matrix(torch.ones(2, 2), quant_type).bits
@@ -124,5 +125,15 @@ def test_names_that_a_config_takes_exist_and_end_in_their_bits(quant_type: str) 
 
 def test_defaults_are_known_types_of_their_bits() -> None:
     for bits, quant_type in DEFAULT_TYPES.items():
-        assert quant_type in QUANT_TYPES
+        assert quant_type in STORED_TYPES
         assert quant_type.endswith(str(bits))
+
+
+def test_what_is_stored_is_what_can_be_packed() -> None:
+    """A config or a merge that took ``uniform5`` would end in a layer that can't hold it."""
+    for name in SCHEMES:
+        if name in STORED_TYPES:
+            PackedLinear(8, 2, quant_type=name)
+        else:
+            with pytest.raises(CodecError):
+                PackedLinear(8, 2, quant_type=name)

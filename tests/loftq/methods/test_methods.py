@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loftq import LoftQResult, Problem, factorize, register_method
 from loftq.methods import registry as methods
-from qlora_kit.config.loftq import QUANT_TYPES
+from qlora_kit.codecs.codebooks import STORED_TYPES
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import delta
 
@@ -207,7 +207,7 @@ def test_off_diagonal_moments_may_be_negative() -> None:
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("blocksize", [64, 48, "row", None])
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", STORED_TYPES)
 def test_every_type_brings_the_weight_nearer(quant_type: str, blocksize: int | str | None, double_quant: bool) -> None:
     if quant_type == "int8" and double_quant:
         with pytest.raises(ConfigError, match="double_quant: expected False with int8"):
