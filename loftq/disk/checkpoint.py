@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from qlora_kit.checkpoints.model_folder import skeleton
 from qlora_kit.checkpoints.shards import ShardReader
+from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
-from qlora_kit.errors import StorageError, TargetError
+from qlora_kit.errors import StorageError, TargetError, closest
 from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
 from qlora_kit.preparation.quantize import in_bitsandbytes
 
@@ -54,6 +55,7 @@ class Checkpoint:
 
     Attributes:
         model: the modules on the meta device.
+        names: which stored tensors are which of the model's.
         plan: what is targeted.
         units: every stored tensor, in the order of their names.
         dtypes: of the targeted modules' weights, by path.
@@ -67,6 +69,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
+        self.names = StoredNames(self.model, self.reader)
         self.plan: Plan = _without(make_plan(self.model, config), _kept_by_bitsandbytes(self.model, config))
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
@@ -102,16 +105,14 @@ class Checkpoint:
         return groups
 
     def _stored_name(self, path: str) -> str:
-        """The name of a module's weight in the shards, which may be those of the model without its head."""
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        whole = f"{path}.weight"
-        for name in (whole, prefix + whole, whole.removeprefix(prefix)):
-            if name in self.reader:
-                return name
-        raise StorageError(
-            f"{path}: expected its weight in {self.folder}, found no tensor {whole!r}; targeted modules must be "
-            "stored as they stand in the model: save it with transformers' save_pretrained, or take it out"
-        )
+        name = self.names.weight_of(path)
+        if name is None:
+            raise StorageError(
+                f"{path}: expected its weight in {self.folder}, found no tensor that is it by name; the closest are "
+                f"{closest(f'{path}.weight', self.reader)}: take the module out of the targets, or save the model "
+                "with transformers' save_pretrained"
+            )
+        return name
 
     def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> Unit:
         if entry is not None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qlora_kit.adapter_files.backbone import METADATA_KEY, codes_digest, combine
 from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME, read_metadata
-from qlora_kit.checkpoints.model_folder import locate
+from qlora_kit.checkpoints.model_folder import locate, skeleton
 from qlora_kit.checkpoints.quantized_tensors import read_stored
 from qlora_kit.checkpoints.shards import ShardReader
+from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.config.lora import CONFIG_NAME, LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError
 from qlora_kit.lowrank import norm
@@ -43,8 +44,9 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
     adapter = ShardReader(folder)
     loftq = LoftQConfig(**{field.name: report.options[field.name] for field in fields(LoftQConfig)})
     config = replace(LoraConfig.from_pretrained(folder), init_lora_weights="loftq", loftq_config=loftq)
-    names = {row.path: _stored_name(base, row.path) for row in report.layers}
-    digests = {path: codes_digest(base.tensor(f"{name}weight")) for path, name in names.items()}
+    names = StoredNames(skeleton(out, quantized=True), base, quantized=True)
+    stems = {row.path: _stem(names, out, row.path) for row in report.layers}
+    digests = {path: codes_digest(base.tensor(f"{stem}weight")) for path, stem in stems.items()}
     found, expected = combine(digests), read_metadata(folder).get(METADATA_KEY)
     if found != expected:
         raise StorageError(
@@ -52,12 +54,12 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
             f"{found[:12]}), found that of another ({(expected or 'none')[:12]}); a file was exchanged or changed: "
             "run loftq init again"
         )
-    yield f"{len(names)} layers: backbone and adapter belong together (fingerprint {found[:12]})"
+    yield f"{len(stems)} layers: backbone and adapter belong together (fingerprint {found[:12]})"
     for row in report.layers:
         A, B = _factors(adapter, row)
         if not (A.isfinite().all() and B.isfinite().all()) or A.shape[0] != row.rank:
             raise StorageError(f"{folder}: {row.path}: expected finite factors of rank {row.rank}, found others")
-    yield f"{2 * len(names)} adapter tensors: present, finite, of the ranks reported ({folder / CONFIG_NAME})"
+    yield f"{2 * len(stems)} adapter tensors: present, finite, of the ranks reported ({folder / CONFIG_NAME})"
     if against is None:
         return
     checkpoint = Checkpoint(locate(against, "--against"), config)
@@ -71,7 +73,7 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
         full = codec.read(module)
         A, B = _factors(adapter, row)
         scaling = config.scaling_of(unit.entry.rank, unit.entry.alpha)
-        left = full - read_stored(out, base, names[row.path], codec.shape(module), row.quant_type, report.options)
+        left = full - read_stored(out, base, stems[row.path], codec.shape(module), row.quant_type, report.options)
         size = norm(full) or 1.0
         measured = norm(left) / size, norm(left.addmm_(B, A, alpha=-scaling)) / size
         reported = row.quantization_error, row.error
@@ -84,14 +86,12 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
         yield f"{row.path}: W - Q {measured[0]:.4f}, W - Q - sBA {measured[1]:.4f}, as reported"
 
 
-def _stored_name(base: ShardReader, path: str) -> str:
+def _stem(names: StoredNames, out: Path, path: str) -> str:
     """What the names of a module's tensors begin with in the shards."""
-    stems = [f"{path}.", path.partition(".")[2] + "."]
-    stems += sorted({name.removesuffix("weight") for name in base if name.endswith(f".{path}.weight")})
-    for stem in stems:
-        if f"{stem}weight" in base:
-            return stem
-    raise StorageError(f"{base.folder}: expected a weight of {path}, found none; the shards aren't those of the report")
+    weight = names.weight_of(path)
+    if weight is None:
+        raise StorageError(f"{out}: expected a weight of {path}, found none; the shards aren't those of the report")
+    return weight.removesuffix("weight")
 
 
 def _factors(adapter: ShardReader, row: LayerReport) -> tuple[Tensor, Tensor]:

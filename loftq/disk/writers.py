@@ -14,7 +14,7 @@ from qlora_kit.adapter_files.backbone import METADATA_KEY, combine
 from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME
 from qlora_kit.checkpoints.files import write_atomically, write_text_atomically
 from qlora_kit.checkpoints.journal import Journal
-from qlora_kit.checkpoints.model_folder import other_files, task_type
+from qlora_kit.checkpoints.model_folder import other_files, read_settings, task_type
 from qlora_kit.checkpoints.quantized_tensors import weight_of
 from qlora_kit.checkpoints.shard_writer import ShardWriter, header_room, read_appended
 from qlora_kit.checkpoints.sharded_output import ShardedOutput, clear, place
@@ -91,7 +91,7 @@ class Writers:
             shutil.copyfile(file, out / file.name)
         report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
         report.save(out)
-        settings = json.loads((task.source / "config.json").read_text(encoding="utf-8"))
+        settings = read_settings(task.source)
         if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:
             settings["quantization_config"] = stored_as
         write_text_atomically(out / "config.json", json.dumps(settings, indent=2) + "\n")

@@ -15,7 +15,8 @@ Files and runs:
 What the tensors are:
 
 - ``model_folder``: a folder's model on the meta device, its other files, what tells it from a changed one
-- ``stored_model``: which stored tensors belong to which parameter, and what is tied
+- ``stored_names``: which of a checkpoint's tensors are which of a model's
+- ``stored_model``: what is stored of each parameter, and the modules themselves
 - ``pair``: two checkpoints of one model side by side
 - ``quantized_tensors``: a quantized module from its tensors
 - ``originals``: the 16-bit weight that a quantized module was made from

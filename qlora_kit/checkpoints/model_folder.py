@@ -4,6 +4,7 @@ another or a changed one."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -52,6 +53,26 @@ def other_files(folder: Path) -> list[Path]:
     return [entry for entry in entries if not NOT_COPIED.match(entry.name)]
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the folder's config.json says.
+
+    Raises:
+        StorageError: there is none, or none that is JSON of a dictionary.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{folder}: expected config.json beside the weights, found none that can be read ({error}); pass a "
+            "model's folder"
+        ) from error
+    if not isinstance(settings, dict):
+        raise StorageError(
+            f"{folder / 'config.json'}: expected a dictionary, found a {type(settings).__name__}; pass a model's folder"
+        )
+    return settings
+
+
 def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.Module:
     """The folder's model on the meta device, as its config names it; all of its modules dense.
 
@@ -64,8 +85,7 @@ def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.M
     """
     import transformers
 
-    if not (folder / "config.json").is_file():
-        raise StorageError(f"{folder}: expected config.json beside the weights, found none; pass a model's folder")
+    read_settings(folder)
     config: Any = transformers.AutoConfig.from_pretrained(folder, **overrides)
     if getattr(config, "quantization_config", None) is not None and not quantized:
         raise StorageError(

@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from ..errors import StorageError, closest
+from .model_folder import read_settings, skeleton
 from .shards import ShardReader
+from .stored_names import StoredNames
 
 
 def original_weight(folder: str | os.PathLike[str], path: str, stored: Tensor) -> Tensor:
     """The weight that ``stored`` (float32 (out, in)) was quantized from: float32 (out, in) on its device.
 
-    The name is ``<path>.weight``, in a checkpoint of the whole model or of the model without or inside its
-    head. A matrix that was stored transposed (transformers' Conv1D) is told by its shape, a square one by
-    which orientation is closer.
+    Its name is looked for among those of the model that the folder's config.json describes. Without such a config, or
+    where that model has no such path, it is ``<path>.weight`` in a checkpoint of the whole model or of the model
+    without or inside its head. A matrix that was stored transposed (transformers' Conv1D) is told by its shape, a
+    square one by which orientation is closer.
 
     Raises:
         StorageError: no tensor of the names tried, one of another shape, or one that is farther from
             ``stored`` than a zero matrix is.
     """
-    reader = _reader(Path(folder))
-    name = _name_in(reader, path)
+    reader, names = _opened(Path(folder))
+    name = (names and names.weight_of(path)) or _plain_name(reader, path)
     full = reader.tensor(name).to(stored.device, torch.float32)
     candidates = [matrix for matrix in (full, full.mT) if matrix.shape == stored.shape] if full.dim() == 2 else []
     if not candidates:
@@ -43,7 +46,7 @@ def original_weight(folder: str | os.PathLike[str], path: str, stored: Tensor) -
     return closer.contiguous()
 
 
-def _name_in(reader: ShardReader, path: str) -> str:
+def _plain_name(reader: ShardReader, path: str) -> str:
     whole = f"{path}.weight"
     tried = [whole, f"model.{whole}", whole.partition(".")[2] if "." in path else whole]
     for name in tried:
@@ -59,11 +62,14 @@ def _name_in(reader: ShardReader, path: str) -> str:
     )
 
 
-def _reader(folder: Path) -> ShardReader:
-    # The index is read once for all modules of a model, and again when the folder has changed.
-    return _reader_of(folder, folder.stat().st_mtime_ns if folder.is_dir() else 0)
+def _opened(folder: Path) -> tuple[ShardReader, StoredNames | None]:
+    # Both are read once for all modules of a model, and again when the folder has changed.
+    return _opened_once(folder, folder.stat().st_mtime_ns if folder.is_dir() else 0)
 
 
 @lru_cache(maxsize=1)
-def _reader_of(folder: Path, changed: int) -> ShardReader:
-    return ShardReader(folder)
+def _opened_once(folder: Path, changed: int) -> tuple[ShardReader, StoredNames | None]:
+    reader = ShardReader(folder)
+    if not (folder / "config.json").exists() or "auto_map" in read_settings(folder):
+        return reader, None  # no model of transformers' own
+    return reader, StoredNames(skeleton(folder, quantized=True), reader)

@@ -13,7 +13,6 @@ or isn't of this model, and an error.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StorageError, closest
-from ..naming.variants import Variants
-from .model_folder import locate, skeleton
+from .model_folder import locate, read_settings, skeleton
 from .quantized_tensors import packing_of, weight_of
 from .shards import ShardReader
+from .stored_names import StoredNames, tied_names
 
 _PIECE = 1 << 22
 _OLD_BUFFERS = (".inv_freq", ".position_ids", ".masked_bias", ".attn.bias")
@@ -42,11 +41,12 @@ class Side:
         names: stored names, by those in the model.
         parts: of quantized weights, all stored names by their names in the module.
         extra: stored names that the model doesn't have, by these names without the backbone's prefix.
+        variants: names that the model may have for a stored one.
     """
 
     def __init__(self, folder: Path, own: nn.Module) -> None:
         self.folder, self.own = folder, own
-        self.quantization = _settings(folder).get("quantization_config")
+        self.quantization = read_settings(folder).get("quantization_config")
         self.reader = ShardReader(folder)
         self.types = self.reader.types()
         self.names: dict[str, str] = {}
@@ -54,25 +54,14 @@ class Side:
         self.extra: dict[str, str] = {}
 
     def assign_(self, model: nn.Module) -> None:
-        """Find the names of ``model`` among those that are stored."""
-        self.model = model
-        known, tied, variants = set(model.state_dict()), tied_names(model), Variants(model)
-        for stored in self.reader:
-            name = next((n for n in variants(stored) if n in known), None)
-            if name is None:
-                self.extra[stored.removeprefix(variants.prefix)] = stored
-            else:
-                self.names[name] = stored
-        for name, first in tied.items():
+        """Find the names of ``model`` among those that are stored; tied ones all under the first of their names."""
+        found = StoredNames(model, self.reader, quantized=True)
+        self.model, self.names, self.parts = model, dict(found.stored), found.parts
+        for name, first in tied_names(model).items():
             if name in self.names:
-                stored = self.names.pop(name)
-                self.names.setdefault(first, stored)
-        for raw in list(self.extra):
-            weight = self._quantized_weight(raw, variants)
-            if weight is not None:
-                stored = self.extra.pop(raw)
-                stem = self.names[weight].removesuffix("weight")
-                self.parts.setdefault(weight, {"weight": self.names[weight]})[stored.removeprefix(stem)] = stored
+                self.names.setdefault(first, self.names.pop(name))
+        self.variants = found.variants
+        self.extra = {stored.removeprefix(found.variants.prefix): stored for stored in found.foreign}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor ``name`` of the model, as it is stored; float32 (out, in) of a quantized linear layer."""
@@ -89,15 +78,6 @@ class Side:
         if name in self.parts:
             return tuple(self.model.get_parameter(name).shape)
         return self.types[self.names[name]][1]
-
-    def _quantized_weight(self, raw: str, variants: Variants) -> str | None:
-        """The weight of a linear layer in whose module ``raw`` lies."""
-        pieces = raw.split(".")
-        for end in range(len(pieces) - 1, 0, -1):
-            for name in variants(".".join([*pieces[:end], "weight"])):
-                if name in self.names and isinstance(self.model.get_submodule(name.removesuffix(".weight")), nn.Linear):
-                    return name
-        return None
 
 
 class CheckpointPair:
@@ -120,7 +100,7 @@ class CheckpointPair:
             raise StorageError(
                 f"{folders[0]}: expected two checkpoints, found one folder for both; pass the tuned one's"
             )
-        if _settings(folders[1]).get("quantization_config") is not None:
+        if read_settings(folders[1]).get("quantization_config") is not None:
             raise StorageError(
                 f"{folders[1]}: expected a tuned model in 16 or 32 bits, found one that is quantized; pass it as it "
                 "was before (the base may be quantized)"
@@ -133,7 +113,6 @@ class CheckpointPair:
                 "the model that this one was tuned from"
             )
         self.model = self.base.own if _headless(self.tuned.own) and not _headless(self.base.own) else self.tuned.own
-        self._variants = Variants(self.model)
         for side in (self.base, self.tuned):
             side.assign_(self.model)
         self._check_ties()
@@ -187,7 +166,7 @@ class CheckpointPair:
 
     def _check_layers(self) -> None:
         for name in self.only_tuned:
-            if any(_lacks_a_layer(self.base.own, variant) for variant in self._variants(name)):
+            if any(_lacks_a_layer(self.base.own, variant) for variant in self.tuned.variants(name)):
                 raise StorageError(
                     f"{self.tuned.folder}: expected the base's layers, found {name!r}, of a layer that the model in "
                     f"{self.base.folder} doesn't have; pass the model that this one was tuned from"
@@ -216,7 +195,7 @@ class CheckpointPair:
         """Whether ``name`` is of a module that the base's class has and the tuned model's doesn't, such as a head; a
         layer that only one of the two models has is none of these."""
         base, tuned = self.base.own, self.tuned.own
-        variants = self._variants(name)
+        variants = self.tuned.variants(name)
         return (
             type(base) is not type(tuned)
             and any(variant in base.state_dict() for variant in variants)
@@ -267,16 +246,6 @@ def norm(tensor: Tensor) -> float:
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in tensor.reshape(-1).split(_PIECE)))
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one's too, and the first of that one's names."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    return tied
-
-
 def _lacks_a_layer(model: nn.Module, name: str) -> bool:
     """Whether ``name`` leads into a list of modules in ``model``, and to none of them."""
     module: nn.Module = model
@@ -290,13 +259,3 @@ def _lacks_a_layer(model: nn.Module, name: str) -> bool:
 
 def _headless(model: nn.Module) -> bool:
     return getattr(model, "base_model", model) is model
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{folder}: expected config.json beside the weights, found none that can be read ({error}); pass a "
-            "model's folder"
-        ) from error

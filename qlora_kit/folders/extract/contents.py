@@ -14,7 +14,8 @@ from ...adapter_files.backbone import METADATA_KEY, codes_digest, combine
 from ...adapter_files.combined_config import rank_fields
 from ...adapter_files.folder import PREFIX
 from ...checkpoints.model_folder import task_type
-from ...checkpoints.pair import CheckpointPair, norm, tied_names
+from ...checkpoints.pair import CheckpointPair, norm
+from ...checkpoints.stored_names import tied_names
 from ...codecs import codec_for
 from ...config.checks import check_names, failure
 from ...config.lora import LoraConfig

@@ -22,11 +22,11 @@ def check_stored_backbone(base: StoredModel, name: str, adapter: Stored) -> None
         return
     digests, dense = {}, 0
     for path in adapter.branches:
-        own = base.path_of(path)
-        weight = base.known.get(f"{own}.weight", "")
-        if weight not in base.names:
+        own = base.names.path_of(path)
+        weight = base.names.known.get(f"{own}.weight", "")
+        if weight not in base.names.stored:
             continue  # no place for this branch, which is said elsewhere
-        reads = base.parts.get(weight, {"weight": base.names[weight]})
+        reads = base.names.parts.get(weight, {"weight": base.names.stored[weight]})
         module = base.module(weight, {part: base.reader.tensor(stored) for part, stored in reads.items()})
         digests[path] = codes_digest(codec_for(module, path).stored(module)[0])
         dense += len(reads) == 1

@@ -72,7 +72,7 @@ def changes_of(base: StoredModel, adapters: Mapping[str, Stored], weights: Mappi
             *_add_values(base, name, one, weights, changes),
         ]
         if left:
-            near = closest(left[0].removeprefix(PREFIX), base.known)
+            near = closest(left[0].removeprefix(PREFIX), base.names.known)
             raise StorageError(
                 f"{name}: expected an adapter of {base.folder} ({type(base.model).__name__}), each tensor of which has "
                 f"its place there, found {len(left)} that don't: {left[:5]} (closest in the model: {near}); pass the "
@@ -85,9 +85,9 @@ def _add_branches(base: StoredModel, name: str, one: Stored, weight: float, chan
     """Take in the branches of one adapter; the keys that have no place."""
     left: list[str] = []
     for path, branch in one.branches.items():
-        own = base.path_of(path)
+        own = base.names.path_of(path)
         module = base.modules.get(own or "")
-        if module is None or registered_codec(module) is None or f"{own}.weight" not in base.known:
+        if module is None or registered_codec(module) is None or f"{own}.weight" not in base.names.known:
             left += one.keys[path]
             continue
         expected = codec_for(module, path).shape(module)
@@ -98,7 +98,7 @@ def _add_branches(base: StoredModel, name: str, one: Stored, weight: float, chan
             )
         if not all(all_finite(factor) for factor in (branch.A, branch.B)):
             raise MergeError(f"{path}: adapter {name} holds NaN or infinite values; train it again")
-        change = changes.setdefault(base.known[f"{own}.weight"], Change())
+        change = changes.setdefault(base.names.known[f"{own}.weight"], Change())
         change.branches.append((branch.A, branch.B, weight * branch.scaling))
     return left
 
@@ -109,7 +109,7 @@ def _add_values(
     """Take in the whole tensors of one adapter; the keys that have no place."""
     left: list[str] = []
     for key, value in one.rest.items():
-        place = base.name_of(parameter_name(key))
+        place = base.names.name_of(parameter_name(key))
         kind = "" if place is None else _kind(base, place, parameter_name(key), one)
         if place is None or not kind:
             left.append(key)

@@ -78,18 +78,19 @@ class MergePlan:
     def __init__(self, base: StoredModel, changes: dict[str, Change], task: MergeTask) -> None:
         self.base, self.task = base, task
         self.quantized: dict[str, Quantizer] = {}
-        changes, sources = dict(changes), dict(base.names)
-        self.untied = [group for group in base.ties() if not settle(base, group, changes, sources)]
+        changes, sources = dict(changes), dict(base.names.stored)
+        self.untied = [group for group in base.names.ties() if not settle(base, group, changes, sources)]
         for name in base.outgrown:
             if changes.get(name, Change()).value is None:
+                rows = base.types[base.names.stored[name]][1][0]
                 raise MergeError(
-                    f"{name}: expected {base.shapes[name][0]} rows, as an adapter has of another table, found "
-                    f"{base.types[base.names[name]][1][0]} in {base.folder} and none in an adapter; save the adapter "
-                    "with both tables (save_embedding_layers=True), or resize the base first"
+                    f"{name}: expected {base.shapes[name][0]} rows, as an adapter has of another table, found {rows} "
+                    f"in {base.folder} and none in an adapter; save the adapter with both tables "
+                    "(save_embedding_layers=True), or resize the base first"
                 )
         units = [self._unit(name, stored, changes.pop(name, Change())) for name, stored in sources.items()]
         units += [self._only_in_adapter(name, change) for name, change in changes.items()]
-        units += [self._foreign(stored) for stored in base.foreign]
+        units += [self._foreign(stored) for stored in base.names.foreign]
         self.units = sorted(units, key=lambda unit: unit.name)
         self.settings = settings_of(base, task, self.quantized, untied=bool(self.untied))
 
@@ -100,8 +101,8 @@ class MergePlan:
 
     def _unit(self, name: str, stored: str, change: Change) -> Unit:
         base, dtype = self.base, self.base.types[stored][0]
-        source = base.name_of(stored) or name  # another than ``name`` where a tied parameter is taken apart
-        reads = base.parts.get(source, {"weight": stored})
+        source = base.names.name_of(stored) or name  # another than ``name`` where a tied parameter is taken apart
+        reads = base.names.parts.get(source, {"weight": stored})
         own = self._own_quantizer(source, reads)
         changed = bool(change.branches) or change.value is not None
         to: torch.dtype | Quantizer | None = self.task.dtype
@@ -120,7 +121,7 @@ class MergePlan:
             nbytes = weight_bytes(matrix, kept.quant_type, kept.blocksize, kept.double_quant)
         else:
             nbytes = prod(shape) * (kept or dtype).itemsize
-        return Unit(base.output_name(name), name, reads, change, to, shape, nbytes)
+        return Unit(base.names.output_name(name), name, reads, change, to, shape, nbytes)
 
     def _only_in_adapter(self, name: str, change: Change) -> Unit:
         if change.branches or change.value is None:

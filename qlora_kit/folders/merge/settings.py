@@ -75,7 +75,7 @@ def _quantization_config(base: StoredModel, quantized: Mapping[str, Quantizer]) 
 def _everywhere(base: StoredModel, paths: Iterable[str]) -> list[str]:
     """``paths``, and where the same modules stand again."""
     chosen = list(paths)
-    return chosen + [path for path, first in base.first.items() if path != first and first in set(chosen)]
+    return chosen + [path for path, first in base.names.first.items() if path != first and first in set(chosen)]
 
 
 def _compute_dtype(settings: Mapping[str, Any]) -> torch.dtype:

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checkpoints.model_folder import skeleton, task_of
+from ...checkpoints.stored_names import StoredNames
 from ...injection.targets import end_tables
-from ...naming.variants import Variants
 from ..combine import Stored
 from .changes import parameter_name
 
@@ -41,16 +41,14 @@ def trained_config(folder: Path, adapters: Mapping[str, Stored]) -> dict[str, An
 def _vocabulary(own: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Any]:
     """The number of words, if the adapters hold larger or smaller tables."""
     tables = [getattr(end, "weight", None) for end in end_tables(own)]
-    names = {
-        name: parameter
-        for name, parameter in own.named_parameters(remove_duplicate=False)
-        if any(parameter is table for table in tables)
-    }
-    words, variants = getattr(own.config, "vocab_size", None), Variants(own)
+    names, parameters = StoredNames(own), dict(own.named_parameters(remove_duplicate=False))
+    words = getattr(own.config, "vocab_size", None)
     found = set()
     for name, value in held.items():
-        table = next((names[variant] for variant in variants(name) if variant in names), None)
-        if table is not None and value.shape[1:] == table.shape[1:] and table.shape[0] == words != value.shape[0]:
+        table = parameters.get(names.name_of(name) or "")
+        if table is None or not any(table is other for other in tables):
+            continue
+        if value.shape[1:] == table.shape[1:] and table.shape[0] == words != value.shape[0]:
             found.add(value.shape[0])
     return {"vocab_size": found.pop()} if len(found) == 1 else {}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checkpoints.model_folder import skeleton
 from ...checkpoints.shards import FORMAT_NAMES, ShardReader
-from ...checkpoints.stored_model import tied_groups
+from ...checkpoints.stored_names import tied_groups
 from ...codecs import codec_for
 from ...codecs.quantized import Quantizer
 from ...errors import StorageError
@@ -65,8 +65,8 @@ def verify_output(
 def _check_model(plan: MergePlan, out: Path, config_folder: Path, types: Mapping[str, Any]) -> None:
     """Compare what is written with what the new config builds."""
     model = skeleton(config_folder, quantized=True)
-    known = plan.base.known
-    missing_before = {name for name in known.values() if name not in plan.base.names}
+    known = plan.base.names.known
+    missing_before = {name for name in known.values() if name not in plan.base.names.stored}
     tied = {name: group for group in tied_groups(model, known) for name in group}
     written = {unit.place: types[unit.name] for unit in plan.units if unit.place is not None}
     changed = {name for group in plan.untied for name in group}
