@@ -6,5 +6,4 @@ budget chose its bits.
 
 - ``budget``: the integer program, over measured errors and bytes
 - ``allocation``: the measuring and choosing; ``allocate``, for a model in memory
-- ``on_disk``: the same for a model on disk, resumed where it was cut off
 """

@@ -3,7 +3,9 @@
 - ``task``: what is asked for, and what each stored tensor becomes
 - ``checkpoint``: what is to be done, from config and headers
 - ``stream``: the run
-- ``making``: from a stored tensor to what takes its place
+- ``chosen_bits``: bits under a budget, measured module by module and then chosen
+- ``calibration``: text through the model, whose weights stay in their shards
+- ``replacements``: from a stored tensor to what takes its place
 - ``writers``: the files while they grow
 - ``output``: what the output is called and how large it will be
 - ``progress``: the bar

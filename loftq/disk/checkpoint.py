@@ -33,7 +33,7 @@ _MATRIX = 2
 
 
 @dataclass(frozen=True)
-class Unit:
+class StoredTensor:
     """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized."""
 
     name: str
@@ -114,7 +114,7 @@ class Checkpoint:
             )
         return name
 
-    def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> Unit:
+    def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> StoredTensor:
         if entry is not None:
             expected = tuple(self.model.get_parameter(f"{entry.path}.weight").shape)
             if shape != expected or not dtype.is_floating_point:
@@ -123,7 +123,7 @@ class Checkpoint:
                     f"{dtype} {shape}; the shards belong to another model, or are quantized already"
                 )
             self.dtypes[entry.path] = dtype
-        return Unit(name, shape, prod(shape) * dtype.itemsize, entry)
+        return StoredTensor(name, shape, prod(shape) * dtype.itemsize, entry)
 
 
 def _kept_by_bitsandbytes(model: nn.Module, config: LoraConfig) -> list[str]:

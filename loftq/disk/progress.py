@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .checkpoint import Unit
+from .checkpoint import StoredTensor
 
 
 @contextmanager
-def bar() -> Iterator[Callable[[Unit, int], None]]:
+def bar() -> Iterator[Callable[[StoredTensor, int], None]]:
     """A function to call with each finished unit and the number of weights in all."""
     columns = (
         TextColumn("{task.description}"),
@@ -25,7 +25,7 @@ def bar() -> Iterator[Callable[[Unit, int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=None, visible=False)  # nothing shows until something is done
 
-        def advance(unit: Unit, weights: int) -> None:
+        def advance(unit: StoredTensor, weights: int) -> None:
             progress.update(task, total=weights, advance=unit.numel, description=unit.name, visible=True)
 
         yield advance

@@ -22,17 +22,17 @@ from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.checkpoints.model_folder import identity
 from qlora_kit.checkpoints.sharded_output import check_disk, clear
 
-from ..bits.on_disk import allocated, check_budget, provisional
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
 from ..starts.report import Report
-from .checkpoint import Checkpoint, Unit
-from .making import computed, in_forward_order
+from .checkpoint import Checkpoint, StoredTensor
+from .chosen_bits import allocated, check_budget, provisional
 from .output import expected_bytes
+from .replacements import computed, in_forward_order
 from .task import WORK_FOLDER, Task
 from .writers import Writers
 
-Progress = Callable[[Unit, int], None]
+Progress = Callable[[StoredTensor, int], None]
 
 
 @torch.no_grad()

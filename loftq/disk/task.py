@@ -60,8 +60,8 @@ class Task:
 
 
 @dataclass
-class Made:
-    """What one unit became: tensors of the base and of the adapter by name, and what is noted of it."""
+class Replacement:
+    """What takes a stored tensor's place: tensors of the base and of the adapter by name, and what is noted of it."""
 
     base: dict[str, Tensor]
     adapter: dict[str, Tensor] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_kit.adapter_files.backbone import METADATA_KEY, codes_digest, combine
 from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME, read_metadata
 from qlora_kit.checkpoints.model_folder import locate, skeleton
-from qlora_kit.checkpoints.quantized_tensors import read_stored
+from qlora_kit.checkpoints.quantized_tensors import read_weight
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.config.lora import CONFIG_NAME, LoftQConfig, LoraConfig
@@ -73,7 +73,7 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
         full = codec.read(module)
         A, B = _factors(adapter, row)
         scaling = config.scaling_of(unit.entry.rank, unit.entry.alpha)
-        left = full - read_stored(out, base, stems[row.path], codec.shape(module), row.quant_type, report.options)
+        left = full - read_weight(out, base, stems[row.path], codec.shape(module), row.quant_type, report.options)
         size = norm(full) or 1.0
         measured = norm(left) / size, norm(left.addmm_(B, A, alpha=-scaling)) / size
         reported = row.quantization_error, row.error

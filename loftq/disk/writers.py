@@ -24,9 +24,9 @@ from qlora_kit.injection.targets import shortest_names
 from qlora_kit.lowrank import delta
 
 from ..starts.report import LayerReport, Report
-from .checkpoint import Checkpoint, Unit
+from .checkpoint import Checkpoint, StoredTensor
 from .output import adapter_names, quantization_config, stored_names
-from .task import WORK_FOLDER, Made, Task
+from .task import WORK_FOLDER, Replacement, Task
 
 ADAPTER_FOLDER = "loftq_init"
 
@@ -42,7 +42,7 @@ class Writers:
         room = header_room(PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry))
         self.adapter = ShardWriter(self.work / WEIGHTS_NAME, room, placed)
 
-    def write(self, unit: Unit, made: Made) -> dict[str, Any]:
+    def write(self, unit: StoredTensor, made: Replacement) -> dict[str, Any]:
         """Append one unit's tensors; the journal's line for it, once they are on the disk."""
         base = self.model.append(made.base)
         adapter = {name: self.adapter.append(name, tensor) for name, tensor in made.adapter.items()}

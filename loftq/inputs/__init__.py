@@ -7,5 +7,4 @@ moments are for, and what becomes of a layer, must not be known here; who asks s
 - ``moments``: E[x x^T] of chosen modules from one pass
 - ``walk``: a model's forward, stopped at chosen modules
 - ``groups``: moments for one group of modules after the other, in the order of the forward
-- ``streamed_model``: the same through a model whose weights stay in their shards
 """

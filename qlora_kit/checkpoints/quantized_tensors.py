@@ -26,7 +26,7 @@ PARTS = (
 )
 
 
-def read_stored(
+def read_weight(
     folder: Path, reader: ShardReader, stem: str, shape: tuple[int, int], kind: str, options: Mapping[str, Any]
 ) -> Tensor:
     """float32 (out, in): what the tensors whose names begin with ``stem`` say; see ``weight_of``."""

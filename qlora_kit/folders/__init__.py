@@ -3,6 +3,7 @@
 - ``merge/``: adapters into a stored model
 - ``extract/``: the difference of two checkpoints as an adapter
 - ``combine``: stored adapters combined and compressed
+- ``stored_adapter``: an adapter's folder, read without its model
 """
 
 from .combine import combine_folders, compress_folder

@@ -9,82 +9,17 @@ that the adapters fit one another in shape, name one base model, and carry one f
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..adapter_files.backbone import METADATA_KEY
 from ..adapter_files.combined_config import check_apart, combined_config, holder_of, rank_fields
-from ..adapter_files.folder import PREFIX, read_adapter, read_metadata, write_adapter
-from ..algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_layers
-from ..config.lora import LoraConfig
+from ..adapter_files.folder import PREFIX, write_adapter
+from ..algebra import Combined, CombineReport, Recipe, Weights, combine_layers
 from ..errors import AdapterError, ConfigError, StorageError
-from ..naming import pattern_value
-
-_FACTOR = re.compile(
-    re.escape(PREFIX) + r"(?P<path>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?P<end>\.weight)?"
-)
-
-
-@dataclass
-class Stored:
-    """An adapter's folder, read: its branches by path, and the rest.
-
-    Attributes:
-        shapes: those of A and B in the file, by path; convolutions have more than two dimensions.
-        rest: tensors other than factors, by key.
-    """
-
-    folder: Path
-    config: LoraConfig
-    backbone: str | None
-    branches: dict[str, Branch] = field(default_factory=dict)
-    keys: dict[str, tuple[str, str]] = field(default_factory=dict)
-    shapes: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
-    rest: dict[str, Tensor] = field(default_factory=dict)
-
-
-def read_stored(folder: str | Path, *, allow_pickle: bool = False) -> Stored:
-    """Read an adapter for combining.
-
-    Raises:
-        StorageError: see ``read_adapter``; or a factor without its other half, or of another
-            rank than the config says.
-    """
-    config, state = read_adapter(folder, allow_pickle=allow_pickle)
-    stored = Stored(Path(folder), config, read_metadata(folder).get(METADATA_KEY))
-    sides: dict[str, dict[str, str]] = {}
-    for key in sorted(state):
-        match = _FACTOR.fullmatch(key)
-        if match is None or (match["kind"] == "lora_") != (match["end"] is not None):
-            stored.rest[key] = state[key]
-        else:
-            sides.setdefault(match["path"], {})[match["side"]] = key
-    for path, found in sides.items():
-        if found.keys() != {"A", "B"}:
-            raise StorageError(
-                f"{folder}: expected factors A and B of {path}, found only {list(found.values())}; save it again"
-            )
-        A, B = state[found["A"]], state[found["B"]]
-        rank = pattern_value(path, config.rank_pattern, config.r)
-        if min(A.dim(), B.dim()) < 2 or A.shape[0] != rank or B.flatten(1).shape[1] != rank:
-            raise StorageError(
-                f"{folder}: expected factors of rank {rank} for {path}, as its config says, found {tuple(A.shape)} and "
-                f"{tuple(B.shape)}; the config and the weights aren't of one adapter, so save it again"
-            )
-        scaling = config.scaling_of(rank, pattern_value(path, config.alpha_pattern, config.lora_alpha))
-        stored.branches[path] = Branch(A.flatten(1), B.flatten(1), scaling)
-        stored.keys[path] = found["A"], found["B"]
-        stored.shapes[path] = A.shape, B.shape
-    if not sides:
-        raise StorageError(
-            f"{folder}: expected low-rank factors, found none among {sorted(state)[:3]}; pass an adapter"
-        )
-    return stored
+from .stored_adapter import StoredAdapter, read_stored_adapter
 
 
 def combine_folders(
@@ -119,7 +54,7 @@ def combine_folders(
     recipe = Recipe(combination_type, svd_rank, density, majority_sign_method, svd_clamp, energy, seed)
     if isinstance(folders, (str, Path)) or not folders:
         raise AdapterError(f"folders: expected a list with at least one adapter's folder, found {folders!r}")
-    stored = [read_stored(folder, allow_pickle=allow_pickle) for folder in folders]
+    stored = [read_stored_adapter(folder, allow_pickle=allow_pickle) for folder in folders]
     names = [str(folder) for folder in folders]
     paths = sorted({path for one in stored for path in one.branches})
     layers = {path: {i: s.branches[path] for i, s in enumerate(stored) if path in s.branches} for path in paths}
@@ -163,7 +98,7 @@ def compress_folder(
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank, energy: expected one of the two, found {rank!r} and {energy!r}; pass rank=8, say")
     recipe = Recipe("svd", rank=rank, energy=energy)
-    stored = read_stored(folder, allow_pickle=allow_pickle)
+    stored = read_stored_adapter(folder, allow_pickle=allow_pickle)
     layers = {path: {0: branch} for path, branch in stored.branches.items()}
     results, report = combine_layers(layers, [str(folder)], [1.0], recipe)
     config = dataclasses.replace(stored.config, **rank_fields({path: r.rank for path, r in results.items()}))
@@ -173,7 +108,7 @@ def compress_folder(
     return report
 
 
-def _as_stored(path: str, found: Combined, source: Stored) -> dict[str, Tensor]:
+def _as_stored(path: str, found: Combined, source: StoredAdapter) -> dict[str, Tensor]:
     """The factors under the keys and in the shapes of the file of ``source``, which has this module."""
     (key_A, key_B), (shape_A, shape_B) = source.keys[path], source.shapes[path]
     return {
@@ -182,7 +117,7 @@ def _as_stored(path: str, found: Combined, source: Stored) -> dict[str, Tensor]:
     }
 
 
-def _check_same_module(path: str, stored: Sequence[Stored]) -> None:
+def _check_same_module(path: str, stored: Sequence[StoredAdapter]) -> None:
     """Refuse adapters whose factors at ``path`` can't be of one module."""
     kinds = {str(s.folder): (s.keys[path][0].rpartition(path)[2], *s.shapes[path][0][1:]) for s in stored}
     outs = {str(s.folder): s.shapes[path][1][0] for s in stored}
@@ -194,7 +129,7 @@ def _check_same_module(path: str, stored: Sequence[Stored]) -> None:
             )
 
 
-def _common_backbone(stored: Sequence[Stored], check: bool) -> str | None:
+def _common_backbone(stored: Sequence[StoredAdapter], check: bool) -> str | None:
     """The fingerprint of the base that all of ``stored`` belong to, if they carry one."""
     names = {str(s.folder): s.config.base_model_name_or_path for s in stored if s.config.base_model_name_or_path}
     if check and len(set(names.values())) > 1:
@@ -215,7 +150,7 @@ def _common_backbone(stored: Sequence[Stored], check: bool) -> str | None:
     return None
 
 
-def _copies(stored: Sequence[Stored]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _copies(stored: Sequence[StoredAdapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of modules that one of ``stored`` trained whole, and whose these modules are."""
     rest: dict[str, Tensor] = {}
     owners: dict[str, str] = {}

@@ -5,8 +5,8 @@
 - ``trained_config``: what an adapter's tensors say of the config it was trained with
 - ``changes``: what adapters change in a stored model, by name
 - ``ties``: what stays one tensor under a merge, and what becomes several
-- ``plan``: from model and changes to units of work
-- ``unit``: one unit: read, changed, stored
+- ``plan``: from model and changes to what is read, and what is written in its place
+- ``parameter``: one parameter: read, changed, stored
 - ``settings``: config.json of the result
 - ``verify``: is what was written what should have been?
 """

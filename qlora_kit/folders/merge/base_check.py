@@ -6,10 +6,10 @@ from ...adapter_files.backbone import codes_digest, combine
 from ...checkpoints.stored_model import StoredModel
 from ...codecs import codec_for
 from ...errors import StorageError
-from ..combine import Stored
+from ..stored_adapter import StoredAdapter
 
 
-def check_stored_backbone(base: StoredModel, name: str, adapter: Stored) -> None:
+def check_stored_backbone(base: StoredModel, name: str, adapter: StoredAdapter) -> None:
     """Compare the fingerprint that ``adapter`` carries, if it does, with the stored codes of ``base``.
 
     Args:

@@ -29,7 +29,7 @@ from ...codecs import codec_for, registered_codec
 from ...codecs.finite import all_finite
 from ...errors import MergeError, StorageError, closest
 from ...injection.targets import end_tables
-from ..combine import Stored
+from ..stored_adapter import StoredAdapter, parameter_name
 
 
 @dataclass
@@ -53,7 +53,9 @@ class Change:
         return A, torch.cat([B.float() * scale for _, B, scale in self.branches], dim=1)
 
 
-def changes_of(base: StoredModel, adapters: Mapping[str, Stored], weights: Mapping[str, float]) -> dict[str, Change]:
+def changes_of(
+    base: StoredModel, adapters: Mapping[str, StoredAdapter], weights: Mapping[str, float]
+) -> dict[str, Change]:
     """What ``adapters`` (by folder) change, by the model's name of the parameter.
 
     Raises:
@@ -81,7 +83,9 @@ def changes_of(base: StoredModel, adapters: Mapping[str, Stored], weights: Mappi
     return changes
 
 
-def _add_branches(base: StoredModel, name: str, one: Stored, weight: float, changes: dict[str, Change]) -> list[str]:
+def _add_branches(
+    base: StoredModel, name: str, one: StoredAdapter, weight: float, changes: dict[str, Change]
+) -> list[str]:
     """Take in the branches of one adapter; the keys that have no place."""
     left: list[str] = []
     for path, branch in one.branches.items():
@@ -104,7 +108,7 @@ def _add_branches(base: StoredModel, name: str, one: Stored, weight: float, chan
 
 
 def _add_values(
-    base: StoredModel, name: str, one: Stored, weights: Mapping[str, float], changes: dict[str, Change]
+    base: StoredModel, name: str, one: StoredAdapter, weights: Mapping[str, float], changes: dict[str, Change]
 ) -> list[str]:
     """Take in the whole tensors of one adapter; the keys that have no place."""
     left: list[str] = []
@@ -136,14 +140,7 @@ def _add_values(
     return left
 
 
-def parameter_name(key: str) -> str:
-    """The parameter's name behind a key of an adapter's file, those of older releases included."""
-    name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
-    head, saved, rest = name.partition(".modules_to_save.")
-    return f"{head}.{rest.removeprefix('default.')}" if saved else name
-
-
-def _kind(base: StoredModel, place: str, name: str, one: Stored) -> str:
+def _kind(base: StoredModel, place: str, name: str, one: StoredAdapter) -> str:
     if holder_of(name.rpartition(".")[0], one.config) is not None:
         return "copy"
     if one.config.bias != "none" and "bias" in name:

@@ -25,7 +25,7 @@ from .ties import settle
 
 
 @dataclass(frozen=True)
-class Unit:
+class OutputParameter:
     """One parameter of the output.
 
     Attributes:
@@ -99,7 +99,7 @@ class MergePlan:
         """About what the output takes on the disk."""
         return sum(unit.nbytes for unit in self.units)
 
-    def _unit(self, name: str, stored: str, change: Change) -> Unit:
+    def _unit(self, name: str, stored: str, change: Change) -> OutputParameter:
         base, dtype = self.base, self.base.types[stored][0]
         source = base.names.name_of(stored) or name  # another than ``name`` where a tied parameter is taken apart
         reads = base.names.parts.get(source, {"weight": stored})
@@ -121,21 +121,22 @@ class MergePlan:
             nbytes = weight_bytes(matrix, kept.quant_type, kept.blocksize, kept.double_quant)
         else:
             nbytes = prod(shape) * (kept or dtype).itemsize
-        return Unit(base.names.output_name(name), name, reads, change, to, shape, nbytes)
+        return OutputParameter(base.names.output_name(name), name, reads, change, to, shape, nbytes)
 
-    def _only_in_adapter(self, name: str, change: Change) -> Unit:
+    def _only_in_adapter(self, name: str, change: Change) -> OutputParameter:
         if change.branches or change.value is None:
             raise MergeError(
                 f"{name}: expected the weight that an adapter adapts in {self.base.folder}, found no tensor of it; "
                 "pass a checkpoint that has it"
             )
         dtype, shape = self.task.dtype or change.value.dtype, self.base.shapes[name]
-        return Unit(name, name, {}, change, dtype, shape, prod(shape) * dtype.itemsize)
+        return OutputParameter(name, name, {}, change, dtype, shape, prod(shape) * dtype.itemsize)
 
-    def _foreign(self, stored: str) -> Unit:
+    def _foreign(self, stored: str) -> OutputParameter:
         dtype, shape = self.base.types[stored]
         to = self.task.dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
-        return Unit(stored, None, {"weight": stored}, Change(), to, shape, prod(shape) * (to or dtype).itemsize)
+        nbytes = prod(shape) * (to or dtype).itemsize
+        return OutputParameter(stored, None, {"weight": stored}, Change(), to, shape, nbytes)
 
     def _own_quantizer(self, name: str, reads: dict[str, str]) -> Quantizer | None:
         """How the weight ``name`` is quantized now; None if it is dense."""

@@ -39,12 +39,12 @@ from ...merging.fidelity import LayerFidelity, share_of
 from ...merging.in_memory import LEAST_RETAINED
 from ...merging.report import MergeReport
 from ...merging.task import MergeTask
-from ..combine import Stored, read_stored
+from ..stored_adapter import StoredAdapter, read_stored_adapter
 from .base_check import check_stored_backbone
 from .changes import changes_of, parts_of
-from .plan import MergePlan, Unit
+from .parameter import MergedParameter, merged_parameter
+from .plan import MergePlan, OutputParameter
 from .trained_config import trained_config
-from .unit import Made, make
 from .verify import verify_output
 
 WORK_FOLDER = ".qlora_kit_merge"
@@ -144,7 +144,7 @@ def merge_folders(
         )
     task = MergeTask(parts, into, rounding, blocksize=blocksize, double_quant=double_quant)
     source = locate(base, "--base")
-    stored = {name: read_stored(locate(name, "--adapter"), allow_pickle=allow_pickle) for name in parts}
+    stored = {name: read_stored_adapter(locate(name, "--adapter"), allow_pickle=allow_pickle) for name in parts}
     if out.resolve() in (source.resolve(), *(one.folder.resolve() for one in stored.values())):
         raise StorageError(
             f"{out}: expected a folder of its own for the merged model, found a source's; choose another"
@@ -178,11 +178,11 @@ def merge_folders(
 def _carry_out(
     plan: MergePlan, output: ShardedOutput, journal: Journal, finished: set[str], device: str, progressbar: bool
 ) -> None:
-    def read(unit: Unit) -> dict[str, Tensor]:
+    def read(unit: OutputParameter) -> dict[str, Tensor]:
         return {part: plan.base.reader.tensor(name) for part, name in unit.reads.items()}
 
-    def work(unit: Unit, tensors: dict[str, Tensor]) -> Made:
-        return make(plan, unit, tensors, device)
+    def work(unit: OutputParameter, tensors: dict[str, Tensor]) -> MergedParameter:
+        return merged_parameter(plan, unit, tensors, device)
 
     left = [unit for unit in plan.units if unit.name not in finished]
     done = sum(unit.nbytes for unit in plan.units) - sum(unit.nbytes for unit in left)
@@ -252,7 +252,7 @@ def _check_retained(plan: MergePlan, report: FolderMergeReport, least: float) ->
 
 
 def _head(
-    task: MergeTask, source: Path, stored: dict[str, Stored], shard_bytes: int, device: str, words: Path | None
+    task: MergeTask, source: Path, stored: dict[str, StoredAdapter], shard_bytes: int, device: str, words: Path | None
 ) -> dict[str, dict[str, Any]]:
     """What the output's bytes depend on."""
     options = {
@@ -272,7 +272,7 @@ def _head(
     return head
 
 
-def _resized_by(overrides: dict[str, Any], stored: dict[str, Stored]) -> Path | None:
+def _resized_by(overrides: dict[str, Any], stored: dict[str, StoredAdapter]) -> Path | None:
     """The adapter's folder that has a tokenizer for its own number of words."""
     with_words = [one.folder for one in stored.values() if one.rest and tokenizer_files(one.folder)]
     return with_words[0] if "vocab_size" in overrides and with_words else None

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ...checkpoints.model_folder import skeleton, task_of
 from ...checkpoints.stored_names import StoredNames
 from ...injection.targets import end_tables
-from ..combine import Stored
-from .changes import parameter_name
+from ..stored_adapter import StoredAdapter, parameter_name
 
 # transformers' tables from a config's class to a model's, by PEFT's name of the task.
 _CLASSES = {
@@ -30,7 +29,7 @@ _CLASSES = {
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def trained_config(folder: Path, adapters: Mapping[str, Stored]) -> dict[str, Any]:
+def trained_config(folder: Path, adapters: Mapping[str, StoredAdapter]) -> dict[str, Any]:
     """Entries of the config of ``folder`` that have to be others for the adapters' model; often none."""
     own = skeleton(folder, quantized=True)
     held = {parameter_name(key): value for one in adapters.values() for key, value in one.rest.items()}
@@ -54,7 +53,11 @@ def _vocabulary(own: nn.Module, held: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _class(
-    folder: Path, own: nn.Module, adapters: Mapping[str, Stored], held: Mapping[str, Tensor], others: Mapping[str, Any]
+    folder: Path,
+    own: nn.Module,
+    adapters: Mapping[str, StoredAdapter],
+    held: Mapping[str, Tensor],
+    others: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The class, and the number of its labels, if the adapters were trained on another than the checkpoint's."""
     import transformers

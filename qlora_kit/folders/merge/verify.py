@@ -19,8 +19,8 @@ from ...checkpoints.stored_names import tied_groups
 from ...codecs import codec_for
 from ...codecs.quantized import Quantizer
 from ...errors import StorageError
-from .plan import MergePlan, Unit
-from .unit import make
+from .parameter import merged_parameter
+from .plan import MergePlan, OutputParameter
 
 # Of merged tensors and of others each.
 SAMPLES = 4
@@ -86,15 +86,15 @@ def _check_model(plan: MergePlan, out: Path, config_folder: Path, types: Mapping
             )
 
 
-def _sample(units: Sequence[Unit]) -> list[Unit]:
+def _sample(units: Sequence[OutputParameter]) -> list[OutputParameter]:
     merged = [unit for unit in units if unit.change.branches or unit.change.value is not None]
     others = [unit for unit in units if not (unit.change.branches or unit.change.value is not None)]
     return [unit for group in (merged, others) for unit in group[:: max(1, len(group) // SAMPLES)][:SAMPLES]]
 
 
-def _check_unit(plan: MergePlan, unit: Unit, reader: ShardReader, device: str) -> None:
+def _check_unit(plan: MergePlan, unit: OutputParameter, reader: ShardReader, device: str) -> None:
     tensors = {part: plan.base.reader.tensor(name) for part, name in unit.reads.items()}
-    expected = {name: tensor.cpu() for name, tensor in make(plan, unit, tensors, device).tensors.items()}
+    expected = {name: tensor.cpu() for name, tensor in merged_parameter(plan, unit, tensors, device).tensors.items()}
     found = {name: reader.tensor(name) for name in expected}
     if all(_same(found[name], tensor) for name, tensor in expected.items()):
         return
@@ -110,7 +110,7 @@ def _check_unit(plan: MergePlan, unit: Unit, reader: ShardReader, device: str) -
     )
 
 
-def _dequantized(plan: MergePlan, unit: Unit, state: Mapping[str, Tensor]) -> Tensor:
+def _dequantized(plan: MergePlan, unit: OutputParameter, state: Mapping[str, Tensor]) -> Tensor:
     from ...checkpoints.quantized_tensors import module_of
 
     assert isinstance(unit.to, Quantizer)

@@ -36,7 +36,7 @@ class Cut:
     def __init__(self, patch: pytest.MonkeyPatch, count: int = 10**9) -> None:
         self.made: list[str] = []
         self.count = count
-        make, add = qlora_kit.folders.merge.run.make, Journal.add
+        make, add = qlora_kit.folders.merge.run.merged_parameter, Journal.add
 
         def counted(plan: Any, unit: Any, *arguments: Any) -> Any:
             self.made.append(unit.name)
@@ -47,7 +47,7 @@ class Cut:
             if len(journal.done) == self.count:
                 raise CutError
 
-        patch.setattr(qlora_kit.folders.merge.run, "make", counted)
+        patch.setattr(qlora_kit.folders.merge.run, "merged_parameter", counted)
         patch.setattr(Journal, "add", noted)
 
 

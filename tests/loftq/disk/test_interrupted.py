@@ -14,7 +14,7 @@ import pytest
 from disk_models import config, contents, streamed, write
 from tiny_llama import llama
 
-from loftq.disk.checkpoint import Unit
+from loftq.disk.checkpoint import StoredTensor
 from loftq.disk.stream import stream
 from loftq.disk.task import WORK_FOLDER, Task
 from qlora_kit.checkpoints.journal import Journal
@@ -30,7 +30,7 @@ class CutError(Exception):
 def cut_after(count: int, source: Path, out: Path) -> None:
     done = 0
 
-    def progress(unit: Unit, weights: int) -> None:
+    def progress(unit: StoredTensor, weights: int) -> None:
         nonlocal done
         done += 1
         if done == count:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from calibrated_runs import add_tokenizer, calibrated, rows, write_text
 from disk_models import contents, streamed, write
 from tiny_llama import llama
 
-import loftq.disk.making
+import loftq.disk.chosen_bits
+import loftq.disk.replacements
 from loftq.bits.budget import Budget
-from loftq.disk.checkpoint import Unit
+from loftq.disk.checkpoint import StoredTensor
 from loftq.disk.stream import stream
 from loftq.disk.task import WORK_FOLDER, Task
 from loftq.starts.report import Report
@@ -51,7 +51,7 @@ def lora(method: str, **options: Any) -> LoraConfig:
 
 
 def cut_after(count: int, task: Task) -> None:
-    def progress(unit: Unit, weights: int) -> None:
+    def progress(unit: StoredTensor, weights: int) -> None:
         nonlocal count
         count -= 1
         if not count:
@@ -76,11 +76,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, path_of: Ca
 
 
 def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return counted(monkeypatch, loftq.disk.making, "start_of", lambda request, *_: request.path)
+    return counted(monkeypatch, loftq.disk.replacements, "start_of", lambda request, *_: request.path)
 
 
 def count_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return counted(monkeypatch, import_module("loftq.bits.on_disk"), "measured", lambda _, request, *__: request.path)
+    return counted(monkeypatch, loftq.disk.chosen_bits, "measured", lambda _, request, *__: request.path)
 
 
 # -- while calibrating -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from streaming import (
 from torch import Tensor
 
 from loftq.disk.stream import stream
-from qlora_kit.checkpoints.quantized_tensors import read_stored
+from qlora_kit.checkpoints.quantized_tensors import read_weight
 from qlora_kit.checkpoints.shards import ShardReader
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -135,7 +135,7 @@ def test_reported_errors_are_those_of_what_is_stored(
     for row in report.layers:
         full = original[f"{row.path}.weight"].double()
         shape = (full.shape[0], full.shape[1])
-        stored = read_stored(tmp_path / "out", base, f"{row.path}.", shape, row.quant_type, report.options).double()
+        stored = read_weight(tmp_path / "out", base, f"{row.path}.", shape, row.quant_type, report.options).double()
         A, B = (adapter[f"base_model.model.{row.path}.lora_{side}.weight"].double() for side in "AB")
         left = full - stored
         # The report's sums are in float32.

@@ -20,7 +20,7 @@ from loftq import start_report
 from loftq.disk.verify import verify
 from loftq.starts.report import Report
 from qlora_kit import LoraModel, apply_lora
-from qlora_kit.checkpoints.quantized_tensors import read_stored
+from qlora_kit.checkpoints.quantized_tensors import read_weight
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.errors import ConfigError, StorageError
 from qlora_kit.hf_quantizer import record_quantization_
@@ -177,7 +177,7 @@ def test_reported_output_errors_are_those_of_what_is_stored(method: str, tmp_pat
     for row in report.layers:
         full = original.tensor(f"{row.path}.weight").double()
         shape = (full.shape[0], full.shape[1])
-        stored = read_stored(out, base, f"{row.path}.", shape, row.quant_type, report.options).double()
+        stored = read_weight(out, base, f"{row.path}.", shape, row.quant_type, report.options).double()
         A, B = (adapter[f"base_model.model.{row.path}.lora_{side}.weight"].double() for side in "AB")
         left, R = full - stored - B @ A, moments[row.path]
         if method == "qera-diag":

@@ -1,4 +1,4 @@
-"""One unit of a merge on disk: from what is read, and what adapters change of it, to the tensors that are written.
+"""One parameter of a merge on disk: from what is read, and what adapters change of it, to the tensors that are written.
 
 It is the arithmetic of a merge in memory, by the same functions: the codec reads a float32 weight, all deltas are added
 at once, and one write puts the result into the storage asked for.
@@ -19,19 +19,21 @@ from ...errors import CodecError, ConfigError, MergeError
 from ...merging.fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
 from ...merging.requantize import rounded
 from ...preparation.quantize import linear_holding
-from .plan import MergePlan, Unit
+from .plan import MergePlan, OutputParameter
 
 
 @dataclass
-class Made:
-    """What one unit became: tensors by their names in the output, and the account of a merged layer."""
+class MergedParameter:
+    """What a parameter became: tensors by their names in the output, and the account of a merged layer."""
 
     tensors: dict[str, Tensor]
     row: LayerFidelity | None = None
 
 
 @torch.no_grad()
-def make(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: str = "cpu") -> Made:
+def merged_parameter(
+    plan: MergePlan, unit: OutputParameter, tensors: Mapping[str, Tensor], device: str = "cpu"
+) -> MergedParameter:
     """The result of ``unit``.
 
     Args:
@@ -42,18 +44,18 @@ def make(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: str
     """
     if unit.to is None:
         single = len(tensors) == 1
-        return Made({unit.name if single else unit.stem + part: tensor for part, tensor in tensors.items()})
+        return MergedParameter({unit.name if single else unit.stem + part: tensor for part, tensor in tensors.items()})
     change = unit.change
     one = change.value if change.value is not None else tensors["weight"] if len(tensors) == 1 else None
     if not change.branches and one is not None and isinstance(unit.to, torch.dtype):
-        return Made({unit.name: checked_cast(unit.name, one, unit.to)})
+        return MergedParameter({unit.name: checked_cast(unit.name, one, unit.to)})
     try:
         return _merged(plan, unit, {name: tensor.to(device) for name, tensor in tensors.items()}, device)
     except (CodecError, ConfigError) as error:
         raise MergeError(f"{unit.path}: {error}") from error
 
 
-def _merged(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: str) -> Made:
+def _merged(plan: MergePlan, unit: OutputParameter, tensors: Mapping[str, Tensor], device: str) -> MergedParameter:
     base, change = plan.base, unit.change
     assert unit.place is not None
     module = base.module(unit.place, tensors) if tensors else None
@@ -73,7 +75,7 @@ def _merged(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: 
     if delta is not None and norms is not None:
         row = compare(unit.path, codec.name, weight, delta, norms, codec.pieces(stored))
     state = stored.state_dict() if isinstance(unit.to, Quantizer) else {"weight": stored.weight.detach()}  # type: ignore[operator]
-    made = Made({unit.stem + name: tensor for name, tensor in state.items()}, row)
+    made = MergedParameter({unit.stem + name: tensor for name, tensor in state.items()}, row)
     # A 4-bit weight and its module refer to each other, and would wait for the garbage collector, which counts
     # objects and not their megabytes.
     for used in {id(m): m for m in (module, value, stored) if m is not None}.values():
@@ -81,7 +83,7 @@ def _merged(plan: MergePlan, unit: Unit, tensors: Mapping[str, Tensor], device: 
     return made
 
 
-def _written(plan: MergePlan, unit: Unit, module: nn.Module, ideal: Tensor) -> nn.Module:
+def _written(plan: MergePlan, unit: OutputParameter, module: nn.Module, ideal: Tensor) -> nn.Module:
     """A module that holds float32 (out, in) ``ideal`` as ``unit`` says; ``module`` is what is stored now."""
     if isinstance(unit.to, torch.dtype):
         own = plan.base.modules[unit.path]

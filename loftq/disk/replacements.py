@@ -16,22 +16,22 @@ from qlora_kit.codecs import codec_for
 from qlora_kit.initializers import Request
 
 from ..inputs.groups import Seen
-from ..inputs.streamed_model import streamed_stages
 from ..methods.registry import needs_of
 from ..starts.one_module import change, start_of
-from .checkpoint import Checkpoint, Unit
+from .calibration import streamed_stages
+from .checkpoint import Checkpoint, StoredTensor
 from .output import adapter_names
-from .task import Made, Task
+from .task import Replacement, Task
 from .writers import Writers
 
 
 def in_forward_order(
     task: Task,
     checkpoint: Checkpoint,
-    units: list[Unit],
+    units: list[StoredTensor],
     writers: Writers,
     batches: Sequence[Mapping[str, Any]],
-) -> Generator[tuple[Unit, Made]]:
+) -> Generator[tuple[StoredTensor, Replacement]]:
     """Each unit's result: calibrated ones block by block as a forward comes to them, then all others.
 
     The model's own weights stay in its shards; each module reads its own while it computes. After an interruption
@@ -57,25 +57,27 @@ def in_forward_order(
 
 
 def computed(
-    task: Task, checkpoint: Checkpoint, units: list[Unit], seen: Mapping[str, Seen] | None = None
-) -> Generator[tuple[Unit, Made]]:
+    task: Task, checkpoint: Checkpoint, units: list[StoredTensor], seen: Mapping[str, Seen] | None = None
+) -> Generator[tuple[StoredTensor, Replacement]]:
     """Each unit's result, in order: one tensor is read ahead while ``workers`` are computed."""
 
-    def read(unit: Unit) -> Tensor:
+    def read(unit: StoredTensor) -> Tensor:
         return checkpoint.reader.tensor(unit.name)
 
-    def work(unit: Unit, tensor: Tensor) -> Made:
+    def work(unit: StoredTensor, tensor: Tensor) -> Replacement:
         known = None if unit.entry is None or seen is None else seen.get(unit.entry.path)
-        return make(task, checkpoint, unit, tensor, known)
+        return replacement_of(task, checkpoint, unit, tensor, known)
 
     return in_order(units, read, work, task.workers)
 
 
 @torch.no_grad()
-def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor, seen: Seen | None = None) -> Made:
+def replacement_of(
+    task: Task, checkpoint: Checkpoint, unit: StoredTensor, tensor: Tensor, seen: Seen | None = None
+) -> Replacement:
     """What ``unit``, read as ``tensor``, becomes in the output; ``seen`` is what is known of its inputs."""
     if unit.entry is None:
-        return Made({unit.name: tensor})
+        return Replacement({unit.name: tensor})
     entry = unit.entry
     module, codec = checkpoint.filled_module(entry, tensor.to(task.device))
     scaling = task.lora.scaling_of(entry.rank, entry.alpha)
@@ -91,7 +93,7 @@ def make(task: Task, checkpoint: Checkpoint, unit: Unit, tensor: Tensor, seen: S
     prefix = unit.name.removesuffix("weight")
     names = adapter_names(entry)
     adapter = {PREFIX + names[0]: start.A, PREFIX + names[1]: start.B}
-    return Made(
+    return Replacement(
         {prefix + name: value for name, value in base.items()},
         {name: value.float().cpu() for name, value in adapter.items()},
         digest,

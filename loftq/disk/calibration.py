@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..disk.checkpoint import Checkpoint
-from ..disk.task import Task
+from ..inputs.groups import Stage, stages
 from ..methods.registry import needs_of
-from .groups import Stage, stages
+from .checkpoint import Checkpoint
+from .task import Task
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.initializers import Request
 from qlora_kit.injection.engine import PlanEntry
 
-from ..disk.checkpoint import Checkpoint
-from ..disk.task import Task
+from ..bits.allocation import costs_of, decide, measured, undecided
+from ..bits.budget import Choice, check_possible
 from ..inputs.groups import Seen
-from ..inputs.streamed_model import streamed_stages
 from ..methods.registry import needs_of
-from .allocation import costs_of, decide, measured, undecided
-from .budget import Choice, check_possible
+from .calibration import streamed_stages
+from .checkpoint import Checkpoint
+from .task import Task
 
 
 def provisional(task: Task) -> Task:
