@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from qlora_kit.checkpoints.shard_writer import ShardWriter, header_room
+from qlora_kit.checkpoints.growing_file import GrowingFile, header_room
 
 HIDDEN, MLP, VOCABULARY = 4096, 11008, 8000
 LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP)
@@ -62,7 +62,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
         norms = {f"{prefix}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
         shards.append({**square, **wide, f"{prefix}mlp.down_proj.weight": (HIDDEN, MLP), **norms})
     for number, names in enumerate(shards):
-        writer = ShardWriter(folder / f"part-{number}.safetensors", header_room(names))
+        writer = GrowingFile(folder / f"part-{number}.safetensors", header_room(names))
         for name, shape in names.items():
             writer.append(name, torch.ones(shape).bfloat16() if len(shape) == 1 else random(*shape))
         writer.finish()

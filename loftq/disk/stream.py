@@ -18,9 +18,9 @@ from contextlib import closing
 
 import torch
 
+from qlora_kit.checkpoints.growing_model import check_disk, clear
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.checkpoints.model_folder import identity
-from qlora_kit.checkpoints.sharded_output import check_disk, clear
 
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of

@@ -13,11 +13,11 @@ from torch import Tensor
 from qlora_kit.adapter_files.backbone import METADATA_KEY, combine
 from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME
 from qlora_kit.checkpoints.files import write_atomically, write_text_atomically
+from qlora_kit.checkpoints.growing_file import GrowingFile, header_room, read_appended
+from qlora_kit.checkpoints.growing_model import GrowingModel, clear, place
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.checkpoints.model_folder import other_files, read_settings, task_type
 from qlora_kit.checkpoints.quantized_tensors import weight_of
-from qlora_kit.checkpoints.shard_writer import ShardWriter, header_room, read_appended
-from qlora_kit.checkpoints.sharded_output import ShardedOutput, clear, place
 from qlora_kit.config.lora import CONFIG_NAME
 from qlora_kit.injection.engine import PlanEntry
 from qlora_kit.injection.targets import shortest_names
@@ -37,10 +37,10 @@ class Writers:
     def __init__(self, task: Task, checkpoint: Checkpoint, journal: Journal) -> None:
         self.task, self.journal = task, journal
         self.work = task.out / WORK_FOLDER
-        self.model = ShardedOutput(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
+        self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
         room = header_room(PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry))
-        self.adapter = ShardWriter(self.work / WEIGHTS_NAME, room, placed)
+        self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
 
     def write(self, unit: StoredTensor, made: Replacement) -> dict[str, Any]:
         """Append one unit's tensors; the journal's line for it, once they are on the disk."""

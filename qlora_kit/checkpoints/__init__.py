@@ -6,8 +6,8 @@ Files and runs:
 
 - ``files``: a write is whole or absent
 - ``shards``: shards read a tensor at a time
-- ``shard_writer``: one shard written a tensor at a time
-- ``sharded_output``: a model's shards while they grow, and how they come to their places
+- ``growing_file``: one shard written a tensor at a time
+- ``growing_model``: a model's shards while they grow, and how they come to their places
 - ``journal``: the record of a run that can be cut off at any point
 - ``pipeline``: the next tensor is read while one is worked on
 - ``spill``: tensors set aside on the disk while a model is changed in place

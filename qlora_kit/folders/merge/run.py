@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 
 from ...adapter_files.folder import WEIGHTS_NAME
 from ...checkpoints.files import write_text_atomically
+from ...checkpoints.growing_model import GrowingModel, check_disk, clear
 from ...checkpoints.journal import Journal
 from ...checkpoints.model_folder import identity, identity_of, locate, other_files, tokenizer_files
 from ...checkpoints.pipeline import in_order
-from ...checkpoints.sharded_output import ShardedOutput, check_disk, clear
 from ...checkpoints.stored_model import StoredModel
 from ...config.lora import CONFIG_NAME
 from ...errors import MergeError, QLoRAKitError, StorageError
@@ -164,7 +164,7 @@ def merge_folders(
             clear(out / WORK_FOLDER)
             return _report(plan, journal, source, out)
         names = [name for unit in plan.units for name in unit.names()]
-        with closing(ShardedOutput(out / WORK_FOLDER, names, shard_bytes, journal.done)) as output:
+        with closing(GrowingModel(out / WORK_FOLDER, names, shard_bytes, journal.done)) as output:
             with _withdrawn_on_error(out):
                 _carry_out(plan, output, journal, finished, device, progressbar)
             report = _report(plan, journal, source, out)
@@ -176,7 +176,7 @@ def merge_folders(
 
 
 def _carry_out(
-    plan: MergePlan, output: ShardedOutput, journal: Journal, finished: set[str], device: str, progressbar: bool
+    plan: MergePlan, output: GrowingModel, journal: Journal, finished: set[str], device: str, progressbar: bool
 ) -> None:
     def read(unit: OutputParameter) -> dict[str, Tensor]:
         return {part: plan.base.reader.tensor(name) for part, name in unit.reads.items()}
@@ -196,7 +196,7 @@ def _carry_out(
 
 def _finish(
     plan: MergePlan,
-    output: ShardedOutput,
+    output: GrowingModel,
     journal: Journal,
     report: FolderMergeReport,
     words: Path | None,

@@ -108,8 +108,8 @@ def test_what_the_journal_doesn_t_know_of_is_cut_away(
 @pytest.mark.parametrize(
     "place",
     [
-        "qlora_kit.checkpoints.sharded_output.place",
-        "qlora_kit.checkpoints.sharded_output.write_text_atomically",
+        "qlora_kit.checkpoints.growing_model.place",
+        "qlora_kit.checkpoints.growing_model.write_text_atomically",
         "qlora_kit.folders.merge.run.write_text_atomically",
         "qlora_kit.folders.merge.run.verify_output",
         "qlora_kit.folders.merge.run.other_files",

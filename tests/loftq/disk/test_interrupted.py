@@ -84,8 +84,8 @@ def test_what_the_journal_doesn_t_know_of_is_cut_away(llama_dir: Path, whole: di
         "loftq.disk.writers.write_atomically",
         "loftq.disk.writers.quantization_config",
         "loftq.disk.writers.place",
-        "qlora_kit.checkpoints.sharded_output.place",
-        "qlora_kit.checkpoints.sharded_output.write_text_atomically",
+        "qlora_kit.checkpoints.growing_model.place",
+        "qlora_kit.checkpoints.growing_model.write_text_atomically",
     ],
 )
 def test_a_cut_while_finishing(

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..errors import StorageError
 from .files import publish, write_text_atomically
-from .shard_writer import ShardWriter, header_room
+from .growing_file import GrowingFile, header_room
 from .shards import INDEX_SUFFIX
 
 
-class ShardedOutput:
+class GrowingModel:
     """Appends tensors to one part after the other.
 
     Args:
@@ -40,7 +40,7 @@ class ShardedOutput:
         for line in lines:
             self.placed.setdefault(line["shard"], {}).update(line["base"])
         self.current = max(self.placed)
-        self.shard = ShardWriter(self.part(self.current), self.room, self.placed[self.current])
+        self.shard = GrowingFile(self.part(self.current), self.room, self.placed[self.current])
 
     def append(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Write ``tensors``; in which part and where they are, once they are on the disk."""
@@ -48,7 +48,7 @@ class ShardedOutput:
             self.shard.finish()
             self.current += 1
             self.placed[self.current] = {}
-            self.shard = ShardWriter(self.part(self.current), self.room)
+            self.shard = GrowingFile(self.part(self.current), self.room)
         base = {name: self.shard.append(name, tensor) for name, tensor in tensors.items()}
         self.placed[self.current].update(base)
         self.shard.sync()

@@ -44,7 +44,7 @@ def read_appended(path: Path, room: int, entry: Mapping[str, Any]) -> Tensor:
     )
 
 
-class ShardWriter:
+class GrowingFile:
     """Appends tensors to ``path``, which becomes a safetensors file with ``finish``.
 
     Args:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_kit.checkpoints.shard_writer import ShardWriter, header_room
+from qlora_kit.checkpoints.growing_file import GrowingFile, header_room
 from qlora_kit.checkpoints.shards import FORMAT_NAMES, ShardReader
 from qlora_kit.errors import StorageError
 
@@ -41,7 +41,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def write(path: Path, values: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    writer = ShardWriter(path, header_room(values))
+    writer = GrowingFile(path, header_room(values))
     for name, tensor in values.items():
         writer.append(name, tensor)
     writer.finish(metadata)
@@ -80,7 +80,7 @@ def test_metadata_is_kept_beside_the_format(tmp_path: Path) -> None:
 
 def test_no_reader_takes_an_unfinished_file_for_whole(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    writer = ShardWriter(path, header_room(["a", "b"]))
+    writer = GrowingFile(path, header_room(["a", "b"]))
     for name in "ab":
         writer.append(name, torch.ones(100))
         writer.sync()
@@ -92,7 +92,7 @@ def test_no_reader_takes_an_unfinished_file_for_whole(tmp_path: Path) -> None:
 
 
 def test_a_name_is_written_once(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "model.safetensors", header_room("a"))
+    writer = GrowingFile(tmp_path / "model.safetensors", header_room("a"))
     writer.append("a", torch.ones(2))
     with pytest.raises(StorageError, match=r"model.safetensors: a: expected a name once"):
         writer.append("a", torch.zeros(2))
@@ -101,7 +101,7 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_the_format_lacks_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "model.safetensors", header_room("ab"))
+    writer = GrowingFile(tmp_path / "model.safetensors", header_room("ab"))
     with pytest.raises(StorageError, match=r"a: expected one of .*torch.bfloat16.*found .* torch.complex64"):
         writer.append("a", torch.ones(2, dtype=torch.complex64))
     writer.append("b", torch.ones(2))
@@ -110,7 +110,7 @@ def test_a_dtype_that_the_format_lacks_is_refused_and_leaves_nothing(tmp_path: P
 
 
 def test_a_header_that_does_not_fit_its_room_is_refused(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "model.safetensors", 64)
+    writer = GrowingFile(tmp_path / "model.safetensors", 64)
     writer.append("a rather long name of a tensor", torch.ones(2))
     with pytest.raises(StorageError, match="expected a header of at most 64 bytes, found"):
         writer.finish()
@@ -122,7 +122,7 @@ def test_a_header_that_does_not_fit_its_room_is_refused(tmp_path: Path) -> None:
 def test_the_reserved_room_holds_the_longest_entries(tmp_path: Path) -> None:
     """Names that JSON writes longer, large offsets, and several dimensions."""
     names = [f'模型.layers.{i}."experts".weight' for i in range(50)]
-    writer = ShardWriter(tmp_path / "model.safetensors", header_room(names))
+    writer = GrowingFile(tmp_path / "model.safetensors", header_room(names))
     for name in names:
         writer.append(name, torch.zeros(1, 1, 100, 1, 1))
     # Offsets as in a shard of a petabyte.
@@ -137,12 +137,12 @@ def test_going_on_after_a_cut_ends_with_the_same_bytes(tmp_path: Path, kept: int
     values = tensors()
     write(tmp_path / "whole", values, {"key": "value"})
     path, room = tmp_path / "cut", header_room(values)
-    first = ShardWriter(path, room)
+    first = GrowingFile(path, room)
     entries = {name: first.append(name, tensor) for name, tensor in list(values.items())[:kept]}
     first.close()
     with path.open("ab") as file:
         file.write(garbage)
-    second = ShardWriter(path, room, entries)
+    second = GrowingFile(path, room, entries)
     for name, tensor in list(values.items())[kept:]:
         second.append(name, tensor)
     second.finish({"key": "value"})
@@ -152,19 +152,19 @@ def test_going_on_after_a_cut_ends_with_the_same_bytes(tmp_path: Path, kept: int
 def test_a_finished_file_can_be_finished_again(tmp_path: Path) -> None:
     path, values = tmp_path / "model.safetensors", tensors()
     room, entries = header_room(values), {}
-    writer = ShardWriter(path, room)
+    writer = GrowingFile(path, room)
     for name, tensor in values.items():
         entries[name] = writer.append(name, tensor)
     writer.finish()
     before = path.read_bytes()
-    ShardWriter(path, room, entries).finish()
+    GrowingFile(path, room, entries).finish()
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("missing", [1, 10**6], ids=["by a byte", "gone"])
 def test_a_file_shorter_than_its_entries_is_refused_and_left(tmp_path: Path, missing: int) -> None:
     path, room = tmp_path / "model.safetensors", header_room("a")
-    writer = ShardWriter(path, room)
+    writer = GrowingFile(path, room)
     entries = {"a": writer.append("a", torch.ones(8))}
     writer.close()
     if missing > 1:
@@ -173,5 +173,5 @@ def test_a_file_shorter_than_its_entries_is_refused_and_left(tmp_path: Path, mis
         path.write_bytes(path.read_bytes()[:-1])
     left = path.stat().st_size if path.exists() else 0
     with pytest.raises(StorageError, match=rf"expected at least {8 + room + 32:,} bytes .* found {left:,}"):
-        ShardWriter(path, room, entries)
+        GrowingFile(path, room, entries)
     assert (path.stat().st_size if path.exists() else 0) == left
