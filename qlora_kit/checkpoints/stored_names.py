@@ -1,10 +1,11 @@
 """Which of a checkpoint's tensors are which of a model's: the one answer for all that reads a model from its folder.
 
 A tensor is known by its name in *the model*, which is usually built on the meta device from config.json. A checkpoint
-may hold it under that name, with or without the backbone's prefix, or under a name of an older release
-(``naming.variants``). A module that stands in several places has one name, by its first path; of parameters of
-different modules that are tied, each has its own, and a checkpoint often holds one of them. A quantized weight is
-several tensors (codes, scales, tables), which are gathered under the weight's name.
+may hold it under that name, with or without the backbone's prefix, under a name of an older release
+(``naming.variants``), or as if a wrapper of torch.compile or the like stood in it. A module that stands in several
+places has one name, by its first path; of parameters of different modules that are tied, each has its own, and a
+checkpoint often holds one of them. A quantized weight is several tensors (codes, scales, tables), which are gathered
+under the weight's name.
 
 What is left over is listed: experts that are stored one by one, buffers that models no longer keep, the head of another
 class. Whether that is copied, left out or refused is the caller's to say.
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..naming.variants import Variants
+from ..naming import Tree, Variants, canonical
 from .quantized_tensors import PARTS
 
 
@@ -41,7 +42,8 @@ class StoredNames:
     def __init__(self, model: nn.Module, names: Iterable[str] = (), *, quantized: bool = False) -> None:
         self.model = model
         self.variants = Variants(model)
-        self.first = first_paths(model)
+        tree = Tree(model)
+        self.first = {path: tree.first(path) for path in tree.modules}
         self.known = {name: self._by_first_path(name) for name in model.state_dict()}
         self.stored: dict[str, str] = {}
         self.parts: dict[str, dict[str, str]] = {}
@@ -51,10 +53,11 @@ class StoredNames:
 
     def name_of(self, name: str) -> str | None:
         """The model's name for what a checkpoint or an adapter calls ``name``; None if it has none."""
-        return next((self.known[variant] for variant in self.variants(name) if variant in self.known), None)
+        return next((self.known[variant] for variant in self.variants(canonical(name)) if variant in self.known), None)
 
     def path_of(self, path: str) -> str | None:
         """The model's first path of the module that an adapter calls ``path``; None if it has none."""
+        path = canonical(path)
         found = next((self.first[p] for p in self.variants.of_prefix(path) if p and p in self.first), None)
         weight = self.name_of(f"{path}.weight") if found is None else None
         return found if weight is None else weight.removesuffix(".weight")
@@ -102,12 +105,6 @@ class StoredNames:
 def part_of(stored: str) -> str:
     """Which part of a quantized weight ``stored`` is the name of, by its name in the module; "" if of none."""
     return next((part for part in PARTS if stored.endswith(f".{part}")), "")
-
-
-def first_paths(model: nn.Module) -> dict[str, str]:
-    """For every path of ``model``, the first path of the module there."""
-    paths: dict[int, str] = {}
-    return {path: paths.setdefault(id(m), path) for path, m in model.named_modules(remove_duplicate=False)}
 
 
 def tied_groups(model: nn.Module, known: Mapping[str, str]) -> list[list[str]]:
