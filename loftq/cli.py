@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from qlora_kit.cli.group import command_group, errors_in_red, names_or_pattern
+from qlora_kit.cli.group import command_group, in_words_of, names_or_pattern
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
 
@@ -17,6 +17,7 @@ OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_d
 
 @app.command()
 def init(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder, or name on the Hub, of the 16-bit model.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the quantized model and its adapter go.", show_default=False)],
     # typer evaluates these annotations, and on Python 3.10 it wants Optional spelled out.
@@ -59,7 +60,19 @@ def init(
     from .disk.progress import bar
     from .disk.stream import Task, stream
 
-    with errors_in_red("loftq init"):
+    renamed = {
+        "source": "model",
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "use_rslora": "rslora",
+        "target_modules": "targets",
+        "loftq_bits": "bits",
+        "loftq_iter": "steps",
+        "rule": "allocation",
+        "shard_bytes": "shard_size",
+        "activation_bytes": "activations",
+    }
+    with in_words_of("loftq init", context, Task, LoraConfig, LoftQConfig, Budget, **renamed) as words:
         if allocation not in ("milp", "first-layers"):
             raise ConfigError(
                 f"--allocation: expected milp or first-layers, found {allocation!r}; leave it out for milp"
@@ -90,7 +103,7 @@ def init(
             ),
         )
         task = Task(
-            locate(model, "--model"),
+            locate(model),
             out,
             lora,
             int(shard_size * 1e9),
@@ -102,21 +115,22 @@ def init(
         )
         with bar() as progress:
             report = stream(task, progress=progress)
-    typer.echo(str(report))
+        typer.echo(words(str(report)))
     typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}")
 
 
 @app.command()
-def report(out: OutFolder) -> None:
+def report(context: typer.Context, out: OutFolder) -> None:
     """Print the table of a finished run again."""
     from .starts.report import Report
 
-    with errors_in_red("loftq report"):
-        typer.echo(str(Report.load(out)))
+    with in_words_of("loftq report", context, Report.load) as words:
+        typer.echo(words(str(Report.load(out))))
 
 
 @app.command()
 def verify(
+    context: typer.Context,
     out: OutFolder,
     against: Annotated[Optional[str], typer.Option(help="The 16-bit model, to measure errors again.")] = None,  # noqa: UP045
     layers: Annotated[int, typer.Option(min=1, help="How many layers to measure again.")] = 8,
@@ -124,7 +138,7 @@ def verify(
     """Check that OUT's quantized model and adapter belong together, and that its report is true."""
     from .disk.verify import verify as check
 
-    with errors_in_red("loftq verify"):
+    with in_words_of("loftq verify", context, check, LoraConfig, LoftQConfig):
         for line in check(out, against, layers=layers):
             typer.echo(line)
 

@@ -21,6 +21,7 @@ import torch
 from qlora_kit.checkpoints.growing_model import check_disk, clear
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.checkpoints.model_folder import identity
+from qlora_kit.config.checks import check_device
 
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
@@ -48,6 +49,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
             task, the budget is impossible, there is no calibration text, or the disk is too small; nothing is
             written then.
     """
+    check_device("device", task.device)
     asked, task = task, provisional(task)
     checkpoint = Checkpoint(task.source, task.lora)
     check_disk(task.out, expected_bytes(checkpoint, task.loftq))

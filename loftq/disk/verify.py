@@ -62,7 +62,7 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
     yield f"{2 * len(stems)} adapter tensors: present, finite, of the ranks reported ({folder / CONFIG_NAME})"
     if against is None:
         return
-    checkpoint = Checkpoint(locate(against, "--against"), config)
+    checkpoint = Checkpoint(locate(against, "against"), config)
     units = {unit.entry.path: unit for unit in checkpoint.units if unit.entry is not None}
     for row in report.layers[:: max(1, len(report.layers) // layers)][:layers]:
         if row.path not in units:

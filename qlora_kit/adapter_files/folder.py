@@ -101,8 +101,8 @@ def read_adapter(directory: str | Path, *, allow_pickle: bool = False) -> tuple[
     _check_inside(folder, weights)
     if weights.name == PICKLE_NAME and not allow_pickle:
         raise StorageError(
-            f"{weights}: expected {WEIGHTS_NAME}, found a pickle, which can run code; if you trust its source pass "
-            "allow_pickle=True, and save it again as safetensors"
+            f"{weights}: expected {WEIGHTS_NAME}, found a pickle, which can run code; save it again as "
+            "safetensors, or pass allow_pickle=True if you trust its source"
         )
     state = _read_pickle(weights) if weights.name == PICKLE_NAME else _read_safetensors(weights)
     if not any(key.startswith(PREFIX) for key in state):

@@ -113,5 +113,5 @@ def check_disk(out: Path, needed: int) -> None:
     if needed - there > free:
         raise StorageError(
             f"{out}: expected {(needed - there) / 1e9:,.2f} GB of free disk for the output, found "
-            f"{free / 1e9:,.2f} GB; free some, or choose an --out on another disk"
+            f"{free / 1e9:,.2f} GB; free some, or choose a folder on another disk"
         )

@@ -43,7 +43,7 @@ class Journal:
         if not self.path.exists() and out.is_dir() and any(e.name != work_folder for e in out.iterdir()):
             raise StorageError(
                 f"{out}: expected a new or empty folder, or one in which this command was interrupted, found "
-                f"{sorted(e.name for e in out.iterdir())[:5]}; choose another --out or remove it"
+                f"{sorted(e.name for e in out.iterdir())[:5]}; choose another folder or remove this one"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / "lock", out)
@@ -107,7 +107,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) ->
     if differences:
         raise StorageError(
             f"{out}: expected the command that was begun here, found another ({'; '.join(differences)}); give the "
-            "same options and source to go on, or choose another --out"
+            "same options and source to go on, or choose another folder"
         )
 
 
@@ -123,6 +123,6 @@ def _locked(path: Path, out: Path) -> Any:
     except OSError as error:
         file.close()
         raise StorageError(
-            f"{out}: expected no other process writing there, found one; wait for it, or choose another --out"
+            f"{out}: expected no other process writing there, found one; wait for it, or choose another folder"
         ) from error
     return file

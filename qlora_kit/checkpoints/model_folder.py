@@ -110,11 +110,11 @@ def task_of(name: str) -> str:
     return next((kind for part, kind in _TASKS.items() if part in name), "FEATURE_EXTRACTION")
 
 
-def locate(model: str | os.PathLike[str], option: str = "--model") -> Path:
+def locate(model: str | os.PathLike[str], argument: str = "model") -> Path:
     """The folder of ``model``: itself, or a Hub repository's, downloaded unless the environment is offline.
 
     Args:
-        option: what it was given by, for messages.
+        argument: what it was given as, for messages.
 
     Raises:
         StorageError: neither a folder nor a repository that can be had.
@@ -129,7 +129,7 @@ def locate(model: str | os.PathLike[str], option: str = "--model") -> Path:
         return Path(snapshot_download(str(model), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise StorageError(
-            f"{option} {model}: expected a folder or a repository on the Hub, found neither "
+            f"{argument}={str(model)!r}: expected a folder or a repository on the Hub, found neither "
             f"({str(error).splitlines()[0]}); correct the name, or download it first"
         ) from error
 

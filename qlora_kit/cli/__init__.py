@@ -2,6 +2,7 @@
 
 - ``commands``: the commands; each one's work is an importable function
 - ``group``: a group of commands with ``--version``, and errors without a traceback
+- ``wording``: what a function says, in the words of the command that called it
 """
 
 from .commands import app

@@ -8,13 +8,14 @@ from typing import Annotated, Optional
 import typer
 
 from ..errors import ConfigError
-from .group import command_group, errors_in_red, names_or_pattern
+from .group import command_group, in_words_of, names_or_pattern
 
 app = command_group("Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.")
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     # typer evaluates these annotations, and on Python 3.10 it wants Optional spelled out.
     model: Annotated[
         Optional[str],  # noqa: UP045
@@ -30,7 +31,7 @@ def demo(
     """Run the whole job on one model: quantize, start, train, save, reload, merge; a table and a plot."""
     from ..demo import Settings, run_demo, show, write_reports  # transformers, only for those who need it
 
-    with errors_in_red("qlora-kit demo"):
+    with in_words_of("qlora-kit demo", context, Settings):
         settings = Settings.make(
             model=model, out=out, steps=steps, rank=rank, learning_rate=learning_rate, seed=seed, device=device
         )
@@ -42,6 +43,7 @@ def demo(
 
 @app.command()
 def combine(
+    context: typer.Context,
     sources: Annotated[
         list[str], typer.Argument(help="Adapters' folders and weights: DIR=0.7 DIR2=0.3", metavar="DIR=WEIGHT...")
     ],
@@ -60,7 +62,15 @@ def combine(
     """Combine stored adapters into a new one; the base model isn't needed."""
     from ..folders.combine import combine_folders
 
-    with errors_in_red("qlora-kit combine"):
+    renamed = {
+        "folders": "sources",
+        "weights": "sources",
+        "combination_type": "kind",
+        "svd_rank": "rank",
+        "majority_sign_method": "majority_sign",
+        "check_backbone": "not any_base",
+    }
+    with in_words_of("qlora-kit combine", context, combine_folders, **renamed) as words:
         folders, weights = zip(*map(_weighted, sources), strict=True)
         report = combine_folders(
             folders,
@@ -74,12 +84,13 @@ def combine(
             seed=seed,
             check_backbone=not any_base,
         )
-    typer.echo(str(report))
+        typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")
 
 
 @app.command()
 def compress(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the smaller adapter goes.", show_default=False)],
     rank: Annotated[Optional[int], typer.Option(help="Of every module, where it isn't lower already.")] = None,  # noqa: UP045
@@ -91,14 +102,15 @@ def compress(
     """Lower a stored adapter's ranks, and show what it costs; the base model isn't needed."""
     from ..folders.combine import compress_folder
 
-    with errors_in_red("qlora-kit compress"):
+    with in_words_of("qlora-kit compress", context, compress_folder, svd_rank="rank") as words:
         report = compress_folder(folder, out, rank, energy=energy)
-    typer.echo(str(report))
+        typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")
 
 
 @app.command()
 def merge(
+    context: typer.Context,
     base: Annotated[str, typer.Option(help="Folder of the model, or its name on the Hub.", show_default=False)],
     adapter: Annotated[list[str], typer.Option(help="An adapter's folder; once for each.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the merged model goes.", show_default=False)],
@@ -118,7 +130,7 @@ def merge(
         Optional[bool],  # noqa: UP045
         typer.Option("--double-quant/--single-quant", help="Scales of a k-bit type in 8 bits. Default: as blocksize."),
     ] = None,
-    shard_size: Annotated[float, typer.Option(help="GB after which a file of the output ends.")] = 5.0,
+    shard_size: Annotated[float, typer.Option(min=0.001, help="GB after which a file of the output ends.")] = 5.0,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Don't check that the base is the one that the adapter was started on.")
     ] = False,
@@ -134,7 +146,13 @@ def merge(
     """Merge stored adapters into a stored model, a tensor at a time; stopped at any point, the same command goes on."""
     from ..folders.merge.run import merge_folders
 
-    with errors_in_red("qlora-kit merge"):
+    renamed = {
+        "adapters": "adapter",
+        "weights": "weight",
+        "shard_bytes": "shard_size",
+        "check_backbone": "not any_base",
+    }
+    with in_words_of("qlora-kit merge", context, merge_folders, **renamed) as words:
         report = merge_folders(
             base,
             adapter,
@@ -151,12 +169,13 @@ def merge(
             tokenizer=tokenizer,
             progressbar=True,
         )
-    typer.echo(str(report))
+        typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")
 
 
 @app.command()
 def extract(
+    context: typer.Context,
     base: Annotated[str, typer.Option(help="The model before: a folder, or a name on the hub.", show_default=False)],
     tuned: Annotated[str, typer.Option(help="The same model after tuning.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the adapter goes.", show_default=False)],
@@ -176,7 +195,7 @@ def extract(
     """Turn the difference of two checkpoints into the best adapter there is, and show what it holds and leaves out."""
     from ..folders.extract.run import extract_folders
 
-    with errors_in_red("qlora-kit extract"):
+    with in_words_of("qlora-kit extract", context, extract_folders, target_modules="targets") as words:
         report = extract_folders(
             base,
             tuned,
@@ -188,7 +207,7 @@ def extract(
             dtype=dtype,
             device=device,
         )
-    typer.echo(str(report))
+        typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import QLoRAKitError
+from .wording import Wording, wording_of
 
 
 def command_group(help_text: str) -> typer.Typer:
@@ -29,13 +30,22 @@ def command_group(help_text: str) -> typer.Typer:
 
 
 @contextmanager
-def errors_in_red(command: str) -> Iterator[None]:
-    """Errors of this toolkit end the command with their message alone; others are ours to mend and stay loud."""
+def in_words_of(
+    command: str, context: typer.Context, *functions: Callable[..., Any], **renamed: str
+) -> Iterator[Wording]:
+    """Errors of this toolkit end the command with their message alone, in the command's words; others are ours to mend
+    and stay loud. Yields what puts other texts into these words.
+
+    Args:
+        command: begins each error.
+        context, functions, renamed: see ``wording.wording_of``.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice is about inference
+    words = wording_of(context, functions, renamed)
     try:
-        yield
+        yield words
     except QLoRAKitError as error:
-        typer.secho(f"{command}: {error}", err=True, fg=typer.colors.RED)
+        typer.secho(f"{command}: {words(str(error))}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error
 
 

@@ -41,6 +41,17 @@ def check_regex(name: str, value: str) -> None:
         raise failure(name, "a valid regular expression", value, f"correct it ({error})") from error
 
 
+def check_device(name: str, value: object) -> None:
+    """That torch can put a tensor on ``value``, a device or its name."""
+    import torch
+
+    try:
+        torch.empty(0, device=value)  # type: ignore[call-overload]
+    except (RuntimeError, AssertionError, TypeError) as error:  # the second: torch without CUDA
+        said = str(error).splitlines()[0]
+        raise failure(name, "a device of this machine", str(value), f"pass {name}='cpu' ({said})") from error
+
+
 def check_names(name: str, value: object, *, regex: bool) -> list[str] | str | None:
     """``value`` as a new list of names (sets sorted), or as a regular expression where ``regex`` allows it."""
     if value is None:

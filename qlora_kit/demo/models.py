@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..config.checks import check_device
 from ..errors import StorageError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -53,11 +54,17 @@ class Source:
         looks_like_a_folder = os.path.isabs(self.name) or self.name.startswith(".")
         if looks_like_a_folder and not Path(self.name).is_dir():
             raise StorageError(
-                f"--model {self.name}: expected a folder or a name on the hub, found no such folder; correct the path"
+                f"model={self.name!r}: expected a folder or a name on the hub, found no such folder; correct the path"
             )
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.name, local_files_only=Path(self.name).is_dir())
+        try:
+            return AutoTokenizer.from_pretrained(self.name, local_files_only=Path(self.name).is_dir())
+        except (OSError, ValueError) as error:  # transformers': no such model, and none that it can read
+            raise StorageError(
+                f"model={self.name!r}: expected a folder, or a name on the hub, of a model with its tokenizer, found "
+                f"none ({str(error).splitlines()[0]}); correct it, or download the model first"
+            ) from error
 
     def dense(self) -> PreTrainedModel:
         """The stored weights, unquantized, in evaluation mode."""
@@ -88,8 +95,12 @@ def pick_device(device: str | None) -> tuple[str, torch.dtype]:
     """The device to compute on and the dtype to compute in: bfloat16 on a GPU, float32 on a CPU.
 
     bfloat16 weights are exact in float32, so on a CPU only the arithmetic differs.
+
+    Raises:
+        ConfigError: there is no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device("device", device)
     return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 

@@ -135,7 +135,7 @@ def _common_backbone(stored: Sequence[StoredAdapter], check: bool) -> str | None
     if check and len(set(names.values())) > 1:
         raise StorageError(
             f"expected adapters of one base model, found {names}; combine adapters of one, or pass "
-            "check_backbone=False (--any-base) if these are names of the same"
+            "check_backbone=False if these are names of the same"
         )
     prints = {str(s.folder): s.backbone for s in stored}
     if len(set(prints.values())) == 1:
@@ -145,7 +145,7 @@ def _common_backbone(stored: Sequence[StoredAdapter], check: bool) -> str | None
         raise StorageError(
             f"expected adapters of one quantized base, found fingerprints {shown}: an adapter that LoftQ started is "
             "noise on another base, and adapters with other targets, or without a fingerprint, can't be told to "
-            "share it; combine them on the model, or pass check_backbone=False (--any-base) if they do share it"
+            "share it; combine them on the model, or pass check_backbone=False if they do share it"
         )
     return None
 

@@ -62,10 +62,14 @@ class MergeTask:
         rank = self.residual_rank
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise MergeError(f"residual_rank={rank!r}: expected a whole number of at least 0; pass residual_rank=8")
-        if self.dtype is not None and (rank or self.rounding != "nearest"):
+        idle = {"rounding": (self.rounding, "nearest"), "residual_rank": (rank, 0)}
+        odd = [name for name, (value, at_rest) in idle.items() if value != at_rest]
+        if self.dtype is not None and odd:
+            expected = " and ".join(f"{name}={idle[name][1]!r}" for name in odd)
+            found = " and ".join(repr(idle[name][0]) for name in odd)
             raise MergeError(
-                f"into={self.into!r}: expected rounding='nearest' and residual_rank=0, since nothing is rounded to few "
-                f"bits, found {self.rounding!r} and {rank}; leave them out, or merge into 'same' or a k-bit type"
+                f"into={self.into!r}: expected {expected}, since nothing is rounded to few bits, found {found}; leave "
+                f"{' and '.join(odd)} out, or merge into 'same' or a k-bit type"
             )
         size = self.blocksize
         if not (size is None or size == "row" or (isinstance(size, int) and not isinstance(size, bool) and size > 0)):

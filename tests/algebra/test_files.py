@@ -125,7 +125,7 @@ def test_one_quantized_base_is_made_sure_of(tmp_path: Path) -> None:
     loftq(2).save_pretrained(tmp_path / "other")
     loftq(1, ("0",)).save_pretrained(tmp_path / "fewer")
     for second in (tmp_path / "other" / "a", tmp_path / "fewer" / "a", tmp_path / "b"):
-        with pytest.raises(StorageError, match=r"one quantized base, found fingerprints .*--any-base"):
+        with pytest.raises(StorageError, match=r"one quantized base, found fingerprints .*pass check_backbone=False"):
             combine_folders([tmp_path / "a", second], [0.5, 0.5], tmp_path / "out")
         assert not (tmp_path / "out").exists()
     combine_folders([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "out", check_backbone=False)
@@ -294,8 +294,8 @@ def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
     for arguments, message in (
         (["combine", str(a), *out], "expected a folder and its weight, found another text; pass DIR=0.7"),
         (["combine", f"{a}=x", *out], "expected a folder and its weight"),
-        (["combine", f"{a}=1", "--type", "ties", *out], "density: expected a share of entries to keep"),
-        (["compress", str(a), *out], "rank, energy: expected one of the two"),
+        (["combine", f"{a}=1", "--type", "ties", *out], "--density: expected a share of entries to keep"),
+        (["compress", str(a), *out], "--rank, --energy: expected one of the two"),
         (["compress", str(tmp_path / "no"), "--rank", "2", *out], "expected a local folder"),
     ):
         outcome = CliRunner().invoke(app, arguments)

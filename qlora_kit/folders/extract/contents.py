@@ -223,15 +223,15 @@ class Contents:
                 path = name.rpartition(".")[0]
                 raise StorageError(
                     f"{name}: expected it in both checkpoints, found it in {tuned.folder} alone, so that there is no "
-                    f"difference; store it whole (whole=[{path!r}], --whole {path})"
+                    f"difference; store it whole (whole=[{path!r}])"
                 )
         for name in self.pair.resized:
             if not self._within_saved(name):
                 path = name.rpartition(".")[0]
                 raise StorageError(
                     f"{name}: expected the base's shape {base.shape(name)}, found {tuned.shape(name)} in "
-                    f"{tuned.folder}, as after resize_token_embeddings; store it whole (whole=[{path!r}], --whole "
-                    f"{path}, and resize the base before the adapter is loaded), or cut it back"
+                    f"{tuned.folder}, as after resize_token_embeddings; store it whole (whole=[{path!r}], and "
+                    "resize the base before the adapter is loaded), or cut it back"
                 )
         for name in self._saved_tensors():
             if self._first(name) not in tuned.names:
@@ -246,7 +246,7 @@ def _plan(model: nn.Module, config: LoraConfig, whole: Sequence[str]) -> Plan:
     try:
         resolve_saved(model, whole)
     except TargetError as error:
-        raise TargetError(f"whole: {error}") from error
+        raise TargetError(str(error).replace("modules_to_save: ", "whole: ", 1)) from error
     return make_plan(model, replace(config, modules_to_save=list(whole) or None))
 
 

@@ -112,9 +112,7 @@ class ExtractReport:
             f"adapter {self.captured:.4%} of all there is; {self.left:.4%} is in tensors left out"
         )
         if any(tensor.stored == LEFT for tensor in self.others):
-            lines.append(
-                "whole='changed' (--whole changed), or names of modules, stores whole what has an untied module"
-            )
+            lines.append("whole='changed', or names of modules, stores whole what has an untied module")
         return "\n".join(lines)
 
     @property

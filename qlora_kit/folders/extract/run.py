@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ...adapter_files.folder import check_is_folder, write_adapter
 from ...algebra.exact import exact_rank, rank_for_energy
 from ...checkpoints.pair import CheckpointPair, norm
-from ...config.checks import check_int, failure
+from ...config.checks import check_device, check_int, failure
 from ...errors import ConfigError, StorageError
 from ...lowrank import LEAST_COLUMNS, factor_pair, pick_solver, truncated_svd
 from .contents import Contents
@@ -78,6 +78,7 @@ def extract_folders(
     """
     _check_arguments(rank, energy)
     kept = _dtype_of(dtype)
+    check_device("device", device)
     pair = CheckpointPair(base, tuned)
     out = Path(out)
     check_is_folder(out)

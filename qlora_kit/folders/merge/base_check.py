@@ -38,5 +38,5 @@ def check_stored_backbone(base: StoredModel, name: str, adapter: StoredAdapter) 
     raise StorageError(
         f"{name}: expected the quantized base model that this adapter was started on (fingerprint "
         f"{adapter.backbone[:12]}), found {kind} ({found[:12]}) in {base.folder}, on which its correction is noise; "
-        "pass the base that was saved with it, or check_backbone=False (--any-base) to merge it all the same"
+        "pass the base that was saved with it, or check_backbone=False to merge it all the same"
     )

@@ -160,7 +160,7 @@ def parts_of(folders: Sequence[Any], weights: Sequence[float] | None) -> dict[st
     """
     names = [str(Path(folder)) for folder in folders]
     if not names:
-        raise MergeError("nothing to merge: expected at least one adapter, found none; pass --adapter DIR")
+        raise MergeError("nothing to merge: expected at least one adapter, found none; name one")
     if len(set(names)) != len(names):
         raise MergeError(
             f"adapters {names}: one stands twice, so its delta would be added twice; give it a weight instead"

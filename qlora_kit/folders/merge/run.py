@@ -33,6 +33,7 @@ from ...checkpoints.journal import Journal
 from ...checkpoints.model_folder import identity, identity_of, locate, other_files, tokenizer_files
 from ...checkpoints.pipeline import in_order
 from ...checkpoints.stored_model import StoredModel
+from ...config.checks import check_device
 from ...config.lora import CONFIG_NAME
 from ...errors import MergeError, QLoRAKitError, StorageError
 from ...merging.fidelity import LayerFidelity, share_of
@@ -140,11 +141,15 @@ def merge_folders(
     parts, out = parts_of(adapters, weights), Path(out)
     if rounding not in ("nearest", "scale-search"):
         raise MergeError(
-            f"rounding={rounding!r}: expected 'nearest' or 'scale-search' for a merge on disk; merge in memory"
+            f"rounding={rounding!r}: expected 'nearest' or 'scale-search', since a merge on disk looks at no inputs; "
+            "pass one of these, or merge in memory"
         )
+    check_device("device", device)
+    if tokenizer is not None and not Path(tokenizer).is_dir():
+        raise StorageError(f"tokenizer={str(tokenizer)!r}: expected a folder with a tokenizer, found none; correct it")
     task = MergeTask(parts, into, rounding, blocksize=blocksize, double_quant=double_quant)
-    source = locate(base, "--base")
-    stored = {name: read_stored_adapter(locate(name, "--adapter"), allow_pickle=allow_pickle) for name in parts}
+    source = locate(base, "base")
+    stored = {name: read_stored_adapter(locate(name, "adapters"), allow_pickle=allow_pickle) for name in parts}
     if out.resolve() in (source.resolve(), *(one.folder.resolve() for one in stored.values())):
         raise StorageError(
             f"{out}: expected a folder of its own for the merged model, found a source's; choose another"
@@ -246,8 +251,8 @@ def _check_retained(plan: MergePlan, report: FolderMergeReport, least: float) ->
     if rounded and (kept := share_of(rounded)) < least:
         raise MergeError(
             f"into={plan.task.into!r}: expected rounding to keep at least {least:.0%} of the adapters' delta, found "
-            f"{kept:.1%}; merge into 'bfloat16', try rounding='scale-search', or give the same command again with "
-            "force=True (--force)"
+            f"{kept:.1%}; merge into 'bfloat16', try rounding='scale-search', or ask for the same again with "
+            "force=True"
         )
 
 

@@ -66,7 +66,7 @@ def test_arguments(fields: dict[str, Any], message: str, folders: tuple[Path, Pa
     [
         ({"target_modules": ["q_prj"]}, "target_modules: 'q_prj' matches no module"),
         ({"target_modules": ["norm"]}, "expected a module type with a registered codec, found"),
-        ({"whole": ["nrm"]}, "whole: modules_to_save: 'nrm' matches no module"),
+        ({"whole": ["nrm"]}, "whole: 'nrm' matches no module"),
     ],
 )
 def test_targets(fields: dict[str, Any], message: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
         ((base, tuned, tmp_path / "file"), "expected a folder to save to, found a file"),
         ((base, tmp_path / "empty", tmp_path / "out"), "empty: expected config.json beside the weights"),
         ((tmp_path / "empty", tuned, tmp_path / "out"), "empty: expected config.json beside the weights"),
-        ((base, tmp_path / "gone", tmp_path / "out"), "--tuned .*gone: expected a folder or a repository on the Hub"),
-        ((tmp_path / "gone", tuned, tmp_path / "out"), "--base .*gone: expected a folder or a repository on the Hub"),
+        ((base, tmp_path / "gone", tmp_path / "out"), "tuned='.*gone': expected a folder or a repository on the Hub"),
+        ((tmp_path / "gone", tuned, tmp_path / "out"), "base='.*gone': expected a folder or a repository on the Hub"),
     ):
         before = sorted(base.iterdir()), sorted(tuned.iterdir())
         with pytest.raises(StorageError, match=message):

@@ -58,8 +58,8 @@ def test_options(bases: dict[str, Path], adapter: Path, second: Path, tmp_path: 
     refused(MergeError, r"found none", base, [adapter], out, into="same", rounding="scale-search")
     with pytest.raises(StorageError, match=r"expected a folder of its own for the merged model"):
         on_disk(base, [adapter], adapter)
-    refused(StorageError, r"--base nowhere: expected a folder or a repository", Path("nowhere"), [adapter], out)
-    refused(StorageError, r"--adapter .*none: expected a folder or a repository", base, [tmp_path / "none"], out)
+    refused(StorageError, r"base='nowhere': expected a folder or a repository", Path("nowhere"), [adapter], out)
+    refused(StorageError, r"adapters='.*none': expected a folder or a repository", base, [tmp_path / "none"], out)
 
 
 def test_embeddings_alone_can_t_be_merged_into_few_bits(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_the_base_that_an_adapter_makes_up_for(bases: dict[str, Path], tmp_path:
     quantized, out = tmp_path / "quantized", tmp_path / "out"
     stream(Task(bases["float32"], quantized, config))
     adapter = quantized / "loftq_init"
-    match = r"expected the quantized base model .* found one in 16 or 32 bits .*--any-base"
+    match = r"expected the quantized base model .* found one in 16 or 32 bits .*check_backbone=False"
     refused(StorageError, match, bases["float32"], [adapter], out)
-    match = r"expected the quantized base model .* found another .*--any-base"
+    match = r"expected the quantized base model .* found another .*check_backbone=False"
     refused(StorageError, match, bases["fp4-double"], [adapter], out)
     on_disk(bases["float32"], [adapter], out, check_backbone=False)
     on_disk(quantized, [adapter], tmp_path / "right")

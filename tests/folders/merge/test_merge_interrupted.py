@@ -189,7 +189,7 @@ def test_a_refused_rounding_goes_on_with_force(bases: dict[str, Path], tmp_path:
     """A delta far smaller than half a step of four bits."""
     base, adapter = bases["nf4"], save_adapter(bases["nf4"], tmp_path / "adapter", ["q_proj"])
     out = tmp_path / "out"
-    with pytest.raises(MergeError, match=r"expected rounding to keep at least 50%.*found -?\d+\.\d%.*--force"):
+    with pytest.raises(MergeError, match=r"expected rounding to keep at least 50%.*found -?\d+\.\d%.*force=True"):
         on_disk(base, [adapter], out, weights=[1e-3], into="same", force=False)
     assert not (out / "config.json").exists()
     with pytest.MonkeyPatch.context() as patch:

@@ -188,16 +188,25 @@ def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Pat
         (["--allocation", "best"], "--allocation: expected milp or first-layers, found 'best'; leave it out for milp"),
         (["--ranks", "8,x"], "--ranks: expected whole numbers with commas between, found '8,x'; pass --ranks 8,16,32"),
         (["--ranks", ","], "--ranks: expected whole numbers with commas between, found ','; pass --ranks 8,16,32"),
-        (["--ranks", "0,8"], "ranks: expected integers of at least 1, found (0, 8); pass"),
-        (["--ranks", "16,32"], "ranks: expected some that add up to no more than the"),
-        (["--bits", "2.5", "--memory", "300KB"], "expected either bits or memory, found bits=2.5 and memory=300000"),
-        (["--bits", "4", "--memory", "300KB"], "expected either bits or memory, found bits=4.0 and memory=300000"),
-        (["--bits", "2.5", "--quant-type", "nf4"], "quant_type: expected none with a budget, which gives each layer"),
-        (["--memory", "9MB", "--allocation", "first-layers"], "rule: expected bits of at most 4 and nothing else"),
-        (["--bits", "9"], "bits: expected a mean from 2 to 8, found 9; pass bits=2.5"),
+        (["--ranks", "0,8"], "--ranks: expected integers of at least 1, found (0, 8); pass --ranks 8,16,32"),
+        (["--ranks", "16,32"], "--ranks: expected some that add up to no more than the"),
+        (
+            ["--bits", "2.5", "--memory", "300KB"],
+            "expected either bits or memory, found --bits 2.5 and --memory 300000",
+        ),
+        (["--bits", "4", "--memory", "300KB"], "expected either bits or memory, found --bits 4.0 and --memory 300000"),
+        (
+            ["--bits", "2.5", "--quant-type", "nf4"],
+            "--quant-type: expected none with a budget, which gives each layer",
+        ),
+        (
+            ["--memory", "9MB", "--allocation", "first-layers"],
+            "--allocation: expected bits of at most 4 and nothing else",
+        ),
+        (["--bits", "9"], "--bits: expected a mean from 2 to 8, found 9; pass --bits 2.5"),
         (["--method", "qera", "--calibration", "none.txt"], "calibration none.txt: expected a text file or 'builtin'"),
         (["--method", "qera", "--calibration", ""], "expected a text file or 'builtin', found no such file"),
-        (["--method", "quera"], "method: expected one of"),
+        (["--method", "quera"], "--method: expected one of"),
     ],
 )
 def test_mistakes_are_named_without_a_traceback_and_write_nothing(

@@ -150,14 +150,14 @@ def test_the_three_commands(llama_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--bits", "9"], "bits: expected a mean from 2 to 8, found 9"),
-        (["--bits", "1.5"], "bits: expected a mean from 2 to 8, found 1.5"),
-        (["--quant-type", "nf9"], "quant_type: expected one of"),
-        (["--quant-type", "nf4", "--bits", "2"], "quant_type: expected a type of 2 bits"),
-        (["--blocksize", "many"], "blocksize: expected an integer"),
+        (["--bits", "9"], "--bits: expected a mean from 2 to 8, found 9"),
+        (["--bits", "1.5"], "--bits: expected a mean from 2 to 8, found 1.5"),
+        (["--quant-type", "nf9"], "--quant-type: expected one of"),
+        (["--quant-type", "nf4", "--bits", "2"], "--quant-type: expected a type of 2 bits"),
+        (["--blocksize", "many"], "--blocksize: expected an integer"),
         (["--targets", "nothing"], "nothing"),
         (["--rank", "4000"], "rank"),
-        (["--method", "magic"], "method: expected one of"),
+        (["--method", "magic"], "--method: expected one of"),
     ],
 )
 def test_mistakes_are_named_without_a_traceback(
