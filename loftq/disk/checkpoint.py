@@ -57,7 +57,7 @@ class Checkpoint:
         model: the modules on the meta device.
         names: which stored tensors are which of the model's.
         plan: what is targeted.
-        units: every stored tensor, in the order of their names.
+        units: every stored tensor, in the order of their names; a targeted weight that is stored twice comes once.
         dtypes: of the targeted modules' weights, by path.
 
     Raises:
@@ -80,7 +80,10 @@ class Checkpoint:
                     f"{entry.module_type}; take it out of the targets"
                 )
             by_name[self._stored_name(entry.path)] = entry
-        self.units = [self._unit(name, *stored, by_name.get(name)) for name, stored in self.reader.types().items()]
+        quantized = {f"{self.names.path_of(entry.path)}.weight" for entry in by_name.values()}
+        again = {stored for stored, name in self.names.twice.items() if name in quantized}
+        types = self.reader.types()
+        self.units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
 
     def empty_module(self, entry: PlanEntry) -> tuple[nn.Module, Codec]:
         """A copy of ``entry``'s module without its bias, the weight on the meta device, and its codec."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from disk_models import ADAPTER_FOLDER, assert_same, config, streamed, tensors, write
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     Gemma3Config,
@@ -120,3 +122,13 @@ def test_the_originals_of_a_quantized_model(sources: dict[str, Path]) -> None:
     full = model.get_submodule(path).weight.detach()
     stored = codec_for(quantized := quantize_linear(model.get_submodule(path), full)).read(quantized)
     assert torch.equal(original_weight(sources["gemma3"], path, stored), full)
+
+
+def test_a_weight_that_is_stored_twice_is_written_once(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(sources["vit"], tmp_path / "source")
+    stored = tensors(source)
+    own = next(name for name in stored if name.endswith("intermediate.dense.weight"))
+    save_file({**stored, own.removeprefix("vit."): stored[own].clone()}, source / "model.safetensors", {"format": "pt"})
+    streamed(source, tmp_path / "out", config(2))
+    streamed(sources["vit"], tmp_path / "expected", config(2))
+    assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "expected"))
