@@ -1,0 +1,41 @@
+"""A model's folder beside its tensors: its config, read in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_llama import llama
+
+from qlora_kit.checkpoints.model_folder import locate, read_settings, skeleton
+from qlora_kit.errors import StorageError
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "expected config.json beside the weights, found none that can be read .*; pass a model's folder"),
+        ('{"model_type": "lla', "expected config.json beside the weights, found none that can be read"),
+        ("[1, 2]", "config.json: expected a dictionary, found a list; pass a model's folder"),
+    ],
+)
+def test_a_config_that_can_t_be_read(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    for read in (read_settings, skeleton):
+        with pytest.raises(StorageError, match=message):
+            read(tmp_path)
+
+
+def test_what_config_json_says(tmp_path: Path) -> None:
+    llama().config.save_pretrained(tmp_path)
+    assert read_settings(tmp_path)["model_type"] == "llama"
+    assert next(skeleton(tmp_path).parameters()).is_meta
+
+
+def test_a_folder_is_itself_and_another_name_is_said(tmp_path: Path) -> None:
+    assert locate(tmp_path) == tmp_path
+    with pytest.raises(
+        StorageError, match="^base='nowhere': expected a folder or a repository on the Hub, found neither"
+    ):
+        locate("nowhere", "base")
