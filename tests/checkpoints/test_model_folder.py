@@ -36,6 +36,6 @@ def test_what_config_json_says(tmp_path: Path) -> None:
 def test_a_folder_is_itself_and_another_name_is_said(tmp_path: Path) -> None:
     assert locate(tmp_path) == tmp_path
     with pytest.raises(
-        StorageError, match="^base='nowhere': expected a folder or a repository on the Hub, found neither"
+        StorageError, match=r"^base='nowhere': expected a folder or a repository on the Hub, found neither"
     ):
         locate("nowhere", "base")
