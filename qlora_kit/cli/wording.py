@@ -80,7 +80,8 @@ class Wording:
         self._named = _any_of(options)
         self._opening_names = _any_of(name for name in options if name not in values)
         self._unambiguous = _any_of(name for name in options if _is_no_word(name))
-        self._out_of_reach = arguments - options.keys()
+        others = arguments - options.keys()
+        self._other_named, self._other = _any_of(others), _any_of(name for name in others if _is_no_word(name))
 
     def __call__(self, text: str) -> str:
         """``text`` in the command's words."""
@@ -116,11 +117,7 @@ class Wording:
 
     def _needs_another(self, text: str) -> bool:
         """Whether ``text`` mentions an argument that the command has no option for."""
-        for name in re.findall(rf"{_BEFORE}([a-z]\w*)=", text):
-            if name in self._out_of_reach:
-                return True
-        bare = _any_of(name for name in self._out_of_reach if _is_no_word(name))
-        return re.search(rf"(?<![\w./'\"-])({bare})(?![\w/'\"-]|\.\w)", text) is not None
+        return re.search(rf"{_BEFORE}(?:(?:{self._other_named})=|(?:{self._other}){_AFTER})", text) is not None
 
 
 def wording_of(context: Any, functions: tuple[Callable[..., Any], ...], renamed: Mapping[str, str]) -> Wording:
