@@ -54,7 +54,7 @@ def test_options(bases: dict[str, Path], adapter: Path, second: Path, tmp_path: 
         refused(MergeError, r"expected a finite number other than 0", base, [adapter], out, weights=[weight])
     refused(MergeError, r"into='bf16': expected 'same' or one of.*closest are", base, [adapter], out, into="bf16")
     refused(MergeError, r"rounding='error-feedback': expected", base, [adapter], out, rounding="error-feedback")
-    refused(MergeError, r"found 'scale-search' and 0; leave them out", base, [adapter], out, rounding="scale-search")
+    refused(MergeError, r"found 'scale-search'; leave rounding out", base, [adapter], out, rounding="scale-search")
     refused(MergeError, r"found none", base, [adapter], out, into="same", rounding="scale-search")
     with pytest.raises(StorageError, match=r"expected a folder of its own for the merged model"):
         on_disk(base, [adapter], adapter)
