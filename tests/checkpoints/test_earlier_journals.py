@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loftq.disk.verify import verify
-from loftq.report import Report
+from loftq.starts.report import Report
 from qlora_kit.checkpoints.journal import Journal
 
 # What holds paths of this run, or times.

@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 from interrupted_runs import JOURNALS, RUNS, cut, save_sources  # noqa: E402
 
-from loftq.report import Report  # noqa: E402
+from loftq.starts.report import Report  # noqa: E402
 
 
 def main() -> None:
