@@ -1,10 +1,16 @@
-"""Every test starts from the same seed, offline, on two threads; tests that need a GPU skip without one."""
+"""Every test starts from the same seed, offline, on one thread; tests that need a GPU skip without one.
+
+One thread a process, because the processes are the parallelism (``pytest -n``): at these sizes a pool of threads
+costs more than it brings, and pools beside each other wait for the same cores.
+"""
 
 from __future__ import annotations
 
 import os
 
-# The libraries read these when they are imported.
+# The libraries read these when they are imported, here and in the processes that tests start.
+for pool in ("OMP", "MKL", "OPENBLAS"):
+    os.environ[f"{pool}_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -12,7 +18,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +25,7 @@ import pytest
 import tiny_llama
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +33,6 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For a module of small matrices: a pool of threads costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,6 @@ from transformers.pytorch_utils import Conv1D
 
 VOCABULARY, WIDTH = 64, 16
 Batches = list[dict[str, Any]]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside the block torch computes in one thread: for small matrices a pool beside each run's own costs more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def tokens(count: int = 3, rows: int = 2, length: int = 9, seed: int = 0, padded: bool = False) -> Batches:

@@ -20,8 +20,6 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.merging.agreement import _divergence
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.randint(1, 128, (3, 7), generator=torch.Generator().manual_seed(4))
 
 

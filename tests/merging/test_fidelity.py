@@ -17,8 +17,6 @@ from reference import merging as reference
 from qlora_kit import LoraModel, MergeError, MergeReport, merge
 from qlora_kit.merging.fidelity import LayerFidelity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # float32 sums over some 6,000 entries, relative to deltas down to a tenth of the weight.
 REPORT = 3e-5
 

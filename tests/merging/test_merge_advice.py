@@ -16,8 +16,6 @@ from transformers import AutoModelForCausalLM
 from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NOT_TRIED = "With statistics=TEXT rounding='error-feedback' may keep more (not tried: it looks at the inputs)."
 
 

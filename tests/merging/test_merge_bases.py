@@ -23,8 +23,6 @@ from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantizer
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.randint(1, 128, (3, 10), generator=torch.Generator().manual_seed(2))
 TARGETS = ["q_proj", "down_proj"]
 FLOAT32 = 2e-7  # of weights of order 0.1

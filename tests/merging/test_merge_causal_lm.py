@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, TargetError, apply_lora, merge, prepare_model_for_kbit_training
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # ``llama_dir`` has rows of 96 values, on which the stock 4-bit forward is wrong or fails: here all are blocks of 64.
 BLOCKS = LlamaConfig(**{**llama().config.to_dict(), "intermediate_size": 128})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

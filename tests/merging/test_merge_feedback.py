@@ -25,8 +25,6 @@ from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.merging.requantize import Grid, rounded
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = 0.01
 STORAGES = ["nf4", "nf4-double", "packed-nf3", "packed-affine3-double"]
 

@@ -13,8 +13,6 @@ from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
 from qlora_kit.codecs import blockwise, packing, pieces
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WIDTH = 512
 WEIGHT = 4 * WIDTH**2
 # Beside the float32 weight: pieces of it, scales and tables; where it is quantized anew also a byte a code, and the

@@ -26,8 +26,6 @@ from torch import nn
 
 from qlora_kit import AdapterError, AdapterLayer, LoraConfig, MergeError, apply_lora, merge
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # float32 sums in another order, over three layers.
 FLOAT32 = 1e-5
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from qlora_kit import AdapterError, LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.codecs import codec_for
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def hooked(lora: LoraModel) -> list[str]:
     """Hooks on a base module, an adapter layer and a factor; returns the list they write to."""

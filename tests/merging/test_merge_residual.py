@@ -19,8 +19,6 @@ from qlora_kit import LoraConfig, LoraModel, MergeError, StorageError, apply_lor
 from qlora_kit.hf_quantizer import record_quantization_
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # float32 sums of some 6,000 entries; relative to a small delta half a digit less.
 FLOAT32 = 3e-5
 

@@ -15,8 +15,6 @@ from qlora_kit import LoraConfig, apply_lora, merge, quantize_
 from qlora_kit.codecs import protect_storage_
 from qlora_kit.hf_quantizer import record_quantization_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.arange(2, 26).view(2, 12)
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 

@@ -18,8 +18,6 @@ from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantizer
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # float32 sums in another order, relative to weights of order 0.1.
 FLOAT32 = 2e-7
 LINEARS = ["fc", "proj", "head"]

@@ -25,8 +25,6 @@ from qlora_kit.merging import in_memory as merging
 from qlora_kit.merging import layer as merge_layer
 from qlora_kit.preparation.quantize import quantize_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.randint(1, 128, (2, 6), generator=torch.Generator().manual_seed(2))
 HERE = Path(merging.__file__).parents[1]  # the whole package
 

@@ -24,8 +24,6 @@ from qlora_kit.codecs.bnb import Codec4bit, CodecInt8
 from qlora_kit.codecs.dense import DenseCodec
 from qlora_kit.codecs.packed import PackedCodec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # The report's sums are float32 over some 6,000 entries; what is measured relative to a delta of a third of
 # the weight loses another half digit when the weight is subtracted.
 REPORT = 2e-5

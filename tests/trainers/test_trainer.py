@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,15 +37,6 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 
 from qlora_kit import AdapterError, LoftQConfig, LoraModel, StorageError
 from qlora_kit.adapter_files.tensors import adapter_state
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads would wait for each other at every one of these tiny products."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ from qlora_kit import LoraConfig
 from qlora_kit.cli.commands import app
 from qlora_kit.folders.extract.run import extract_folders
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

@@ -22,8 +22,6 @@ from qlora_kit import LoraConfig, LoraModel
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.folders.extract.run import best_branch, extract_folders
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # float32 products and decompositions of matrices of this size, against float64.
 CLOSE = 1e-5
 ONLY_PROJECTIONS = low_rank(3, only="proj")

@@ -38,8 +38,6 @@ from qlora_kit import LoraConfig, LoraModel, StorageError, TargetError, codec_fo
 from qlora_kit.folders.extract.run import extract_folders
 from qlora_kit.hf_quantizer import record_quantization_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXACT = 1e-5
 
 

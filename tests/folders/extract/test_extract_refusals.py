@@ -19,8 +19,6 @@ from tuned_models import low_rank, noise, pair
 from qlora_kit import ConfigError, LoraConfig, StorageError, TargetError, apply_lora
 from qlora_kit.folders.extract.run import extract_folders
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUERY, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 
 

@@ -6,11 +6,6 @@ import pytest
 from disk_merges import STORAGES, gpt2, llama, save_adapter, save_base
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread(one_thread: None) -> None:
-    pass
-
-
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Llama in every storage, by its name."""

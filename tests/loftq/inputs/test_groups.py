@@ -6,7 +6,6 @@ The reference is that model itself: a copy in float64, with D added to the weigh
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from small_models import (
     Looped,
     captured,
     moments,
-    one_thread,
     seeded,
     stack,
     targets,
@@ -37,12 +35,6 @@ from loftq.inputs.groups import Seen, stages
 # moments by a thousand times as much, which the tests check.
 ROUNDING = 2e-5
 FIRST = "model.layers.0"
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def random_change(module: nn.Module, seed: int) -> Tensor:

@@ -16,7 +16,6 @@ from small_models import (
     Batches,
     Nested,
     gpt2,
-    one_thread,
     seeded,
     stack,
     targets,
@@ -188,8 +187,7 @@ def model() -> nn.Module:
 def _nothing_stays() -> Iterator[None]:
     """No thread is alive after a test that wasn't before."""
     before = set(threading.enumerate())
-    with one_thread():
-        yield
+    yield
     assert set(threading.enumerate()) <= before
 
 

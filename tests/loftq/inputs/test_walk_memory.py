@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import MODELS, WIDTH, Batches, one_thread, seeded, targets
+from small_models import MODELS, WIDTH, Batches, seeded, targets
 from torch import Tensor, nn
 
 from loftq.inputs.groups import Stage, stages
@@ -17,12 +17,6 @@ from loftq.inputs.walk import Walk, stops_for
 
 ROWS, BATCHES = 512, 12
 ONE = ROWS * WIDTH * 4  # bytes of one batch's activations between two blocks
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def statistics_of(walk: Iterable[Stage]) -> dict[str, list[Tensor]]:

@@ -19,8 +19,6 @@ from loftq.methods.rounding import round_with_feedback
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_type": "nf4"},
     "fp4": {"quant_type": "fp4"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from small_models import (
     captured,
     gpt2,
     moments,
-    one_thread,
     stack,
     t5,
     text,
@@ -40,12 +39,6 @@ METHODS = ["loftq", "pissa", *CALIBRATED]
 # Errors are sums over some hundred float32 products, of inputs that two layers of float32 made.
 RELATIVE = 1e-4
 RANK = 2
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def config(method: str, calibration: Any, *, target_modules: Any = "all-linear", r: int = RANK, **options: Any) -> Any:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from small_models import Routed, one_thread, seeded, tiny_llama, tokens, vectors
+from small_models import Routed, seeded, tiny_llama, tokens, vectors
 from torch import nn
 
 from loftq import register_method, start_report
 from loftq.methods import registry as methods
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 from qlora_kit.errors import AdapterError, ConfigError
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def config(method: str, calibration: Any, *, target_modules: Any = "all-linear", **options: Any) -> LoraConfig:
