@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from fresh import printed_by
 
 HEAVY = {
     "accelerate",
@@ -18,19 +16,25 @@ HEAVY = {
     "transformers",
     "trl",
 }
+PACKAGES = ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers", "qlora_kit.compat.peft"]
 
-# What torch itself brings in is not this toolkit's doing.
-PROBE = """
-import importlib, sys
-import torch
+
+def probe(package: str) -> str:
+    # What torch itself brings in is not this toolkit's doing.
+    return f"""
+import sys
 before = set(sys.modules)
-importlib.import_module(sys.argv[1])
-print(*sorted(set(sys.argv[2:]) & (set(sys.modules) - before)))
+import {package}
+print(*set({sorted(HEAVY)}) & (set(sys.modules) - before))
 """
 
 
-@pytest.mark.parametrize("package", ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers"])
-def test_import_is_lean(package: str) -> None:
-    result = subprocess.run([sys.executable, "-c", PROBE, package, *HEAVY], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert not result.stdout.split(), f"import {package} also imports {result.stdout.split()}"
+@pytest.fixture(scope="module")
+def imported() -> dict[str, str]:
+    return printed_by(map(probe, PACKAGES))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_is_lean(package: str, imported: dict[str, str]) -> None:
+    found = sorted(imported[probe(package)].split())
+    assert not found, f"import {package} also imports {found}"
