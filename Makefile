@@ -5,17 +5,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A process a core, each on one thread; ARGS="-n 0" for one process that a debugger can stop. Who is done takes
+# tests from another, in the order of the files, so that few fixtures are made twice.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test check zoo lint format clean
 
 demo: $(VENV)/.installed  ## the whole job on the reference model; ARGS="--model NAME" for another
 	$(BIN)/qlora-kit demo $(ARGS)
 
-test: lint  ## lint, types, all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+test: lint  ## lint, types, all tests but the zoo
+	$(PYTEST) $(ARGS)
 
 check: lint  ## lint, types, layering, quick tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not zoo" $(ARGS)
+
+zoo: $(VENV)/.installed-test  ## every architecture through a whole life: minutes
+	$(PYTEST) -m zoo $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
