@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from commands import loftq_here, loftq_killed
 from disk_models import config, contents, streamed, write
 from tiny_llama import llama
 
@@ -162,17 +159,12 @@ def test_one_process_at_a_time(llama_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed(llama_dir: Path, tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        program = "from loftq.cli import app; app()"
+    def arguments(out: Path) -> list[str]:
         options = ["--bits", "2", "--rank", "4", "--shard-size", "0.001", "--device", "cpu"]
-        return [sys.executable, "-c", program, "init", "--model", str(llama_dir), "--out", str(out), *options]
+        return ["init", "--model", str(llama_dir), "--out", str(out), *options]
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 8):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0, "it was still at work"
-    subprocess.run(command(tmp_path / "out"), check=True, capture_output=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    loftq_killed(out, 8, *arguments(out))
+    loftq_here(*arguments(out))
+    loftq_here(*arguments(whole))
+    assert contents(out) == contents(whole)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from calibrated_runs import add_tokenizer, calibrated, rows, write_text
+from commands import loftq_here, loftq_killed
 from disk_models import contents, streamed, write
 from tiny_llama import llama
 
@@ -143,23 +140,17 @@ def test_killed(options: list[str], tmp_path: Path) -> None:
     source = add_tokenizer(write(llama(), tmp_path / "source"))
     text = write_text(tmp_path / "text.txt")
 
-    def command(out: Path) -> list[str]:
-        program = "from loftq.cli import app; app()"
+    def arguments(out: Path) -> list[str]:
         common = ["--rank", "4", "--steps", "2", "--shard-size", "0.001", "--device", "cpu", "--activations", "1"]
         calibration = ["--calibration", str(text), "--calibration-tokens", "20", *options]
-        init = ["init", "--model", str(source), "--out", str(out)]
-        return [sys.executable, "-c", program, *init, *common, *calibration]
+        return ["init", "--model", str(source), "--out", str(out), *common, *calibration]
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 6):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0, "it was still at work"
-    subprocess.run(command(tmp_path / "out"), check=True, capture_output=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert not any(entry.is_dir() for entry in (tmp_path / "out" / WORK_FOLDER).iterdir()), "no activations are left"
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    loftq_killed(out, 6, *arguments(out))
+    loftq_here(*arguments(out))
+    loftq_here(*arguments(whole))
+    assert contents(out) == contents(whole)
+    assert not any(entry.is_dir() for entry in (out / WORK_FOLDER).iterdir()), "no activations are left"
 
 
 # -- while choosing bits ---------------------------------------------------------------------------------------
