@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 import qlora_kit
 from qlora_kit import ConfigError, StorageError
 from qlora_kit.cli.commands import app
-from qlora_kit.demo import Result, Settings, make_windows, perplexity, run_demo, show, write_reports
+from qlora_kit.demo import Result, Settings, make_windows, perplexity, run_demo, show
 from qlora_kit.demo.models import REFERENCE_FOLDERS, Source, reference_model_path
+from qlora_kit.demo.run import MERGES
 from qlora_kit.demo.text import is_held_out, read_sources
 
 STEPS = 2
@@ -29,15 +30,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_lm(tmp_path_factory.mktemp("tiny"))
 
 
-def small_settings(model: Path, out: Path, **changes: object) -> Settings:
-    sizes = {"steps": STEPS, "rank": 4, "batch": 2, "window": 64, "held_out_rows": 4, **changes}
-    return Settings.make(model=str(model), out=out, device="cpu", **sizes)
-
-
 @pytest.fixture(scope="module")
 def outcome(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    out = tmp_path_factory.mktemp("demo_out")
-    return run_demo(small_settings(tiny, out), say=lambda _: None), out
+    """What the command measures, and the folder it leaves."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    results: list[Result] = []
+
+    def kept(settings: Settings) -> Result:
+        results.append(run_demo(settings))
+        return results[-1]
+
+    options = ["--steps", str(STEPS), "--rank", "4", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qlora_kit.demo, "run_demo", kept)
+        command = CliRunner().invoke(app, ["demo", "--model", str(tiny), "--out", str(out), *options])
+    assert command.exit_code == 0, command.output
+    return results[0], out
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qlora_kit.demo.text, "FOLDERS", ("optim",))
 
 
 # -- text ----------------------------------------------------------------------------------------------------
@@ -51,6 +64,7 @@ def test_no_file_is_on_both_sides() -> None:
     assert len(train) > len(held_out) > 10
 
 
+@pytest.mark.usefixtures("little_text")
 def test_windows_depend_on_the_seed_alone(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     first, again, other = (
@@ -63,6 +77,7 @@ def test_windows_depend_on_the_seed_alone(tiny: Path) -> None:
     assert not torch.equal(first.train, other.train)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_more_steps_than_text(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with pytest.raises(ConfigError, match=r"expected at most \d+ rows of 64 tokens.*ask for fewer steps"):
@@ -87,6 +102,7 @@ def test_perplexity_is_that_of_float64_log_probabilities(tiny: Path) -> None:
 # -- the whole -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_start_is_measured_at_every_width(outcome: tuple[Result, Path]) -> None:
     result, _ = outcome
     assert [(run.bits, run.start) for run in result.fine_tunes] == [
@@ -105,6 +121,7 @@ def test_every_start_is_measured_at_every_width(outcome: tuple[Result, Path]) ->
     assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == sizes[4] == sizes[5]
 
 
+@pytest.mark.slow
 def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path]) -> None:
     result, out = outcome
     assert [(reload.bits, reload.largest_difference) for reload in result.reloads] == [(2, 0.0), (4, 0.0)]
@@ -113,6 +130,7 @@ def test_the_adapter_fits_the_base_it_was_saved_with(outcome: tuple[Result, Path
     assert result.reloads[-1].adapter_bytes == (out / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
     result, _ = outcome
     by_name = {way.into: way for way in result.merges}
@@ -129,9 +147,12 @@ def test_merges_and_what_they_kept(outcome: tuple[Result, Path]) -> None:
     assert sizes[nearest] == sizes[feedback] < sizes[branch] < sizes["bfloat16"] < sizes["float32"]
 
 
+@pytest.mark.slow
 def test_reports_hold_the_numbers_that_were_measured(outcome: tuple[Result, Path]) -> None:
     result, out = outcome
-    numbers, picture = write_reports(result, out)
+    folders = ["adapter", "adapter_2_bits", "quantized_base", "quantized_base_2_bits"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*folders, "demo.json", "demo.png"])
+    numbers, picture = out / "demo.json", out / "demo.png"
     assert json.loads(numbers.read_text()) == json.loads(json.dumps(result.to_dict()))
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = io.StringIO()
@@ -144,9 +165,16 @@ def test_reports_hold_the_numbers_that_were_measured(outcome: tuple[Result, Path
 
 
 @pytest.mark.slow
-def test_loftq_starts_closer_to_the_reference_model_than_zero_does(tmp_path: Path) -> None:
-    model = reference_model_path()
-    result = run_demo(small_settings(model, tmp_path, steps=4, rank=16, held_out_rows=16), say=lambda _: None)
+def test_loftq_starts_closer_to_the_reference_model_than_zero_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qlora_kit.demo.run, "LOFTQ_STEPS", 1)  # more of them bring the starts nearer still
+    ways = dict(MERGES)
+    del ways["NF4, error feedback"]  # which "rank 8 beside" is too, and more
+    monkeypatch.setattr(qlora_kit.demo.run, "MERGES", ways)
+    sizes = {"steps": 1, "rank": 16, "batch": 2, "window": 64, "held_out_rows": 16}
+    settings = Settings.make(model=None, out=tmp_path, device="cpu", **sizes)
+    result = run_demo(settings, say=lambda _: None)
     before = {(run.bits, run.start): run.perplexity_before for run in result.fine_tunes}
     assert before[4, "zero start"] > result.perplexity
     starts = [before[2, start] for start in ("calibrated start", "LoftQ start", "zero start")]
@@ -176,12 +204,3 @@ def test_command_line(tmp_path: Path) -> None:
     outcome = runner.invoke(app, ["demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
     assert outcome.exit_code == 1
     assert "found no such folder" in outcome.output
-
-
-def test_command_line_writes_the_reports(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = ["demo", "--model", str(tiny), "--out", str(out), "--steps", "1", "--rank", "2"]
-    outcome = CliRunner().invoke(app, command)
-    assert outcome.exit_code == 0, outcome.output
-    folders = ["adapter", "adapter_2_bits", "quantized_base", "quantized_base_2_bits"]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*folders, "demo.json", "demo.png"])
