@@ -78,6 +78,7 @@ def test_windows_depend_on_the_seed_alone(tiny: Path) -> None:
 
 
 @pytest.mark.usefixtures("little_text")
+@pytest.mark.slow
 def test_more_steps_than_text(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with pytest.raises(ConfigError, match=r"expected at most \d+ rows of 64 tokens.*ask for fewer steps"):

@@ -60,6 +60,7 @@ def packed_base(folder: Path, llama_dir: Path, bits: int = 2, targets: Any = "al
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "double_quant"), WAYS)
+@pytest.mark.slow
 def test_the_adapter_runs_on_the_reloaded_base_bit_for_bit(
     tmp_path: Path, llama_dir: Path, bits: int, double_quant: bool, dtype: torch.dtype, targets: Any
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_skipped_path_that_ends_a_quantized_one_is_told_apart() -> None:
 @pytest.mark.parametrize("quant_type", ["signed2", "affine3", "lloyd2", "uniform4", "affine8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.slow
 def test_a_half_precision_load_keeps_every_bit_of_the_scales(
     tmp_path: Path, llama_dir: Path, quant_type: str, dtype: torch.dtype, double_quant: bool
 ) -> None:
@@ -307,6 +309,7 @@ def registered() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("script", "expected"), REGISTRATIONS)
+@pytest.mark.slow
 def test_transformers_learns_of_packed_models_whichever_comes_first(
     script: str, expected: str, registered: dict[str, str]
 ) -> None:

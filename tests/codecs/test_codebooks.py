@@ -31,6 +31,7 @@ LEFT = {
 
 @pytest.mark.parametrize("blocksize", [64, 256])
 @pytest.mark.parametrize("quant_type", FITTED)
+@pytest.mark.slow
 def test_fitted_levels_are_the_lloyd_max_levels_of_normal_blocks(quant_type: str, blocksize: int) -> None:
     kind = scheme(quant_type)
     points, weights = ref.normal_sample(blocksize, kind.scaling)

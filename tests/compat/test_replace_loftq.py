@@ -53,6 +53,7 @@ def unchanged(model: LoraModel, before: dict[str, tuple[Tensor, ...]], adapter: 
 
 @pytest.mark.parametrize("alpha", [RANK, 2 * RANK, 1])
 @pytest.mark.parametrize("storage", KBIT)
+@pytest.mark.slow
 def test_every_layer_comes_nearer_to_its_weight(llama_dir: Path, storage: str, alpha: int) -> None:
     model = wrapped(llama_dir, storage, alpha)
     bases = {path: layer.codec.read(layer.base_layer) for path, layer in model.adapter_layers().items()}

@@ -120,6 +120,7 @@ def test_an_encoder_decoder_has_no_next_token_loss() -> None:
     assert found.kl >= 0
 
 
+@pytest.mark.slow
 def test_texts_of_every_kind(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

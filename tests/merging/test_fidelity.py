@@ -85,6 +85,7 @@ def test_saved_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.slow
 def test_a_picture(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"report.{ending}"
     merge(adapted("nf4")).plot(path)

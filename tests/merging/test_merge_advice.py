@@ -71,6 +71,7 @@ def as_option(setting: str) -> dict[str, Any]:
         ),
     ],
 )
+@pytest.mark.slow
 def test_with_moments_of_the_inputs(storage: str, asked: dict[str, Any], expected: list[str]) -> None:
     said = said_by(small(storage), statistics=moments(), **asked)
     found = advised(said)

@@ -60,6 +60,7 @@ def kbit(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.filterwarnings("ignore:.*an earlier evaluation forward had repacked:UserWarning")
+@pytest.mark.slow
 def test_dense_through_and_through(
     folder: Path, tmp_path: Path, storage: str, dtype: str, into: str, start: str
 ) -> None:

@@ -153,6 +153,7 @@ def seen_moments(lora: LoraModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_adapters_effect_is_in_the_output(monkeypatch: pytest.MonkeyPatch, storage: str) -> None:
     """As it is in each layer's. What the codes do besides has nothing to do with it, and isn't small in a net as small
     as this one; nor is it where the nearest codes lose the delta and leave nothing but noise."""
@@ -211,6 +212,7 @@ class BrokenError(Exception):
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("options", [{}, {"residual_rank": 2}])
+@pytest.mark.slow
 def test_an_error_at_the_third_layer(monkeypatch: pytest.MonkeyPatch, storage: str, options: dict[str, Any]) -> None:
     lora = lora_of(storage)
     statistics, before = seen_moments(lora), bits(lora)

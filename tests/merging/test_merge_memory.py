@@ -66,12 +66,14 @@ def extra(storage: str, into: str, layers: int) -> tuple[float, int]:
         ("int8", "nf4"),
     ],
 )
+@pytest.mark.slow
 def test_the_peak_is_one_weight_more(storage: str, into: str) -> None:
     few, _ = extra(storage, into, 2)
     assert 0.5 < few < ALLOWED[into], "half a weight at least: else it isn't counted"
 
 
 @pytest.mark.parametrize(("storage", "into"), [("float32", "bfloat16"), ("bfloat16", "nf4"), ("nf4-double", "float32")])
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_layers(storage: str, into: str) -> None:
     (few, _), (many, live) = extra(storage, into, 2), extra(storage, into, 8)
     factors = 6 * 2 * 4 * WIDTH / WEIGHT  # which stay to the end: an error would put them back

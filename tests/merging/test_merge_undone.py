@@ -115,6 +115,7 @@ class Cut:
         ("nf3", "", {"rounding": "error-feedback", "statistics": IDS}),
     ],
 )
+@pytest.mark.slow
 def test_an_interrupt_at_any_line(storage: str, state: str, options: dict[str, Any]) -> None:
     lora = adapted(storage, state)
     with Cut() as counted:

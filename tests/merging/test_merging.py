@@ -55,6 +55,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
 @pytest.mark.parametrize("into", ["same", *DENSE])
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_weights_and_report_are_the_references(storage: str, into: str) -> None:
     lora = adapted(storage, ("a", "b"))
     before = {path: stored_weight(lora.adapter_layers()[path].base_layer) for path in PATHS}

@@ -286,6 +286,7 @@ def test_a_plain_module_stays_a_plain_module() -> None:
     assert lora(torch.ones(1, 2)).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_generate_compile_deepcopy_and_pickle() -> None:
     lora = lora_llama()
     expected = logits(lora)

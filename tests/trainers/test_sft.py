@@ -58,6 +58,7 @@ def dtypes(lora: LoraModel) -> set[torch.dtype]:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(storage: str, checkpointing: bool, tmp_path: Path, lm: Path) -> None:
     settings = {ARGUMENT: checkpointing, "eval_strategy": "steps", "eval_steps": 2}
     lora = wrapped(load_storage(lm, storage))
@@ -78,6 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(storage: str, checkpointing: boo
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_evaluation_during_training_changes_nothing(storage: str, tmp_path: Path, lm: Path) -> None:
     def run(name: str, **settings: Any) -> Run:
         return tuned(wrapped(load_storage(lm, storage), config(lora_dropout=0.0)), lm, tmp_path / name, **settings)
@@ -89,6 +91,7 @@ def test_evaluation_during_training_changes_nothing(storage: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_construction_changes_no_loftq_start(storage: str, tmp_path: Path, lm: Path) -> None:
     loftq = LoftQConfig(loftq_bits=8 if storage == "8-bit" else 4, weights=None if storage == "dense" else str(lm))
     lora = wrapped(load_storage(lm, storage), config(init_lora_weights="loftq", loftq_config=loftq))
@@ -117,6 +120,7 @@ def test_its_default_of_bfloat16_leaves_adapters_in_float32(tmp_path: Path, lm: 
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded_at_the_end(storage: str, tmp_path: Path, lm: Path) -> None:
     every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     # The loss falls from step to step, so for the best not to be the last, the worst is called the best.
@@ -176,6 +180,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path: Path, untied: Path) -> None
 
 
 @pytest.mark.parametrize("storage", ["dense", "4-bit"])
+@pytest.mark.slow
 def test_a_head_trained_whole_is_trained_and_resumed(storage: str, tmp_path: Path, untied: Path) -> None:
     def head(lora: LoraModel) -> Tensor:
         return adapter_state(lora)["base_model.model.lm_head.weight"]

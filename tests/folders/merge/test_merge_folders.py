@@ -31,6 +31,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("storage", "into"), PAIRS)
+@pytest.mark.slow
 def test_bits_of_the_merge_in_memory(
     storage: str, into: str, bases: dict[str, Path], adapter: Path, tmp_path: Path
 ) -> None:

@@ -199,6 +199,7 @@ def test_a_refused_rounding_goes_on_with_force(bases: dict[str, Path], tmp_path:
     assert report.retained < 0.5
 
 
+@pytest.mark.slow
 def test_killed(tmp_path: Path) -> None:
     """A process at work is killed; another goes on and ends with the bytes of one that wasn't."""
     torch.manual_seed(0)

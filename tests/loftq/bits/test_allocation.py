@@ -80,6 +80,7 @@ MODELS = {
 
 @pytest.mark.parametrize(("make", "targets", "loftq"), MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("budget", ["bits", "memory"])
+@pytest.mark.slow
 def test_counts_are_those_of_the_model_that_it_makes(
     make: Any, targets: Any, loftq: dict[str, Any], budget: str
 ) -> None:

@@ -55,6 +55,7 @@ def assert_verified(out: Path, source: Path, layers: int = 7) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_is_that_of_the_library(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     code, said = init(source, tmp_path / "out", "--bits", 2, "--method", method, "--calibration", text)
     assert code == 0, said
@@ -77,6 +78,7 @@ def test_a_text_makes_a_plain_start_report_its_outputs(source: Path, text: Path,
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_the_builtin_text_is_the_default_where_one_is_needed(source: Path, tmp_path: Path) -> None:
     for name, options in (("default", ()), ("builtin", ("--calibration", "builtin"))):
         code, said = init(source, tmp_path / name, "--method", "qera", *options)
@@ -110,6 +112,7 @@ def stored_bits(report: Report) -> float:
 
 
 @pytest.mark.parametrize("method", ["loftq", "qera-diag"])
+@pytest.mark.slow
 def test_mean_bits_choose_as_in_memory(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     """Each layer's bits and ranks are those of ``loftq.allocate``, and the model loads with them."""
     options = ("--bits", 2.5, "--ranks", "2,4,8", "--method", method, "--calibration", text)

@@ -45,6 +45,7 @@ def whole(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 13, 21])
+@pytest.mark.slow
 def test_goes_on_after_any_number_of_units(
     count: int, llama_dir: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_what_the_journal_doesn_t_know_of_is_cut_away(llama_dir: Path, whole: di
         "qlora_kit.checkpoints.growing_model.write_text_atomically",
     ],
 )
+@pytest.mark.slow
 def test_a_cut_while_finishing(
     place: str, llama_dir: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_cut_at_every_unit(method: str, source: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("method", ["qera", "aligned"])
+@pytest.mark.slow
 def test_cut_again_and_again(method: str, source: Path, tmp_path: Path) -> None:
     task = Task(source, tmp_path / "out", lora(method), shard_bytes=SHARD, activation_bytes=1)
     for count in (2, 3, 5, 6, 9):  # of all units, those of earlier runs included
@@ -162,6 +163,7 @@ def measured_in(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["loftq", "qera", "aligned"])
+@pytest.mark.slow
 def test_cut_while_layers_are_measured(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +218,7 @@ def test_cut_after_bits_were_chosen(source: Path, tmp_path: Path, monkeypatch: p
         ({"outputs": True}, r"options outputs: False then, True now"),
     ],
 )
+@pytest.mark.slow
 def test_another_task_is_refused_with_what_differs(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = add_tokenizer(write(llama(num_hidden_layers=1), tmp_path / "source"))
 

@@ -56,6 +56,7 @@ def test_says_where_a_start_is_no_better_than_none(changes: dict[str, float], no
     assert f"note: {layer.path}: {note}" in str(Report("source", {}, [layer]))
 
 
+@pytest.mark.slow
 def test_comes_back_from_its_file(finished: Path) -> None:
     report = Report.load(finished)
     assert report.to_dict() == Report.load(finished).to_dict()

@@ -58,6 +58,7 @@ def assert_same_folders(found: Path, expected: Path) -> None:
 
 
 @ways
+@pytest.mark.slow
 def test_base_and_adapter_are_those_made_in_memory_and_load_back(
     tmp_path: Path, llama_dir: Path, options: dict[str, Any]
 ) -> None:
@@ -69,6 +70,7 @@ def test_base_and_adapter_are_those_made_in_memory_and_load_back(
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_sixteen_bit_sources_give_what_memory_gives(tmp_path: Path, dtype: torch.dtype, bits: int) -> None:
     source = save_llama(tmp_path / "source", dtype)
     expected = in_memory(source, tmp_path / "memory", loftq_bits=bits)
@@ -79,6 +81,7 @@ def test_sixteen_bit_sources_give_what_memory_gives(tmp_path: Path, dtype: torch
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("save", [save_gpt2, save_qwen2, lambda folder: save_llama(folder, tied=True)])
+@pytest.mark.slow
 def test_biases_conv1d_and_tied_heads_load_back(tmp_path: Path, save: Callable[[Path], Path], bits: int) -> None:
     source = save(tmp_path / "source")
     expected = in_memory(source, tmp_path / "memory", loftq_bits=bits)
@@ -124,6 +127,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path, llama_dir: Path) 
     [({"lora_alpha": 8}, 2.0), ({"lora_alpha": 6, "use_rslora": True}, 3.0)],
     ids=["alpha=2r", "rslora"],
 )
+@pytest.mark.slow
 def test_reported_errors_are_those_of_what_is_stored(
     tmp_path: Path, bits: int, dtype: torch.dtype, lora: dict[str, Any], scaling: float
 ) -> None:

@@ -82,6 +82,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("make", "method", "options"), CASES.values(), ids=CASES)
+@pytest.mark.slow
 def test_base_and_adapter_are_those_made_in_memory_and_load_back(
     make: Any, method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_inputs_make_another_start_than_the_weight_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", ["qera-diag", "cloq", "aligned"])
+@pytest.mark.slow
 def test_neither_the_run_nor_memory_nor_workers_change_a_byte(method: str, tmp_path: Path) -> None:
     source = write(llama(), tmp_path / "source")
     streamed(source, tmp_path / "first", calibrated(method))

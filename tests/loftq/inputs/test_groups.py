@@ -76,6 +76,7 @@ def in_double(batches: Batches) -> Batches:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "a shared block"])
+@pytest.mark.slow
 def test_inputs_are_those_of_the_model_with_the_earlier_modules_replaced(name: str) -> None:
     make, draw = MODELS[name]
     model, batches = make(), draw()

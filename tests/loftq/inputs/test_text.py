@@ -44,6 +44,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_network")
+@pytest.mark.slow
 def test_the_builtin_text_is_the_same_each_time_and_has_prose_and_code(model: nn.Module, tokenizer: Any) -> None:
     first, second = (batches_for(BUILTIN, model, rows=6, window=64, batch=4) for _ in range(2))
     assert [tuple(batch["input_ids"].shape) for batch in first] == [(4, 64), (2, 64)]
@@ -185,6 +186,7 @@ def test_batches_are_taken_as_they_are_and_not_written_to() -> None:
     assert own[1]["use_cache"] is True
 
 
+@pytest.mark.slow
 def test_a_window_that_is_longer_than_the_context_is_cut_to_it(model: nn.Module) -> None:
     for window, expected in ((64, 64), (CONTEXT - 1, CONTEXT - 1), (CONTEXT, CONTEXT - 2), (4096, CONTEXT - 2)):
         [batch] = batches_for(BUILTIN, model, rows=2, window=window)

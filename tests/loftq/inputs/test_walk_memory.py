@@ -29,6 +29,7 @@ def statistics_of(walk: Iterable[Stage]) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_files_change_nothing(name: str, sequential: bool, tmp_path: Path) -> None:
     make, draw = MODELS[name]
     model, batches = make(), draw()
@@ -74,6 +75,7 @@ def alive() -> int:
 
 
 @pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.slow
 def test_the_bytes_in_memory_are_bounded(sequential: bool, tmp_path: Path) -> None:
     most: dict[int, int] = {}
     for limit in (0, 4 * ONE, 1 << 30):

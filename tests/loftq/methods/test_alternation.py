@@ -34,6 +34,7 @@ def error_of(full: torch.Tensor, result: object, scaling: float) -> float:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 def test_follows_the_reference_step_by_step(shape: tuple[int, int], bits: int) -> None:
     full = weight(shape)
     errors, quantized, products = alternate(full.numpy(), 4, bits=bits, steps=4)

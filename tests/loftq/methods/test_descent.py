@@ -109,6 +109,7 @@ def check_sweep(stored: Quantized, A: Tensor, B: Tensor, R: Tensor) -> None:
 
 
 @every_kind
+@pytest.mark.slow
 def test_a_sweep_takes_the_best_code_of_every_value(kind: str) -> None:
     stored = on_the_grid(kind)
     check_sweep(stored, *factors(stored, 0.3), moments())
@@ -139,6 +140,7 @@ def test_a_sweep_beside_blocks_of_zeros() -> None:
 
 @pytest.mark.parametrize(("size", "near"), [(0.01, 0.1), (0.003, 0.2)])
 @every_kind
+@pytest.mark.slow
 def test_a_small_delta_arrives(kind: str, size: float, near: float) -> None:
     """The fewer the codes whose changes add up to it, the less exactly; here some hundreds of 66,000."""
     stored, R = on_the_grid(kind, (256, 257)), moments(257)
@@ -165,6 +167,7 @@ def test_other_roundings_keep_little_of_it(kind: str) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @every_kind
+@pytest.mark.slow
 def test_corrections_leave_no_more_missing(monkeypatch: pytest.MonkeyPatch, kind: str, seed: int) -> None:
     stored, R = on_the_grid(kind, (40, 97), seed), moments(seed=seed)
     A, B = factors(stored, 0.01, seed=seed)
@@ -227,6 +230,7 @@ def test_it_is_repeatable_and_changes_nothing_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine3"])
+@pytest.mark.slow
 def test_moments_of_any_kind(kind: str) -> None:
     stored = on_the_grid(kind)
     A, B = factors(stored, 0.3)

@@ -208,6 +208,7 @@ def test_off_diagonal_moments_may_be_negative() -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("blocksize", [64, 48, "row", None])
 @pytest.mark.parametrize("quant_type", STORED_TYPES)
+@pytest.mark.slow
 def test_every_type_brings_the_weight_nearer(quant_type: str, blocksize: int | str | None, double_quant: bool) -> None:
     if quant_type == "int8" and double_quant:
         with pytest.raises(ConfigError, match="double_quant: expected False with int8"):

@@ -59,6 +59,7 @@ def block_errors(full: Tensor, found: Quantized, weights: np.ndarray) -> np.ndar
 @pytest.mark.parametrize("trouble", TROUBLES)
 @pytest.mark.parametrize("blocksize", [1, 8, 64, "row"])
 @pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.slow
 def test_no_block_has_more_weighted_error_than_unsearched(quant_type: str, blocksize: int | str, trouble: str) -> None:
     full, quantizer = troubled(trouble), quantizer_for(quant_type=quant_type, blocksize=blocksize)
     # A block that the search leaves as it was may round differently in the last digit of its largest value.
@@ -74,6 +75,7 @@ def test_no_block_has_more_weighted_error_than_unsearched(quant_type: str, block
 
 @pytest.mark.parametrize("blocksize", [2, 8, "row"])
 @pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.slow
 def test_scales_in_8_bits_have_no_more_error_in_all_than_unsearched(quant_type: str, blocksize: int | str) -> None:
     """A small matrix has few scales and its 8 bits fit them by luck: there the search may lose what it found."""
     quantizer = quantizer_for(quant_type=quant_type, blocksize=blocksize, double_quant=True)
@@ -105,6 +107,7 @@ def test_scales_in_8_bits_have_no_more_error_in_all_than_unsearched(quant_type: 
         ("affine4", 32, 1.05),
     ],
 )
+@pytest.mark.slow
 def test_comes_near_the_best_of_all_scales(quant_type: str, blocksize: int, most: float) -> None:
     """The last block is short: what fills it up doesn't count."""
     quantizer, got, best = quantizer_for(quant_type=quant_type, blocksize=blocksize), 0.0, 0.0

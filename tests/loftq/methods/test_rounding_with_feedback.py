@@ -67,6 +67,7 @@ def check(full: Tensor, statistics: Tensor, quantizer: Quantizer, *, search: boo
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("blocksize", [8, 64, "row", 1000])
 @pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.slow
 def test_codes_are_those_of_the_sequential_update(quant_type: str, blocksize: int | str, search: bool) -> None:
     """29 columns: blocks of 8 and 64 straddle rows, and the last is short."""
     check(weight(), moments(), quantizer_for(quant_type=quant_type, blocksize=blocksize), search=search)

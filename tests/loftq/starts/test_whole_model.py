@@ -96,6 +96,7 @@ def shown(value: Tensor, b: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_the_reported_errors_are_those_of_the_started_model(method: str, name: str) -> None:
     make, draw, target_modules = CASES[name]
     model, batches = make(), draw()
@@ -139,6 +140,7 @@ def test_an_embedding_is_weighed_by_its_tokens_frequencies(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_start_is_repeatable_and_calls_back_the_training_mode(method: str) -> None:
     found = []
     for _ in range(2):
@@ -151,6 +153,7 @@ def test_a_start_is_repeatable_and_calls_back_the_training_mode(method: str) -> 
 
 
 @pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.slow
 def test_a_4_bit_base_starts_from_its_weights_under_the_inputs(method: str, llama_dir: Path) -> None:
     ids = [{**batch(), "use_cache": False} for _ in range(5)]
     for number, b in enumerate(ids):
