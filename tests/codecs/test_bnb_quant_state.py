@@ -17,8 +17,6 @@ from qlora_kit.codecs.quantized import BNB_BLOCKSIZES, Quantizer, quantize_matri
 from qlora_kit.errors import CodecError
 from qlora_kit.preparation.quantize import linear_holding
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Rows and numbers of blocks that are whole and not, odd counts of codes, more than 256 scales.
 SHAPES = [(32, 64), (37, 96), (33, 31), (5, 7), (1, 1), (3, 21), (40, 513)]
 both_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
