@@ -78,6 +78,7 @@ def plain(tmp_path: Path) -> tuple[Path, Tensor]:
 
 
 @pytest.mark.parametrize("wrap", WAYS.values(), ids=WAYS)
+@pytest.mark.slow
 def test_wrapped_before(wrap: Callable[[Any], Any], plain: tuple[Path, Tensor], tmp_path: Path) -> None:
     folder, expected = plain
     lora = LoraModel.from_pretrained(wrap(base()), folder)
@@ -101,6 +102,7 @@ def test_wrapped_before_and_targets_left_to_us(wrap: Callable[[Any], Any]) -> No
 
 
 @pytest.mark.parametrize("wrap", [blocks(compiled), blocks(checkpoint_wrapper)], ids=["compiled", "checkpointed"])
+@pytest.mark.slow
 def test_wrapped_after(wrap: Callable[[Any], Any], plain: tuple[Path, Tensor], tmp_path: Path) -> None:
     folder, expected = plain
     lora = LoraModel.from_pretrained(base(), folder)
