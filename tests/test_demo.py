@@ -169,7 +169,7 @@ def test_reports_hold_the_numbers_that_were_measured(outcome: tuple[Result, Path
 def test_loftq_starts_closer_to_the_reference_model_than_zero_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qlora_kit.demo.run, "LOFTQ_STEPS", 1)  # more of them bring the starts nearer still
+    monkeypatch.setattr(qlora_kit.demo.settings, "LOFTQ_STEPS", 1)  # more of them bring the starts nearer still
     ways = dict(MERGES)
     del ways["NF4, error feedback"]  # which "rank 8 beside" is too, and more
     monkeypatch.setattr(qlora_kit.demo.run, "MERGES", ways)
