@@ -92,6 +92,7 @@ def test_keeping_all_blocks_holds_more_than_keeping_the_last(depth: int) -> None
 
 @pytest.mark.parametrize("solver", BLOCKS)
 @pytest.mark.parametrize("depth", [None, 1, 2, 4])
+@pytest.mark.slow
 def test_a_start_from_a_similar_matrix_beats_a_random_one(solver: str, depth: int | None) -> None:
     matrix = residual()
     near = matrix + 0.1 * matrix.std() * normal((384, 512), 3)

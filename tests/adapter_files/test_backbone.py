@@ -154,6 +154,7 @@ def test_a_loftq_adapter_carries_its_backbone_and_finds_it(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["dense", "other weights"])
+@pytest.mark.slow
 def test_other_bases_are_refused_and_left_alone(saved: Path, which: str) -> None:
     base = llama() if which == "dense" else another(saved)
     modules = dict(base.named_modules())

@@ -59,6 +59,7 @@ def test_the_order_of_modules_doesn_t_matter() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.slow
 def test_loading_on_another_base_is_an_error(bits: int, llama_dir: Path, tmp_path: Path) -> None:
     saved(llama_dir, tmp_path, bits)
     adapter = tmp_path / "adapter"

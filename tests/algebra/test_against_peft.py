@@ -67,6 +67,7 @@ def drawn_like_ours(lora: LoraModel, names: list[str], kind: str, density: float
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.slow
 def test_every_type_has_pefts_values(kind: str, tmp_path: Path) -> None:
     """On a linear layer, an embedding, a Conv1D and a convolution; peft draws masks of turned deltas on two of them."""
     paths = ("fc", "conv", "head") if kind.startswith("dare") and kind.endswith("svd") else ()
@@ -86,6 +87,7 @@ def test_frequency_election(kind: str, density: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["svd", "cat", "ties_svd", "magnitude_prune_svd"])
 @pytest.mark.parametrize("svd_rank", [None, 1, 3])
+@pytest.mark.slow
 def test_mixed_ranks_alphas_and_patterns(kind: str, svd_rank: int | None, tmp_path: Path) -> None:
     lora = ours(
         {"r": 1, "lora_alpha": 5},

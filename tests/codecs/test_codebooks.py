@@ -44,6 +44,7 @@ def test_fitted_levels_are_the_lloyd_max_levels_of_normal_blocks(quant_type: str
 
 
 @pytest.mark.parametrize("quant_type", FITTED)
+@pytest.mark.slow
 def test_moving_a_fitted_level_does_not_lower_the_expected_error(quant_type: str) -> None:
     points, weights = ref.normal_sample(64, scheme(quant_type).scaling)
     levels = codebook(quant_type).double().numpy()

@@ -173,6 +173,7 @@ def correlated(width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("storage", ["nf4-double", "int8", "packed-nf3"])
+@pytest.mark.slow
 def test_roundings_that_look_further(storage: str) -> None:
     """Scale search is never worse by its own measure, error feedback better for the outputs; codes are LoftQ's."""
     inputs = {path: correlated(width) for path, width in zip(PATHS, (64, 96, 64), strict=True)}

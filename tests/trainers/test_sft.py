@@ -107,6 +107,7 @@ def test_construction_changes_no_loftq_start(storage: str, tmp_path: Path, lm: P
     assert_same(base_tensors(lora), base)
 
 
+@pytest.mark.slow
 def test_its_default_of_bfloat16_leaves_adapters_in_float32(tmp_path: Path, lm: Path) -> None:
     lora = wrapped(load_storage(lm, "4-bit"))
     run = tuned(lora, lm, tmp_path, bf16=None)

@@ -78,6 +78,7 @@ def test_evaluation_during_training_changes_nothing(storage: str, prepare: bool,
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_checkpoints_hold_the_adapters_only(storage: str, tmp_path: Path, folder: Path) -> None:
     run = trained(wrapped(load_storage(folder, storage)), tmp_path, max_steps=2, save_steps=2)
     checkpoint = tmp_path / "checkpoint-2"

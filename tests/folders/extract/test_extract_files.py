@@ -71,6 +71,7 @@ def test_at_full_energy_the_rank_is_that_of_the_difference() -> None:
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((1024, 1100), 8), ((1024, 1030), 80)])
+@pytest.mark.slow
 def test_wide_noise_is_held_as_well_as_it_can_be(shape: tuple[int, int], rank: int) -> None:
     """The flattest spectrum there is, by both of the fast solvers."""
     difference = torch.randn(*shape, generator=torch.Generator().manual_seed(0))

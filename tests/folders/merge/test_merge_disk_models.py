@@ -28,6 +28,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
     ("tied", "way"),
     [(False, "tables"), (True, "tables"), (True, "copies"), (True, "an adapted table")],
 )
+@pytest.mark.slow
 def test_more_words(tied: bool, way: str, tmp_path: Path) -> None:
     """PEFT stores the tables of a base that was resized, or the copies of both that were trained."""
     base = save_base(llama(tied=tied), tmp_path / "base")

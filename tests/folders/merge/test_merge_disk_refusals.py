@@ -133,6 +133,7 @@ def test_copies_and_biases(bases: dict[str, Path], gpt2_dir: Path, tmp_path: Pat
     refused(MergeError, r"c_attn.bias: expected weight 1", gpt2_dir, [biases], out, weights=[2.0])
 
 
+@pytest.mark.slow
 def test_the_base_that_an_adapter_makes_up_for(bases: dict[str, Path], tmp_path: Path) -> None:
     loftq = LoftQConfig(loftq_bits=4)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq", loftq_config=loftq)
@@ -219,6 +220,7 @@ def test_tensors_that_the_model_has_no_name_for(bases: dict[str, Path], adapter:
 
 @pytest.mark.parametrize("into", ["bfloat16", "nf4"])
 @pytest.mark.parametrize("what", ["a value", "a shape", "a name", "a tensor"])
+@pytest.mark.slow
 def test_what_was_written_is_read_back(
     what: str, into: str, bases: dict[str, Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

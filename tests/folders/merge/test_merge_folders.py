@@ -182,6 +182,7 @@ def test_names_with_and_without_the_prefix(gpt2_dir: Path, tmp_path: Path) -> No
     assert_same(tensors(tmp_path / "prefix"), whole)
 
 
+@pytest.mark.slow
 def test_the_base_of_an_adapter_made_by_loftq(bases: dict[str, Path], tmp_path: Path) -> None:
     from loftq.disk.stream import stream
     from loftq.disk.task import Task

@@ -65,6 +65,7 @@ def cut_after(count: int, base: Path, adapter: Path, out: Path) -> None:
             on_disk(base, [adapter], out, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_cut_at_every_unit(bases: dict[str, Path], adapter: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """One merge, cut at each of its units in turn."""
     out = tmp_path / "out"

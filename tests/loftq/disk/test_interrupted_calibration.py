@@ -124,6 +124,7 @@ def test_what_a_killed_run_left_of_its_activations_is_taken_away(source: Path, t
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_changes_of_finished_modules_are_read_back_as_they_were_made(source: Path, tmp_path: Path) -> None:
     """The embedding as well, which is stored in floats, and other bits by layer."""
     config = lora("aligned", targets=["embed_tokens", "q_proj", "down_proj"], bits_pattern={"q_proj": 3})
@@ -193,6 +194,7 @@ def test_cut_while_layers_are_measured(
         assert contents(task.out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_cut_after_bits_were_chosen(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = Budget(bits=2.5)
     streamed(source, tmp_path / "whole", lora("qera"), budget=budget)

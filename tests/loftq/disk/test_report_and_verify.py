@@ -87,6 +87,7 @@ def test_a_start_in_memory_has_the_same_report(llama_dir: Path, tmp_path: Path) 
 # -- verify ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_was_written_is_verified(finished: Path, llama_dir: Path) -> None:
     lines = list(verify(finished, llama_dir, layers=3))
     assert "belong together" in lines[0]
@@ -108,6 +109,7 @@ def test_a_changed_base_is_found(finished: Path, tmp_path: Path) -> None:
         list(verify(out))
 
 
+@pytest.mark.slow
 def test_an_exchanged_adapter_is_found(finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
     other = write(llama(initializer_range=0.5), tmp_path / "source")

@@ -125,6 +125,7 @@ def test_an_encoder_decoder_is_as_in_memory(tmp_path: Path) -> None:
     assert_same_folders(tmp_path / "out", tmp_path / "memory")
 
 
+@pytest.mark.slow
 def test_inputs_make_another_start_than_the_weight_alone(tmp_path: Path) -> None:
     """Otherwise the comparison with memory says little."""
     source = write(llama(**SMALL), tmp_path / "source")
@@ -170,6 +171,7 @@ def second_moments(source: Path, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["qera-diag", "qera", "pissa", "srr", "cloq"])
+@pytest.mark.slow
 def test_reported_output_errors_are_those_of_what_is_stored(method: str, tmp_path: Path) -> None:
     source, out = write(llama(**SMALL), tmp_path / "source"), tmp_path / "out"
     report = streamed(source, out, calibrated(method), outputs=True)

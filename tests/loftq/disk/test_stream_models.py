@@ -51,6 +51,7 @@ def test_experts_are_named_where_they_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("alpha", "rslora"), [(8, False), (4, True)])
+@pytest.mark.slow
 def test_the_report_counts_the_scaling(alpha: int, rslora: bool, llama_dir: Path, tmp_path: Path) -> None:
     lora = config(3, alpha=alpha, rslora=rslora)
     report = streamed(llama_dir, tmp_path / "out", lora)
@@ -91,6 +92,7 @@ def test_other_files_come_along(llama_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "old.bin").exists()
 
 
+@pytest.mark.slow
 def test_modules_kept_in_float32_by_transformers_stay_dense(tmp_path: Path) -> None:
     """T5 keeps ``wo`` in float32, and transformers then builds a dense layer whatever the config says."""
     torch.manual_seed(0)
@@ -108,6 +110,7 @@ def test_modules_kept_in_float32_by_transformers_stay_dense(tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own use of it
 @pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.slow
 def test_peft_loads_what_was_written(bits: int, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     source, folder = write(llama(intermediate_size=128), tmp_path / "source"), tmp_path / "out"

@@ -121,6 +121,7 @@ def test_a_sweep_over_any_number_of_columns(shape: tuple[int, int]) -> None:
     check_sweep(stored, *factors(stored, 0.5, rank=2), moments(shape[1]))
 
 
+@pytest.mark.slow
 def test_a_sweep_beside_blocks_of_zeros() -> None:
     weight = torch.randn(33, 97) * 0.05
     weight[2:5] = 0
@@ -250,6 +251,7 @@ def test_moments_of_any_kind(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "affine3", "signed2"])
+@pytest.mark.slow
 def test_units_of_weights_and_inputs_don_t_matter(kind: str) -> None:
     """Powers of two scale exactly; 2^-60 and its square are beyond what float32's squares can hold."""
     found = []

@@ -156,6 +156,7 @@ def test_units_of_the_weight_don_t_matter(method: str, units: float) -> None:
 
 @pytest.mark.parametrize("units", [1e-20, 1e20])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_units_of_the_inputs_don_t_matter(method: str, units: float) -> None:
     given = options(method)
     other = {name: value * units if isinstance(value, Tensor) else value for name, value in given.items()}

@@ -206,6 +206,7 @@ def test_tied_weights_stay_tied_and_as_they_were() -> None:
     assert torch.equal(table, before)
 
 
+@pytest.mark.slow
 def test_text_and_tokens_calibrate_as_batches_do(tmp_path: Path) -> None:
     folder = write_tiny_lm(tmp_path / "lm")
     (tmp_path / "text.txt").write_text("".join(f"{number:07d}," for number in range(64)))

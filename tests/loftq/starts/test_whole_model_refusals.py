@@ -42,6 +42,7 @@ def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_registry")
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("number", [1, 4, 9])
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_the_model_as_it_was(number: int, sequential: bool) -> None:
     calls = []
 

@@ -49,6 +49,7 @@ def expected(method: str) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("method", ["qera", "aligned"])
 @pytest.mark.parametrize("where", ["blocks", "leaf", "whole"])
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled])
+@pytest.mark.slow
 def test_a_start_sees_through_wrappers(wrap: Any, where: str, method: str) -> None:
     """Compiled code doesn't look for hooks that come after it: "aligned" changes a module's output by one."""
     found = factors(wrapped(wrap, where), method)
