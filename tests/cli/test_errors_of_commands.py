@@ -18,8 +18,6 @@ import qlora_kit.cli
 from qlora_kit import LoraConfig, apply_lora, quantize_
 from qlora_kit.hf_quantizer import record_quantization_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Names of arguments that have an underscore, or are followed by their value: what a command's user can't type.
 PYTHONS = re.compile(
     r"\b(?:into|rounding|blocksize|weights?|rank|energy|density|whole|bits|memory|ranks|device|force|tokenizer|r)=|"
