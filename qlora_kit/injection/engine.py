@@ -7,7 +7,9 @@ was. ``Injection.undo`` puts the original module objects back, with all that han
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -180,8 +182,9 @@ def inject_(
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
         slow = config.init_lora_weights not in _QUICK_STARTS
-        for entry in tqdm(plan.entries, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
-            built.append((entry, _build(model, entry, config, adapter_name, start, dtype, injection)))
+        with nullcontext() if slow else _uncollected():
+            for entry in tqdm(plan.entries, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
+                built.append((entry, _build(model, entry, config, adapter_name, start, dtype, injection)))
         for entry, layer in built:
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, layer, injection)
@@ -195,6 +198,19 @@ def inject_(
         injection.undo()
         raise
     return injection
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside the block Python looks for no garbage: of thousands of modules that all stay, none is any, and looking
+    through them again and again takes as long as making them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def swap_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -223,3 +224,24 @@ def test_meta_models_are_planned_and_injected_without_memory() -> None:
     assert len(lora.plan.entries) == 28
     assert all(parameter.is_meta for parameter in lora.parameters())
     assert time.monotonic() - began < 60  # a hang, not a speed: speed is measured in benchmarks/
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_as_it_was(enabled: bool) -> None:
+    """Injection pauses it while layers are built."""
+
+    def start(request: Request) -> Start:
+        assert not gc.isenabled()
+        raise ZeroDivisionError
+
+    model, config = nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ZeroDivisionError):
+            inject_(model, make_plan(model, config), config, "default", start)
+        assert gc.isenabled() == enabled
+        apply_lora(model, config)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
