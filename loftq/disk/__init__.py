@@ -1,5 +1,8 @@
 """``loftq init``: a 16-bit checkpoint in, a quantized one and its adapter out, a tensor at a time, resumed if cut off.
 
+What becomes of a weight is decided by the functions that start it in memory; here is only where it comes from, where it
+goes, and how a run that is cut off goes on. Nothing here may depend on the whole model being in memory.
+
 - ``task``: what is asked for, and what each stored tensor becomes
 - ``checkpoint``: what is to be done, from config and headers
 - ``stream``: the run

@@ -1,5 +1,8 @@
 """One adapter on disk, in PEFT's layout: strict in both directions, all or nothing.
 
+It knows which tensors an adapter has and what files call them; how the base keeps its weight, and what a branch
+computes, it must never ask.
+
 - ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder
 - ``tensors``: an adapter's tensors between a model and its file
 - ``backbone``: the fingerprint of the quantized base that a start belongs to

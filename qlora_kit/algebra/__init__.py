@@ -1,5 +1,8 @@
 """The algebra of adapters: several low-rank branches of one module in, one out; pure tensors, no modules, no files.
 
+A model in memory and folders on the disk go through the same functions, so they give the same bits. It must never know
+which of the two it works for, nor what the branches stand beside.
+
 - ``combination``: ``combine``, the way to every type, for one module
 - ``registry``: the types by name, and the recipe of a combination
 - ``records``: what goes in and what comes out

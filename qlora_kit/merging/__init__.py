@@ -1,6 +1,7 @@
 """Dequantize, merge, requantize in memory, and the account of what was lost.
 
 Written once over the codecs' ``read`` and ``write_``; a merge happens as a whole or not at all.
+It works on ``injection.adapted.Adapted`` and must never know the wrapper that users hold, nor a storage format by name.
 
 - ``in_memory``: ``merge``, from the first check to the report
 - ``in_place``: merges that stay undoable, and adapters switched off and on

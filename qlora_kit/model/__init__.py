@@ -1,5 +1,8 @@
 """The life of named adapters on one model: added, active, switched off, combined, merged, saved, deleted.
 
+The face of what lies below: what it knows of its adapters is one ``Adapted``, and each method is a call of a function
+over that. Nothing below imports it; it must not hold state of its own, or walk the model.
+
 - ``lora_model``: ``LoraModel`` and ``apply_lora``
 - ``proxy``: how the wrapper passes for the model that it wraps
 - ``life``: adapters come and go

@@ -1,5 +1,7 @@
 """A model made ready before it gets adapters, and asked afterwards whether training reaches them.
 
+It works on a bare model and must not need a wrapper: what it does for training it does to any torch model.
+
 - ``kbit``: ``prepare_model_for_kbit_training``, with a bill of what memory holds
 - ``quantize``: ``quantize_``, linear layers from dense storage to few bits
 - ``gradients``: ``check_gradients``
