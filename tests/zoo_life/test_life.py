@@ -1,0 +1,51 @@
+"""The life of an adapter on every model of the zoo, stage by stage: what works, what must be refused, what fails yet."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import stages_in_memory  # noqa: F401  # each fills STAGES
+import stages_low_bits  # noqa: F401
+import stages_on_disk  # noqa: F401
+from lives import STAGES, Life, stages_of
+from zoo import FAULTS, QUICK, ZOO
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAULT_OF = {(member, fault.stage): fault for fault in FAULTS for member in fault.members}
+
+
+def _lives() -> Iterator[object]:
+    for member in ZOO.values():
+        for stage in stages_of(member):
+            marks = [] if member.name in QUICK else [pytest.mark.zoo]
+            if (fault := FAULT_OF.get((member.name, stage))) is not None:
+                reason = f"{fault.what}; right: {fault.right}"
+                marks.append(pytest.mark.xfail(strict=True, raises=fault.error, reason=reason))
+            yield pytest.param(member.name, stage, marks=marks, id=f"{member.name}: {stage}")
+
+
+@pytest.fixture(scope="module")
+def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+    room = tmp_path_factory.mktemp(request.param)
+    yield Life(ZOO[request.param], room)
+    shutil.rmtree(room)
+
+
+@pytest.mark.parametrize(("life", "stage"), list(_lives()), indirect=["life"])
+def test_life(life: Life, stage: str) -> None:
+    if (refusal := life.member.refuses.get(stage)) is None:
+        STAGES[stage](life)
+        return
+    with pytest.raises(refusal.error, match=refusal.text) as caught:
+        STAGES[stage](life)
+    assert caught.type is refusal.error
+
+
+def test_every_entry_of_a_table_is_about_a_stage() -> None:
+    for member, stage in [*FAULT_OF, *((m.name, stage) for m in ZOO.values() for stage in m.refuses)]:
+        assert stage in stages_of(ZOO[member]), f"{member} has no stage {stage!r}"
+    assert sum(len(fault.members) for fault in FAULTS) == len(FAULT_OF), "a stage has two faults"
+    assert len(ZOO) >= 45
+    assert set(QUICK) <= set(ZOO)
