@@ -4,22 +4,207 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qlora_kit import ConfigError, StorageError
+
 
 @dataclass(frozen=True)
 class Fault:
-    """A stage of some members' lives that fails today.
+    """Stages of some members' lives that fail today.
 
     Attributes:
-        stage, members: which.
-        error: the type of error that is met.
+        stages, members: which; each of these stages of each of these members.
+        error: the type of error that is met there.
         what: what happens. right: what should.
     """
 
-    stage: str
+    stages: tuple[str, ...]
     members: tuple[str, ...]
     error: type[BaseException]
     what: str
     right: str
 
 
-FAULTS: tuple[Fault, ...] = ()
+LOFTQ_4, LOFTQ_2 = "loftq init, 4 bits", "loftq init, 2 bits"
+IN_MEMORY = ("4 bits in memory", "2 bits")
+STACKED = (
+    *("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3", "granite-moe", "phimoe"),
+    *("llama4-text", "gpt-oss", "jamba"),
+)
+READ_PAST = ("mamba", "falcon-mamba", "jamba")
+LEFT_OUT = "all-linear leaves such modules out and says so; named, they are refused or take part"
+
+FAULTS: tuple[Fault, ...] = (
+    # -- which modules
+    Fault(
+        ("all-linear",),
+        ("roberta", "electra", "ast", "resnet", "segformer"),
+        AssertionError,
+        "linears inside of a new head are adapted, as it isn't one linear at the root",
+        "the head is left out whole, whatever it is made of",
+    ),
+    Fault(
+        ("all-linear",), ("phimoe", "llama4-text"), AssertionError, "a router that gives a tuple is adapted", LEFT_OUT
+    ),
+    Fault(("named",), ("phimoe", "llama4-text"), AttributeError, "an adapted router crashes the forward", LEFT_OUT),
+    Fault(
+        ("all-linear",),
+        ("attention", "siglip"),
+        AssertionError,
+        "nn.MultiheadAttention's out_proj is adapted, whose weight is read past it",
+        LEFT_OUT,
+    ),
+    Fault(("all-linear",), READ_PAST, AssertionError, "dt_proj is adapted, whose weight is read past it", LEFT_OUT),
+    Fault(
+        ("named",),
+        ("attention", *READ_PAST),
+        RuntimeError,
+        "the adapter is taken, and no gradient reaches it",
+        LEFT_OUT,
+    ),
+    Fault(
+        ("all-linear", "named"),
+        ("weight-norm",),
+        AssertionError,
+        "a linear whose weight is computed at each access is adapted, and a merge loses its delta",
+        LEFT_OUT,
+    ),
+    Fault(
+        ("left out",),
+        (*STACKED, "mamba", "falcon-mamba", "attention", "siglip", "weight-norm"),
+        AssertionError,
+        "the plan is silent about modules that can't be adapted, stacked experts among them",
+        "it names them, with their share of the weights",
+    ),
+    Fault(
+        ("default targets",),
+        ("jamba", "recurrent-gemma", "nemotron-h", "bamba", "lfm2"),
+        AssertionError,
+        "the attention layers of a hybrid are adapted and no others",
+        "all layers, or an error",
+    ),
+    # -- what is read past an adapter
+    Fault(
+        ("merge in memory",),
+        ("attention",),
+        AssertionError,
+        "in eval, nn.TransformerEncoderLayer reads linear1's and linear2's weights past their adapters",
+        "the adapters take part in eval as they do in training",
+    ),
+    # -- what training moves beside the adapter
+    Fault(
+        ("two steps", "save and reload"),
+        ("cnn", "resnet", "segformer"),
+        AssertionError,
+        "batch norm's statistics move with training, stay when adapters are off, and aren't stored",
+        "buffers that training moved belong to the adapter: switched, stored, restored; or a warning says so",
+    ),
+    # -- few bits in memory
+    Fault(
+        IN_MEMORY,
+        ("t5", "t5-gated", "mt5", "switch"),
+        RuntimeError,
+        "wo is quantized, whose weight's dtype transformers computes in: garbage in eval, a crash in training",
+        "wo stays dense, or has a dtype that can be computed in",
+    ),
+    Fault(
+        IN_MEMORY,
+        ("attention", "siglip", *READ_PAST),
+        RuntimeError,
+        "a linear is quantized whose weight is read past it, and the forward crashes",
+        "such modules stay dense",
+    ),
+    Fault(
+        IN_MEMORY,
+        ("phimoe", "llama4-text"),
+        ValueError,
+        "a router that gives a tuple is quantized, and the forward crashes",
+        "modules with a forward of their own stay dense",
+    ),
+    Fault(
+        ("4 bits", "4 bits in memory", LOFTQ_4),
+        ("rwkv",),
+        KeyError,
+        "in eval transformers puts a new weight into its output layers, which an adapter layer can't take",
+        "such modules are left out, or the weight reaches the layer below",
+    ),
+    Fault(
+        ("2 bits",),
+        ("rwkv",),
+        RuntimeError,
+        "in eval transformers divides the codes of its output layers",
+        "such modules stay dense",
+    ),
+    Fault(
+        ("4 bits saved",),
+        (
+            *("llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi", "phi3", "stablelm", "granite", "smollm3"),
+            *("starcoder2", "gpt-neox", "gpt2", "gptj", "opt", "bloom", "llama-classes"),
+            *("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3", "granite-moe", "phimoe"),
+            *("jamba", "nemotron-h", "bamba", "lfm2", "rwkv"),
+            *("bert", "roberta", "electra", "albert", "distilbert", "deberta-v2", "xlm-roberta", "bert-masked"),
+            *("t5", "t5-gated", "mt5", "bart", "mbart", "marian", "pegasus"),
+            *("vit", "deit", "beit", "dinov2", "swin", "convnext", "segformer"),
+            *("wav2vec2", "hubert", "ast", "whisper"),
+            *("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava", "gemma3", "blip2", "clip", "siglip"),
+        ),
+        RuntimeError,
+        "norms that preparation holds in float32 are stored so, and the loaded model's first forward raises",
+        "what preparation did for training leaves with the adapters",
+    ),
+    # -- from folder to folder
+    Fault(
+        ("files on disk",),
+        ("qwen2-vl", "qwen2.5-vl", "llava", "gemma3"),
+        AssertionError,
+        "some tensors are written under the modules' names, where the base and transformers have older ones",
+        "all under the names that save_pretrained writes",
+    ),
+    Fault(
+        (LOFTQ_4, LOFTQ_2),
+        (
+            *("vit", "deit", "beit", "dinov2", "swin", "segformer", "ast", "nemotron-h", "phimoe"),
+            *("qwen2-vl", "qwen2.5-vl", "llava", "gemma3"),
+        ),
+        StorageError,
+        "a checkpoint whose names aren't those of the modules is refused",
+        "it is read, as a merge on disk reads it (and the routers stay dense)",
+    ),
+    Fault(
+        (LOFTQ_4, LOFTQ_2),
+        ("roberta", "electra", "qwen2-moe"),
+        ConfigError,
+        "a linear smaller than the rank stops the run in the middle",
+        "the rank is capped there and the report says so, or the layer stays dense",
+    ),
+    Fault(
+        (LOFTQ_4,),
+        ("falcon", "llama4-text", "siglip"),
+        RuntimeError,
+        "subclasses of nn.Linear are stored in 4 bits, which transformers can't load",
+        "they stay dense, or are packed by us",
+    ),
+    Fault(
+        (LOFTQ_4, LOFTQ_2),
+        ("mamba",),
+        RuntimeError,
+        "dt_proj is quantized, whose weight is read past it, and the loaded model can't run",
+        "it stays dense",
+    ),
+    Fault(
+        (LOFTQ_2,),
+        ("t5", "t5-gated", "mt5"),
+        AssertionError,
+        "wo is quantized at 2 bits, and the loaded model computes garbage",
+        "it stays dense, as at 4 bits",
+    ),
+    Fault(
+        (LOFTQ_4, LOFTQ_2),
+        ("switch",),
+        AssertionError,
+        "wo of the experts is quantized, and the loaded model computes garbage",
+        "it stays dense",
+    ),
+    Fault((LOFTQ_2,), ("llama4-text",), ValueError, "the router is quantized; the forward crashes", "it stays dense"),
+    Fault((LOFTQ_2,), ("siglip",), RuntimeError, "out_proj is quantized; the forward crashes", "it stays dense"),
+    Fault((LOFTQ_2,), ("rwkv",), IndexError, "transformers' loader can't start the packed layers", "they stay dense"),
+)

@@ -10,19 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit import TargetError
+
 Batch = dict[str, Any]
 Settings = Mapping[str, Any]
 
 # Weights of this size make a random model's layers matter to its output; transformers' own start has 0.02.
 STD = 0.08
+LOFTQ = ("loftq init, 4 bits", "loftq init, 2 bits")
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A stage that must be refused: by this type of error (no subclass), with this in its text (a regular expression)."""
+    """How a stage must be refused.
+
+    Attributes:
+        error: the type of the error, no subclass of it.
+        text: a regular expression for its reason.
+    """
 
     error: type[Exception]
     text: str
+
+
+#: Of models that have no default targets, and of targets that aren't linear layers.
+UNKNOWN = {"default targets": Refusal(TargetError, "expected a known architecture")}
+NOT_LINEAR = {
+    **dict.fromkeys(("4 bits in memory", "2 bits"), Refusal(TargetError, "expected a dense linear layer")),
+    **dict.fromkeys(LOFTQ, Refusal(TargetError, "expected a linear layer or an embedding")),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class Member:
         model_class: transformers' class; None for a plain net, which has no folder.
         generates: whether ``generate`` is for it. checkpoints: whether it can recompute activations.
         refuses: the stages of its life that the toolkit must refuse.
+        impossible: those that it can't go through with transformers alone, and why.
     """
 
     name: str
@@ -55,6 +72,7 @@ class Member:
     generates: bool = False
     checkpoints: bool = False
     refuses: Mapping[str, Refusal] = field(default_factory=dict)
+    impossible: Mapping[str, str] = field(default_factory=dict)
 
     def make(self, seed: int = 0) -> Any:
         """The model in float32, in eval mode; the same weights for the same seed. Biases and norms aren't neutral."""

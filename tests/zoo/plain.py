@@ -69,12 +69,10 @@ def _words() -> Batch:
     return {"x": words()}
 
 
-CONVOLUTIONS = r"stem\.0|block\.0|fc"
-register(
-    Member(
-        "cnn", "plain", ConvNet, partial(vectors, 2, 3, 16, 16), targets=CONVOLUTIONS, refuses={**UNKNOWN, **NOT_LINEAR}
-    )
-)
+_CONVOLUTIONS = r"stem\.0|block\.0|fc"
+_REFUSES = {**UNKNOWN, **{stage: NOT_LINEAR[stage] for stage in ("4 bits in memory", "2 bits")}}
+
+register(Member("cnn", "plain", ConvNet, partial(vectors, 2, 3, 16, 16), targets=_CONVOLUTIONS, refuses=_REFUSES))
 register(Member("attention", "plain", Attention, _words, aside=("out_proj",), refuses=UNKNOWN))
 register(Member("weight-norm", "plain", WeightNorm, partial(vectors, 4, 64), aside=("normed",), refuses=UNKNOWN))
 register(Member("gru", "plain", Recurrent, partial(vectors, 2, 5, 32), refuses=UNKNOWN))

@@ -136,4 +136,4 @@ def has_folder(member: Member) -> bool:
 
 def stages_of(member: Member) -> list[str]:
     """The names of the stages of ``member``'s life, in order."""
-    return [name for name in STAGES if _APPLIES[name](member)]
+    return [name for name in STAGES if _APPLIES[name](member) and name not in member.impossible]

@@ -15,7 +15,7 @@ from qlora_kit import codec_for, merge, prepare_model_for_kbit_training, quantiz
 # As for a merge in 32 bits, and once more for the order of the products inside a layer.
 FLOAT32 = 1e-3
 # Roundings of three digits, where norms were computed in float32 before and are in bfloat16 now.
-BFLOAT16 = 0.05
+BFLOAT16 = 0.02
 
 
 @stage("4 bits", of=lambda member: has_folder(member) and member.targets == "all-linear")

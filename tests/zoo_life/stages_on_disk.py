@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from lives import RANK, Life, has_folder, off, stage, tensors_of
 from torch import Tensor
@@ -13,28 +15,39 @@ from qlora_kit import LoftQConfig, LoraConfig, LoraModel, merge
 from qlora_kit.folders import merge_folders
 
 FLOAT32 = 1e-3
+# What quantizing all layers, and an adapter of rank 4 on them, leave of a random model: seen are 0.33 and 0.87.
 QUANTIZED = {4: 0.5, 2: 1.0}
+
+
+def _merged(life: Life) -> tuple[Path, Path]:
+    """Folders of the same merge, from folder to folder and in memory; made once."""
+    disk, memory = life.room / "merged-on-disk", life.room / "merged-in-memory"
+    if not memory.exists():
+        merge_folders(life.base_folder, [life.adapter_folder], disk, into="float32")
+        lora = LoraModel.from_pretrained(life.member.load(life.base_folder), life.adapter_folder)
+        merge(lora, into="float32").model.save_pretrained(memory)
+    return disk, memory
 
 
 @stage("merge on disk", of=has_folder)
 def merge_on_disk(life: Life) -> None:
-    """The same tensors as by a merge in memory, and a model that computes as that one."""
-    disk, memory = life.fresh_folder("merged-on-disk"), life.fresh_folder("merged-in-memory")
-    merge_folders(life.base_folder, [life.adapter_folder], disk, into="float32")
-    lora = LoraModel.from_pretrained(life.member.load(life.base_folder), life.adapter_folder)
-    merged = merge(lora, into="float32").model
-    merged.save_pretrained(memory)
-    assert _differences(tensors_of(disk), tensors_of(memory)) == set()
-    assert torch.equal(life.output(life.member.load(disk)), life.output(merged))
+    """The model that is loaded from it is, bit for bit, that of a merge in memory."""
+    found, right = (life.member.load(folder) for folder in _merged(life))
+    assert _differences(found.state_dict(), right.state_dict()) == set()
+    assert torch.equal(life.output(found), life.output(right))
+
+
+@stage("files on disk", of=has_folder)
+def files_on_disk(life: Life) -> None:
+    """Its tensors have the names that transformers gives them."""
+    found, right = (tensors_of(folder) for folder in _merged(life))
+    assert _differences(found, right) == set()
 
 
 def _differences(found: dict[str, Tensor], right: dict[str, Tensor]) -> set[str]:
-    """Names that only one has, and of tensors that aren't the same bit for bit."""
-    return {
-        n
-        for n in found.keys() | right.keys()
-        if n not in found or n not in right or not torch.equal(found[n], right[n])
-    }
+    """Names that only one has, and those of tensors that aren't the same bit for bit."""
+    common = found.keys() & right.keys()
+    return (found.keys() ^ right.keys()) | {name for name in common if not torch.equal(found[name], right[name])}
 
 
 def _loftq_init(life: Life, bits: int) -> None:
