@@ -51,8 +51,8 @@ class Member:
         batch: keyword arguments of its forward, with labels where the model has a loss.
         head: paths of the modules that give the output: ``all-linear`` leaves them and all inside them out.
         targets: what to adapt; ``all-linear`` where the linears are what matters.
-        aside: names of linears that ``all-linear`` must leave out: someone reads their weight past the module, or
-            their forward isn't a linear layer's.
+        aside: names of modules that ``all-linear`` must leave out, and say so: stacked experts, linears whose weight
+            is read past the module or computed, and those that don't give what a linear layer gives.
         unused: a regular expression for the paths of linears that this batch doesn't reach.
         model_class: transformers' class; None for a plain net, which has no folder.
         generates: whether ``generate`` is for it. checkpoints: whether it can recompute activations.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo import Member
 
-from qlora_kit import LoraConfig, LoraModel, apply_lora
+from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
 
 RANK = 4
 
@@ -30,11 +30,10 @@ class Life:
     def __init__(self, member: Member, room: Path) -> None:
         self.member, self.room = member, room
 
-    def config(self, **changes: Any) -> LoraConfig:
+    def config(self) -> LoraConfig:
         """Adapters on the member's targets, less those that are to stay aside."""
         excluded = list(self.member.aside) or None
-        targets = self.member.targets
-        return LoraConfig(**{"r": RANK, "target_modules": targets, "exclude_modules": excluded, **changes})
+        return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=self.member.targets, exclude_modules=excluded)
 
     def base(self) -> Any:
         """A new model, frozen, as it is under an adapter: torch takes other kernels where gradients may be wanted."""
@@ -46,9 +45,8 @@ class Life:
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for layer in lora.adapter_layers().values():
-                A, B = layer.factors("default")
-                A, B = (torch.randn(factor.shape, generator=generator) for factor in (A, B))
-                layer.set_factors_("default", A, B * 0.3 * zoo.STD * (RANK / 8) / RANK**0.5)
+                A, B = (torch.randn(factor.shape, generator=generator) for factor in layer.factors("default"))
+                layer.set_factors_("default", A, B * 0.3 * zoo.STD / RANK**0.5)
         return lora
 
     @cached_property
@@ -102,6 +100,11 @@ class Training:
             self.gradients.append({n: p.grad.clone() for n, p in lora.named_parameters() if p.grad is not None})
             optimizer.step()
             optimizer.zero_grad()
+
+
+def merged(lora: LoraModel, into: str = "float32") -> Any:
+    """The model that a merge leaves."""
+    return merge(lora, into=into).model
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import re
 import torch
 import zoo
 from checkpointing import enable_checkpointing, is_checkpointing
-from lives import Life, Training, off, stage
+from lives import Life, Training, merged, off, stage
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit import LoraConfig, LoraModel, TargetError, apply_lora, make_plan, merge
+from qlora_kit import LoraConfig, LoraModel, TargetError, apply_lora, make_plan
 
 # Between a branch beside the weight and the same delta inside it lie roundings of float32, a few for each of some ten
 # products in a row; relative to what the adapter changes.
@@ -145,9 +145,9 @@ def _merges_exactly(life: Life, lora: LoraModel) -> None:
     with lora.disable_adapter():
         effect = adapted - life.output(lora)
     assert off(effect, torch.zeros_like(effect), adapted) > 1e-3
-    merged = merge(lora, into="float32").model
-    assert not any("lora_" in name for name, _ in merged.named_modules())
-    assert off(life.output(merged), adapted, effect) < FLOAT32
+    model = merged(lora)
+    assert not any("lora_" in name for name, _ in model.named_modules())
+    assert off(life.output(model), adapted, effect) < FLOAT32
 
 
 @stage("generate", of=lambda member: member.generates)
@@ -159,8 +159,7 @@ def generate(life: Life) -> None:
     cached = torch.stack(lora.generate(**inputs, **options).logits)
     assert torch.isfinite(cached).all()
     assert off(torch.stack(lora.generate(**inputs, **options, use_cache=False).logits), cached) < FLOAT32
-    merged = merge(lora, into="float32").model
-    assert off(torch.stack(merged.generate(**inputs, **options).logits), cached) < FLOAT32
+    assert off(torch.stack(merged(lora).generate(**inputs, **options).logits), cached) < FLOAT32
 
 
 @stage("checkpointing", of=lambda member: member.checkpoints)

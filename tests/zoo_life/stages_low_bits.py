@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from lives import Life, Training, has_folder, off, stage
+from lives import Life, Training, has_folder, merged, off, stage
 from torch import nn
 
-from qlora_kit import codec_for, merge, prepare_model_for_kbit_training, quantize_
+from qlora_kit import codec_for, prepare_model_for_kbit_training, quantize_
 
 # As for a merge in 32 bits, and once more for the order of the products inside a layer.
 FLOAT32 = 1e-3
@@ -45,9 +45,9 @@ def _on_few_bits(life: Life, bits: int, make: Callable[[], nn.Module]) -> None:
     adapted = life.output(lora)
     assert torch.isfinite(adapted).all()
     assert not torch.equal(life.output(Training(lora, life.member).lora), adapted)
-    exact = merge(life.adapted(make()), into="float32").model
+    exact = merged(life.adapted(make()))
     assert off(life.output(exact), adapted) < FLOAT32
-    same = merge(life.adapted(make()), into="same").model
+    same = merged(life.adapted(make()), "same")
     assert {path: codec_for(same.get_submodule(path)).name for path in storages} == storages
     anew = quantize_(exact, bits, target_modules=quantized)
     assert off(life.output(same), life.output(anew)) < FLOAT32
@@ -57,11 +57,11 @@ def _on_few_bits(life: Life, bits: int, make: Callable[[], nn.Module]) -> None:
 def four_bits_saved(life: Life) -> None:
     """Prepared, trained, merged into its own storage, saved and loaded: it runs, and computes the same."""
     model = life.member.load(life.base_folder, dtype=torch.bfloat16, quantization_config=_nf4(torch.bfloat16))
-    lora = life.adapted(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
-    merged = merge(lora, into="same").model
-    right = life.output(merged, torch.bfloat16)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = merged(life.adapted(model), "same")
+    right = life.output(model, torch.bfloat16)
     folder = life.fresh_folder("merged-4-bits")
-    merged.save_pretrained(folder)
+    model.save_pretrained(folder)
     again = life.output(_unpacked(life.member.load(folder)), torch.bfloat16)
     assert off(again, right) < BFLOAT16
 

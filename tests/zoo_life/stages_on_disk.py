@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lives import RANK, Life, has_folder, off, stage, tensors_of
+from lives import RANK, Life, has_folder, merged, off, stage, tensors_of
 from torch import Tensor
 
 from loftq.disk.stream import stream
 from loftq.disk.task import Task
 from loftq.disk.writers import ADAPTER_FOLDER
-from qlora_kit import LoftQConfig, LoraConfig, LoraModel, merge
+from qlora_kit import LoftQConfig, LoraConfig, LoraModel
 from qlora_kit.folders import merge_folders
 
 FLOAT32 = 1e-3
@@ -25,7 +25,7 @@ def _merged(life: Life) -> tuple[Path, Path]:
     if not memory.exists():
         merge_folders(life.base_folder, [life.adapter_folder], disk, into="float32")
         lora = LoraModel.from_pretrained(life.member.load(life.base_folder), life.adapter_folder)
-        merge(lora, into="float32").model.save_pretrained(memory)
+        merged(lora).save_pretrained(memory)
     return disk, memory
 
 
@@ -65,7 +65,7 @@ def _loftq_init(life: Life, bits: int) -> None:
     started = LoraModel.from_pretrained(life.member.load(out), out / ADAPTER_FOLDER)
     found = life.output(started)
     assert off(found, life.output(life.member.make())) < QUANTIZED[bits]
-    assert off(life.output(merge(started, into="float32").model), found) < FLOAT32
+    assert off(life.output(merged(started)), found) < FLOAT32
 
 
 @stage("loftq init, 4 bits", of=has_folder)
