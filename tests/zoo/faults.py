@@ -37,10 +37,17 @@ FAULTS: tuple[Fault, ...] = (
     # -- which modules
     Fault(
         ("all-linear",),
-        ("roberta", "electra", "ast", "resnet", "segformer"),
+        ("roberta", "electra", "ast", "segformer"),
         AssertionError,
         "linears inside of a new head are adapted, as it isn't one linear at the root",
         "the head is left out whole, whatever it is made of",
+    ),
+    Fault(
+        ("all-linear",),
+        ("resnet",),
+        AssertionError,
+        "the linear inside of its head is adapted, the only one it has",
+        "a TargetError that says so; it then belongs into the member's refusals",
     ),
     Fault(
         ("all-linear",), ("phimoe", "llama4-text"), AssertionError, "a router that gives a tuple is adapted", LEFT_OUT

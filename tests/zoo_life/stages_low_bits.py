@@ -55,7 +55,7 @@ def _on_few_bits(life: Life, bits: int, make: Callable[[], nn.Module]) -> None:
 
 @stage("4 bits saved", of=lambda member: has_folder(member) and member.targets == "all-linear")
 def four_bits_saved(life: Life) -> None:
-    """Prepared, trained, merged into its own storage, saved and loaded: it runs, and computes the same."""
+    """Prepared, adapted, merged into its own storage, saved and loaded: it runs, and computes the same."""
     model = life.member.load(life.base_folder, dtype=torch.bfloat16, quantization_config=_nf4(torch.bfloat16))
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = merged(life.adapted(model), "same")
