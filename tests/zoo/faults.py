@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_kit import ConfigError, StorageError
+from qlora_kit import ConfigError
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         (LOFTQ_4, LOFTQ_2),
-        (
-            *("vit", "deit", "beit", "dinov2", "swin", "segformer", "ast", "nemotron-h"),
-            *("qwen2-vl", "qwen2.5-vl", "llava", "gemma3"),
-        ),
-        StorageError,
-        "a checkpoint whose names aren't those of the modules is refused",
-        "it is read, as a merge on disk reads it",
-    ),
-    Fault(
-        (LOFTQ_4, LOFTQ_2),
-        ("roberta", "electra", "qwen2-moe"),
+        ("roberta", "electra", "ast", "qwen2-moe"),
         ConfigError,
         "a linear smaller than the rank stops the run in the middle",
         "the rank is capped there and the report says so, or the layer stays dense",
