@@ -12,7 +12,6 @@ import stages_on_disk  # noqa: F401
 from lives import STAGES, Life, stages_of
 from zoo import FAULTS, QUICK, ZOO
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FAULT_OF = {(member, stage): fault for fault in FAULTS for member in fault.members for stage in fault.stages}
 
 
