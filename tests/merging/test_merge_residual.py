@@ -175,7 +175,7 @@ def test_what_a_residual_cannot_go_with() -> None:
     for rank in (-1, True, 2.0, "8"):
         with pytest.raises(MergeError, match=r"residual_rank=.*expected a whole number of at least 0"):
             merge(lora, residual_rank=rank)  # type: ignore[arg-type]
-    with pytest.raises(MergeError, match=r"into='bfloat16': expected rounding='nearest' and residual_rank=0"):
+    with pytest.raises(MergeError, match=r"into='bfloat16': expected residual_rank=0, .*found 2"):
         merge(lora, into="bfloat16", residual_rank=2)
     dense = apply_lora(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     with pytest.raises(MergeError, match=r"residual_rank=2: expected adapted modules of few bits, found none"):
