@@ -182,7 +182,7 @@ def inject_(
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
         slow = config.init_lora_weights not in _QUICK_STARTS
-        with nullcontext() if slow else _uncollected():
+        with nullcontext() if slow else uncollected():
             for entry in tqdm(plan.entries, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
                 built.append((entry, _build(model, entry, config, adapter_name, start, dtype, injection)))
         for entry, layer in built:
@@ -201,8 +201,8 @@ def inject_(
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Inside the block Python looks for no garbage: of thousands of modules that all stay, none is any, and looking
+def uncollected() -> Iterator[None]:
+    """Inside the block Python looks for no garbage in cycles: where thousands of modules are made and all stay, looking
     through them again and again takes as long as making them."""
     collecting = gc.isenabled()
     gc.disable()

@@ -20,7 +20,7 @@ from ..codecs import protect_storage_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
-from ..injection.engine import Plan
+from ..injection.engine import Plan, uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
@@ -213,15 +213,16 @@ class LoraModel(ModelProxy):
         """
         stored = StoredAdapter.read(model_id, allow_pickle=allow_pickle)
         config = stored.config if config is None else config
-        injected = config_for(model, config, stored.state, trainable=is_trainable)
-        lora = cls(model, injected, adapter_name, adapter_dtype=adapter_dtype)
-        try:
-            fill_(lora.adapted, adapter_name, stored, check_base=check_backbone)
-        except BaseException:
-            lora.unload()
-            raise
-        record_(lora.adapted, adapter_name, config, stored.folder)
-        return lora if is_trainable else lora.eval()
+        with uncollected():
+            injected = config_for(model, config, stored.state, trainable=is_trainable)
+            lora = cls(model, injected, adapter_name, adapter_dtype=adapter_dtype)
+            try:
+                fill_(lora.adapted, adapter_name, stored, check_base=check_backbone)
+            except BaseException:
+                lora.unload()
+                raise
+            record_(lora.adapted, adapter_name, config, stored.folder)
+            return lora if is_trainable else lora.eval()
 
     def load_adapter(
         self,
