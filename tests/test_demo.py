@@ -64,6 +64,7 @@ def test_no_file_is_on_both_sides() -> None:
     assert len(train) > len(held_out) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little_text")
 def test_windows_depend_on_the_seed_alone(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -48,6 +48,7 @@ def units(folder: Path) -> int:
     return journal.read_text().count('{"unit"')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_cut_off_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, count = RUNS[name]

@@ -64,6 +64,7 @@ def assert_same_state(found: Any, state: Any) -> None:
             assert ours == expected, name
 
 
+@pytest.mark.slow
 @plain_and_double
 @both_types
 @pytest.mark.parametrize("shape", SHAPES)

@@ -57,6 +57,7 @@ def test_moving_a_fitted_level_does_not_lower_the_expected_error(quant_type: str
             assert ref.expected_error(points, weights, moved) > error, (place, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocksize", [1, 2, 32, 64, 256, 4096])
 @pytest.mark.parametrize("quant_type", FITTED)
 def test_fitted_tables_ascend_inside_their_range(quant_type: str, blocksize: int) -> None:

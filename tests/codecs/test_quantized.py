@@ -46,6 +46,7 @@ def assert_rounded(weight: Tensor, quant_type: str, blocksize: int | None) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocksize", [32, 64, 4096, None])
 @pytest.mark.parametrize("shape", SHAPES)
 @every_type

@@ -58,6 +58,7 @@ def check(layer: AdapterLayer, weight: np.ndarray, bias: np.ndarray, dtype: torc
             assert_near(parameter.grad, gradient, dtype, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

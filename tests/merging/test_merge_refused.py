@@ -55,6 +55,7 @@ def break_write_(monkeypatch: pytest.MonkeyPatch, kind: type, nth: int, half_wri
     monkeypatch.setattr(kind, "write_", write_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half_written", [False, True])
 @pytest.mark.parametrize("into", ["same", "float32", "bfloat16"])
 @pytest.mark.parametrize("storage", IN_PLACE)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-import stages_in_memory  # noqa: F401  # each fills STAGES
+import stages_in_memory  # each fills STAGES
 import stages_low_bits  # noqa: F401
 import stages_on_disk  # noqa: F401
 from lives import STAGES, Life, stages_of
@@ -19,6 +19,8 @@ def _lives() -> Iterator[object]:
     for member in ZOO.values():
         for stage in stages_of(member):
             marks = [] if member.name in QUICK else [pytest.mark.zoo]
+            if member.name in QUICK and STAGES[stage].__module__ != stages_in_memory.__name__:
+                marks.append(pytest.mark.slow)
             if (fault := FAULT_OF.get((member.name, stage))) is not None:
                 reason = f"{fault.what}; right: {fault.right}"
                 marks.append(pytest.mark.xfail(strict=True, raises=fault.error, reason=reason))

@@ -95,6 +95,7 @@ def test_few_tokens_are_said_on_the_command_line(source: Path, tmp_path: Path) -
     assert message in run("report", tmp_path / "out")[1]
 
 
+@pytest.mark.slow
 def test_a_tiny_room_for_activations_changes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
     for name, size in (("tight", "1KB"), ("wide", "2GiB")):
         options = ("--method", "aligned", "--calibration", text, "--activations", size)

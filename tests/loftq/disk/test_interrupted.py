@@ -55,6 +55,7 @@ def test_goes_on_after_any_number_of_units(
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_several_cuts(llama_dir: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     for count in (3, 6, 8, 20):
         cut_after(count, llama_dir, tmp_path / "out")

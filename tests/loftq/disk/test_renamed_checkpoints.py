@@ -80,6 +80,7 @@ def load(name: str, folder: Path) -> PreTrainedModel:
     return type(MODELS[name]()).from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), [("vit", 2), ("llava", 2), ("gemma3", 4)])
 def test_what_is_written_is_what_a_start_in_memory_gives(
     name: str, bits: int, sources: dict[str, Path], tmp_path: Path
@@ -107,6 +108,7 @@ def test_peft_takes_the_adapter(sources: dict[str, Path], tmp_path: Path) -> Non
     assert_same(found, stored)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:calibration.*rank-deficient")  # of tiny pictures
 def test_with_the_inputs_of_each_layer(sources: dict[str, Path], tmp_path: Path) -> None:
     """The model's own weights come from the shards while text and pictures run through it."""

@@ -99,6 +99,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_a_changed_base_is_found(finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
     stored = load_file(out / "model.safetensors")

@@ -214,6 +214,7 @@ def test_an_error_of_the_consumer_leaves_nothing(model: nn.Module, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.0.mlp", "model.norm"])
 @pytest.mark.parametrize("number", [1, 2, 3, 6])

@@ -123,6 +123,7 @@ def test_comes_near_the_best_of_all_scales(quant_type: str, blocksize: int, most
     assert 1 - 2e-3 < got / best < most  # the grid and its refit miss the least of all by as much
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", SCHEMES)
 def test_blocks_of_zeros_read_as_zeros(quant_type: str, double_quant: bool) -> None:
