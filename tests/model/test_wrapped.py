@@ -4,17 +4,19 @@ model's. And adapters whose files have the names of an older release."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.parallel import DataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_kit import LoraConfig, LoraModel, StorageError, apply_lora, merge
@@ -115,6 +117,43 @@ def test_wrapped_after(wrap: Callable[[Any], Any], plain: tuple[Path, Tensor], t
     with lora.disable_adapter():
         torch.testing.assert_close(logits(lora), logits(base()), rtol=0, atol=1e-6)
     torch.testing.assert_close(logits(lora.unload()), logits(base()), rtol=0, atol=1e-6)
+
+
+def distributed(module: nn.Module) -> Any:
+    return DistributedDataParallel(module)
+
+
+def sharded(module: nn.Module) -> Any:
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "wrap",
+    [distributed, blocks(distributed), sharded, blocks(sharded)],
+    ids=["DDP", "blocks in DDP", "FSDP", "blocks in FSDP"],
+)
+def test_in_the_wrappers_of_several_processes(
+    wrap: Callable[[Any], Any], before: bool, plain: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    """With one process: the names, the values and the files; what several do is another matter."""
+    folder, expected = plain
+    lora = LoraModel.from_pretrained(wrap(base()) if before else base(), folder, is_trainable=True)
+    model = lora if before else wrap(lora.model)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
+    lora.save_pretrained(tmp_path / "again")
+    again = stored(tmp_path / "again")
+    assert again.keys() == stored(folder).keys()
+    assert all(torch.equal(again[key], value) for key, value in stored(folder).items())
 
 
 @pytest.mark.parametrize("part", ["_orig_mod.", "_checkpoint_wrapped_module.", "module."])
