@@ -8,12 +8,14 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``conv``: convolutions in one, two and three dimensions
 - ``embedding``: tables
 - ``saved``: whole modules trained beside the factors (``modules_to_save``)
+- ``named``: containers of what each adapter has, under any name
 """
 
 from .base import AdapterLayer, find_layer_family, layer_family_for, on_demand, register_layer
 from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
 from .linear import LinearAdapter
+from .named import RESERVED
 from .saved import ModulesToSave
 
 on_demand["transformers"] = f"{__name__}.conv1d"
@@ -24,6 +26,7 @@ __all__ = [
     "EmbeddingAdapter",
     "LinearAdapter",
     "ModulesToSave",
+    "RESERVED",
     "find_layer_family",
     "layer_family_for",
     "register_layer",

@@ -27,6 +27,7 @@ from ..codecs.registry import load_on_demand
 from ..errors import AdapterError, MergeError, UnsupportedModuleError
 from ..lowrank import add_product_, delta
 from ..naming import StandIn
+from .named import NamedModules
 
 
 class AdapterLayer(StandIn):
@@ -45,7 +46,7 @@ class AdapterLayer(StandIn):
         self.codec = codec or codec_for(base_layer)
         self.codec.protect_(base_layer)
         self.training = base_layer.training
-        self.lora_dropout = nn.ModuleDict()
+        self.lora_dropout = NamedModules()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from .base import AdapterLayer, register_layer
+from .named import NamedModules
 
 _conv: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -36,8 +37,8 @@ class ConvAdapter(AdapterLayer):
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
         self.kind: Any = next(kind for kind in _conv if isinstance(base_layer, kind))
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
+        self.lora_A = NamedModules()
+        self.lora_B = NamedModules()
 
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         base, rank = self.base_layer, A.shape[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from .base import AdapterLayer, register_layer
+from .named import NamedParameters
 
 
 @register_layer(nn.Embedding)
@@ -22,8 +23,8 @@ class EmbeddingAdapter(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_embedding_A = NamedParameters()
+        self.lora_embedding_B = NamedParameters()
 
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         self.lora_embedding_A[name] = nn.Parameter(A)

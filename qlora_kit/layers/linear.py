@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from .base import AdapterLayer, register_layer
+from .named import NamedModules
 
 
 def factor_module(weight: Tensor) -> nn.Linear:
@@ -26,8 +27,8 @@ class LinearAdapter(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
+        self.lora_A = NamedModules()
+        self.lora_B = NamedModules()
 
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         self.lora_A[name] = factor_module(A)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import TargetError
 from ..naming import StandIn, base_of
+from .named import NamedModules
 
 
 class ModulesToSave(StandIn):
@@ -27,7 +28,7 @@ class ModulesToSave(StandIn):
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
         self.original_module = original_module
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = NamedModules()
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self.training = original_module.training

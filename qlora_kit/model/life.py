@@ -16,6 +16,7 @@ from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
 from ..injection.engine import Plan, inject_, make_plan, request_for
 from ..injection.targets import shortest_names
+from ..layers import RESERVED
 from ..merging.in_place import unmerge_
 from ..naming import Tree
 
@@ -45,6 +46,11 @@ def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
         raise AdapterError(
             f"adapter name {name!r}: expected a non-empty string without dots and slashes (it becomes part of "
             "parameter names and the name of a folder)"
+        )
+    if name in RESERVED:
+        raise AdapterError(
+            f"adapter name {name!r}: expected one that torch doesn't assign to on every module, found one of "
+            f"{sorted(RESERVED)}; choose another name"
         )
     if name in adapted.configs:
         raise AdapterError(f"adapter {name!r} exists already; delete_adapter() it first or choose another name")
