@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..codecs import shielded_storage
 from ..errors import AdapterError
 from ..layers import AdapterLayer
+from .keywords import without_peft_keywords
 
 P = TypeVar("P", bound="ModelProxy")
 
@@ -51,6 +52,7 @@ class ModelProxy(nn.Module):
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs = without_peft_keywords(kwargs, forward)
             # Who has replaced the model's forward since means the one from before, not itself once more.
             return model(*args, **kwargs) if model.forward == forward else forward(*args, **kwargs)
 
@@ -105,7 +107,8 @@ class ModelProxy(nn.Module):
         except AttributeError:
             if attribute == "model":
                 raise
-            return getattr(self.model, attribute)
+            found = getattr(self.model, attribute)
+            return _guarded(found) if attribute == "generate" else found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The default would rebuild from __class__, which names the wrapped model's type.
@@ -123,3 +126,13 @@ class ModelProxy(nn.Module):
 
 def _blank(kind: type[P]) -> P:
     return kind.__new__(kind)
+
+
+def _guarded(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapped model's ``generate``, which refuses PEFT's keywords as ``forward`` does."""
+
+    @functools.wraps(generate)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return generate(*args, **without_peft_keywords(kwargs, generate))
+
+    return call

@@ -1,0 +1,65 @@
+"""Keywords that PEFT's models take beside the base model's, and that aren't taken here.
+
+Many models hand on whatever keyword they are given, so one that no module reads would vanish in silence, and with it
+what it asked for: rows that compute with an adapter of their own. Such keywords, and what is mistyped for them, are
+refused, except where the base model itself names a parameter so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError
+
+#: What each does in PEFT, and what there is to do here.
+PEFT_KEYWORDS = {
+    "adapter_names": (
+        "an adapter for each row of a batch isn't implemented; call set_adapter(name) and run the rows of each adapter "
+        "by themselves (those of '__base__' under disable_adapter())"
+    ),
+    "alora_offsets": "adapters that begin within a row (aLoRA) aren't implemented; leave it out",
+    "task_ids": "it is for prompt tuning, which isn't implemented; leave it out",
+}
+
+
+def without_peft_keywords(keywords: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """``keywords`` for the base model's ``function``; those of PEFT's that are None say nothing and are left out.
+
+    Raises:
+        AdapterError: one of them means something in PEFT, or is mistyped for one that does, and ``function`` has no
+            parameter of this name.
+    """
+    kept = {}
+    for keyword, value in keywords.items():
+        meant = _meant(keyword)
+        if meant is None or keyword in inspect.signature(function).parameters:
+            kept[keyword] = value
+        elif value is not None or keyword != meant:
+            mistyped = "" if keyword == meant else f", which looks like PEFT's {meant}"
+            raise AdapterError(
+                f"{keyword}={value!r:.80}: expected a keyword of the base model, found one that it doesn't "
+                f"name{mistyped}: {PEFT_KEYWORDS[meant]}"
+            )
+    return kept
+
+
+def _meant(keyword: str) -> str | None:
+    """The one of PEFT's keywords that ``keyword`` is, or is mistyped for."""
+    if keyword in PEFT_KEYWORDS:
+        return keyword
+    if keyword.startswith("adapt"):
+        return "adapter_names"
+    return None if torch.compiler.is_compiling() else _mistyped(keyword)  # which torch.compile can't follow
+
+
+@functools.lru_cache(maxsize=1000)
+def _mistyped(keyword: str) -> str | None:
+    # For names like no other that a model is given: one letter makes "mask_ids" of "task_ids".
+    near = difflib.get_close_matches(keyword, ("adapter_names", "alora_offsets"), n=1, cutoff=0.8)
+    return near[0] if near else None
