@@ -161,10 +161,7 @@ def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
         return selected
     wanted = config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    patterns = config.layers_pattern or [r"[^.]+"]
-    names = "|".join([patterns] if isinstance(patterns, str) else patterns)
-    layer = re.compile(rf"(?:^|.*\.)(?:{names})\.(\d+)(?:\.|$)")
-    found = {path: int(match[1]) for path in selected if (match := layer.match(path))}
+    found = {path: index for path in selected if (index := _layer_of(path, config.layers_pattern)) is not None}
     missing = indices - set(found.values())
     if missing:
         raise TargetError(
@@ -172,6 +169,16 @@ def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
             f"layers {sorted(set(found.values()))} (layers_pattern={config.layers_pattern!r})"
         )
     return [path for path, index in found.items() if index in indices]
+
+
+def _layer_of(path: str, patterns: list[str] | str | None) -> int | None:
+    """The layer that ``path`` lies in: the first index on the way to it, as in PEFT, since what is numbered further
+    inside (experts, branches) belongs to a layer. With ``patterns`` the first index after the first of them that is
+    on the way."""
+    for names in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]+"]:
+        if match := re.match(rf"(?:^|.*?\.)(?:{names})\.(\d+)(?:\.|$)", path):
+            return int(match[1])
+    return None
 
 
 def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> list[str]:

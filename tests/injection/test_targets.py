@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 from torch import nn
 from transformers import (
@@ -98,6 +99,53 @@ def test_a_name_that_matches_nothing_names_the_closest() -> None:
 def test_an_unsupported_type_is_named_with_its_path() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"model\.layers\.0\.input_layernorm: .*LlamaRMSNorm"):
         paths(llama(), target_modules=["input_layernorm"])
+
+
+class Numbered(nn.Module):
+    """Layers at ``layers`` or below it, each with experts that hold two branches of ``up_proj``."""
+
+    def __init__(self, inside: str, kind: type[nn.Module]) -> None:
+        super().__init__()
+
+        def branch() -> nn.Module:
+            return nn.ModuleDict({"up_proj": nn.Linear(2, 2)})
+
+        def layer() -> nn.Module:
+            experts = kind(*([[branch() for _ in range(2)]] if kind is nn.ModuleList else [branch(), branch()]))
+            return nn.ModuleDict({"q_proj": nn.Linear(2, 2), "experts": experts})
+
+        layers = nn.ModuleList(layer() for _ in range(3))
+        if inside:
+            self.add_module(inside, nn.ModuleDict({"layers": layers}))
+        else:
+            self.layers = layers
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+@pytest.mark.parametrize("inside", ["", "model"])
+@pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
+def test_the_index_of_a_layer_isnt_that_of_an_expert_in_it(inside: str, kind: type, pattern: object) -> None:
+    above = f"{inside}.layers.1".lstrip(".")
+    names = {"target_modules": ["up_proj", "q_proj"], "layers_pattern": pattern}
+    found = paths(Numbered(inside, kind), **names, layers_to_transform=[1])
+    assert found == [f"{above}.q_proj", f"{above}.experts.0.up_proj", f"{above}.experts.1.up_proj"]
+    with pytest.raises(TargetError, match=r"layer\(s\) \[3\].*layers \[0, 1, 2\]"):
+        paths(Numbered(inside, kind), **names, layers_to_transform=[3])
+
+
+def test_a_pattern_says_which_list_counts_and_the_first_that_fits_is_taken() -> None:
+    names = {"target_modules": ["up_proj"], "layers_to_transform": 1}
+    experts = [f"layers.{i}.experts.1.up_proj" for i in range(3)]
+    assert paths(Numbered("", nn.ModuleList), **names, layers_pattern="experts") == experts
+    assert paths(Numbered("", nn.ModuleList), **names, layers_pattern=["experts", "layers"]) == experts
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", "experts", ["experts", "layers"]])
+def test_layers_are_those_of_peft(pattern: object) -> None:
+    names = {"r": 1, "target_modules": ["up_proj", "q_proj"], "layers_to_transform": [1], "layers_pattern": pattern}
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**names), Numbered("model", nn.ModuleList))
+    adapted = {path for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert set(paths(Numbered("model", nn.ModuleList), **names)) == adapted
 
 
 def test_layers_and_exclusions() -> None:
