@@ -51,6 +51,19 @@ WITHOUT_EFFECT = {
 ADAPTER_ONLY_STARTS = {"eva", "mica", "orthogonal"}
 BASE_REWRITING_STARTS = ("corda", "lora_ga", "olora", "pissa")
 
+# Fields that some writers leave null where they mean the default. Not so a rank or an alpha: what null means there
+# decides what a stored adapter computes.
+_NULL_IS_DEFAULT = {
+    "alpha_pattern",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "rank_pattern",
+    "use_rslora",
+}
+
 
 def fields_from_json(data: Mapping[str, Any], own: Collection[str], starts: Collection[str]) -> dict[str, Any]:
     """The entries of ``data`` that the fields ``own`` of a LoraConfig take; the rest says nothing.
@@ -78,7 +91,9 @@ def fields_from_json(data: Mapping[str, Any], own: Collection[str], starts: Coll
                 f"{hint}; it changes what the adapter computes and isn't implemented here: load this adapter with "
                 "PEFT, or remove the field if you know that it has no effect"
             )
-    fields = {key: value for key, value in data.items() if key in own}
+    fields = {
+        key: value for key, value in data.items() if key in own and not (value is None and key in _NULL_IS_DEFAULT)
+    }
     # PEFT writes absent lists as null, "" or []; absent patterns as null or {}.
     for key in (
         "exclude_modules",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -42,13 +42,7 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
         UnsupportedModuleError: a selected module's type can't be adapted; names path and type.
     """
     tree = Tree.of(model)
-    saved = set(tree.names.matching(config.modules_to_save or ()))
-    inside_saved = tuple(f"{path}." for path in saved)
-    candidates = {
-        path: module
-        for path, module in tree.modules.items()
-        if path and path not in saved and not path.startswith(inside_saved or "\0")
-    }
+    candidates = _candidates(tree, config)
     selected = _select(tree, config, candidates)
     selected = _only_layers(selected, config)
     selected = _without_excluded(selected, config, tree)
@@ -69,6 +63,37 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
             rank, alpha = ranks.value(path, config.r), alphas.value(path, config.lora_alpha)
             targets[id(module)] = Target(path, (), rank, alpha)
     return list(targets.values())
+
+
+def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
+    """``config`` without what selects nothing in ``model``, which ``resolve`` takes for a mistake: for configurations
+    that were right elsewhere.
+
+    Raises:
+        TargetError: no target is left, or no layer: these would select other modules were they left out.
+    """
+    tree = Tree.of(model)
+    candidates = _candidates(tree, config)
+    changes: dict[str, Any] = {}
+    if isinstance(names := config.target_modules, list):
+        live = [name for name in names if any(path in candidates for path in tree.names.of(name))]
+        changes["target_modules"] = live or names
+    if isinstance(excluded := config.exclude_modules, str):
+        changes["exclude_modules"] = excluded if any(re.fullmatch(excluded, path) for path in tree.modules) else None
+    else:
+        changes["exclude_modules"] = [name for name in excluded or () if name in tree.names] or None
+    config = replace(config, **changes)
+    selected = _select(tree, config, candidates)
+    if isinstance(wanted := config.layers_to_transform, list):
+        there = {_layer_of(path, config.layers_pattern) for path in selected}
+        config = replace(config, layers_to_transform=[index for index in wanted if index in there] or wanted)
+    selected = _without_excluded(_only_layers(selected, config), config, tree)
+    known = Suffixes(selected if config.rank_pattern or config.alpha_pattern else ())
+    return replace(
+        config,
+        rank_pattern={key: rank for key, rank in config.rank_pattern.items() if _is_live(key, known)},
+        alpha_pattern={key: alpha for key, alpha in config.alpha_pattern.items() if _is_live(key, known)},
+    )
 
 
 def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[str]:
@@ -100,6 +125,17 @@ def end_tables(model: nn.Module) -> list[nn.Module | None]:
             table = None
         found.append(None if table is None else unwrapped(table))
     return found
+
+
+def _candidates(tree: Tree, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that may be adapted: all but those trained whole, and what is inside of them."""
+    saved = set(tree.names.matching(config.modules_to_save or ()))
+    inside_saved = tuple(f"{path}." for path in saved)
+    return {
+        path: module
+        for path, module in tree.modules.items()
+        if path and path not in saved and not path.startswith(inside_saved or "\0")
+    }
 
 
 def _adaptable(module: nn.Module) -> bool:
@@ -197,11 +233,15 @@ def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> li
 
 def _check_patterns(selected: list[str], config: LoraConfig) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field)
-        known = Suffixes(selected) if patterns else ()
-        for pattern in patterns:
-            matched = pattern in known or any(pattern_value(path, {pattern: True}, False) for path in selected)
-            _must_match(field, pattern, matched, selected)
+        if patterns := getattr(config, field):
+            known = Suffixes(selected)
+            for pattern in patterns:
+                _must_match(field, pattern, _is_live(pattern, known), selected)
+
+
+def _is_live(pattern: str, selected: Suffixes) -> bool:
+    """Whether a rank's or an alpha's ``pattern`` fits one of the ``selected`` paths."""
+    return pattern in selected or any(pattern_value(path, {pattern: True}, False) for path in selected.paths)
 
 
 def _check_tied(tree: Tree, selected: list[str]) -> None:

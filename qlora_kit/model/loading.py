@@ -15,7 +15,7 @@ from ..adapter_files.tensors import load_adapter_state_
 from ..config.lora import LoraConfig
 from ..errors import TargetError
 from ..injection.adapted import Adapted
-from ..injection.targets import resolve, shortest_names
+from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
 
 
@@ -37,9 +37,10 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     """The configuration by which a stored adapter is injected into ``model``: with a start that costs nothing, since
     every value is about to be overwritten.
 
-    PEFT lists every usual name of a classification head in ``modules_to_save``. A name that matches nothing is
-    dropped: were there tensors of such a module in the file, the strict load would refuse them. Where the file names
-    modules as an older release did, its own tensors say which ones are meant.
+    What selects nothing in this model is dropped, as PEFT passes over it: other models' targets, layers, patterns and
+    exclusions, every usual name of a classification head in ``modules_to_save``. Were there tensors of such a module in
+    the file, the strict load would refuse them. Where the file names modules as an older release did, its own tensors
+    say which ones are meant.
     """
     tree = Tree(model)
     config = dataclasses.replace(
@@ -52,7 +53,7 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     renamed = _renamed(tree, state)
     if any(old != new for old, new in renamed.items()):
         return _under_new_names(config, tree, renamed)
-    return config
+    return without_idle(tree, config)
 
 
 def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:
