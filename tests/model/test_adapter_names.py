@@ -58,6 +58,7 @@ def adapted(name: str) -> LoraModel:
     return lora.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_life_of_an_adapter(name: str, tmp_path: Path) -> None:
     plain, lora = net(), adapted(name)

@@ -64,6 +64,7 @@ def rewrite(folder: Path, change: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps({**config, **change}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", IDLE.values(), ids=IDLE)
 def test_what_selects_nothing_is_passed_over_in_a_stored_adapter_and_an_error_in_a_new_one(
     change: dict[str, Any], tmp_path: Path
@@ -87,6 +88,7 @@ def test_what_selects_nothing_is_passed_over_in_a_stored_adapter_and_an_error_in
         apply_lora(base(), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **change}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", IDLE.values(), ids=IDLE)
 def test_folders_are_combined_and_merged_as_well(change: dict[str, Any], tmp_path: Path) -> None:
     expected = stored(tmp_path / "a", change)
