@@ -33,6 +33,7 @@ class Adapted:
         kept_biases: the base's biases from before an adapter trained them; while ``disabled``, the trained ones.
         backbones: fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
         plan: what was done for the adapter added last.
+        trained_before: names of the parameters that may be trained once no adapter is left.
     """
 
     def __init__(self, root: nn.Module, adapter_dtype: torch.dtype | None = None) -> None:
@@ -46,7 +47,7 @@ class Adapted:
         self.kept_biases = KeptBiases()
         self.backbones: dict[str, str] = {}
         self.plan: Plan | None = None
-        self._trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     # -- looking at it -------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class Adapted:
         self.disabled = False
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point():
-                parameter.requires_grad_(name in self._trained_before)
+                parameter.requires_grad_(name in self.trained_before)
 
 
 def adapted_of(model: Any) -> Adapted:

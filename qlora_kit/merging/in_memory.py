@@ -25,7 +25,8 @@ from ..injection.adapted import Adapted, adapted_of
 from ..injection.engine import Injection
 from ..layers import AdapterLayer
 from ..naming import unwrapped
-from ..preparation.kbit import release_from_float32_
+from ..preparation.float32 import release_from_float32_
+from ..preparation.kbit import leave_preparation_
 from .advice import refusal
 from .agreement import record
 from .base_choice import base_losses, quantized_modules
@@ -35,7 +36,7 @@ from .layer import Merger
 from .report import MergeReport
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
-from .rest_of_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, put_trained_copies_
+from .rest_of_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, narrow_held_, put_trained_copies_
 from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
@@ -205,10 +206,12 @@ def _carried_out(
     if task.into != "same":
         declare_storage_(unwrapped(root), task, undo)
     residual = attach_residual_(adapted, merger.residuals, task.residual_dtype, undo)
-    if task.dtype is not None:
-        release_from_float32_(root)
+    if task.dtype is None:
+        narrow_held_(root, spill, undo)
+    release_from_float32_(root)
     if compare is not None:
         report.agreement = compare(root)
+    adapted.trained_before |= leave_preparation_(root)
     adapted.forget_()
     if residual is not None:
         residual.adopt_(adapted)

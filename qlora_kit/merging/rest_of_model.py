@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.spill import Spill, set_data_
 from ..errors import MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection, swap_
 from ..naming import Tree, base_of, module_at
+from ..preparation.float32 import held_in_float32
 from .fidelity import checked_cast
 from .task import MergeTask
 
@@ -23,7 +24,7 @@ _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 _RECORDS = ("configs", "active", "trainable", "disabled", "set_aside", "backbones", "plan")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _FLAGS = ("training", "active_adapters", "disable_adapters", "scaling", *_HOOKS)
-_ATTRIBUTES = ("hf_quantizer", "quantization_method", "memory_bill")
+_ATTRIBUTES = ("hf_quantizer", "quantization_method")
 
 
 def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
@@ -93,9 +94,19 @@ def cast_rest_(model: nn.Module, dtype: torch.dtype, spill: Spill, undo: Injecti
             )
     for key, tensor in model.state_dict(keep_vars=True).items():
         if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
-            cast, before = checked_cast(key, tensor, dtype), spill.keep(tensor.data)
-            undo.on_undo(partial(set_data_, tensor, before))
-            tensor.data = cast
+            _cast_(key, tensor, dtype, spill, undo)
+
+
+def narrow_held_(model: nn.Module, spill: Spill, undo: Injection) -> None:
+    """Give what preparation holds in float32 for training the dtype it had."""
+    for key, tensor, dtype in held_in_float32(model):
+        _cast_(key, tensor, dtype, spill, undo)
+
+
+def _cast_(key: str, tensor: Tensor, dtype: torch.dtype, spill: Spill, undo: Injection) -> None:
+    cast, before = checked_cast(key, tensor, dtype), spill.keep(tensor.data)
+    undo.on_undo(partial(set_data_, tensor, before))
+    tensor.data = cast
 
 
 def forget_loading_(model: nn.Module, undo: Injection) -> None:

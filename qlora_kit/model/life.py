@@ -19,6 +19,7 @@ from ..injection.targets import shortest_names
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
 from ..naming import Tree
+from ..preparation.kbit import leave_preparation_
 
 
 def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
@@ -103,10 +104,12 @@ def delete_(adapted: Adapted, name: str) -> None:
 
 
 def take_out_(adapted: Adapted) -> nn.Module:
-    """The base model as it was before the first adapter: its own module objects, biases and flags."""
+    """The base model as it was before the first adapter, and before it was prepared: its own module objects, biases,
+    dtypes and flags."""
     unmerge_(adapted)
     if not adapted.disabled:
         adapted.kept_biases.swap_(adapted.root)
     adapted.drop_(empty=False)
+    adapted.trained_before |= leave_preparation_(adapted.root)
     adapted.forget_()
     return adapted.root

@@ -2,12 +2,8 @@
 
 What a frozen base needs before training is little: no parameter that requires a gradient, normalization in
 float32, packed weights that the platform can't rewrite behind our back, and activation checkpointing that
-works although nothing before the first adapter requires a gradient.
-
-Why hooks. A float32 norm in a bfloat16 model hands on float32 (its weight promotes the product), and the next
-dense linear refuses that input. So a module that was cast computes in float32 inside and speaks the model's
-dtype outside: one hook casts what comes in, one casts what goes out. A hook changes no parameter name and
-survives deepcopy, pickle and torch.compile; a wrapping module would change every name below it.
+works although nothing before the first adapter requires a gradient. All of it is for training, so
+``leave_preparation_`` takes it back where the adapters leave: the model is then what it was before.
 
 Why no input gradients. Non-reentrant checkpointing finds the adapters' parameters by itself. Making the
 embedding's output require a gradient, as reentrant checkpointing needs, only adds a backward pass through the
@@ -19,19 +15,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, protect_storage_, registered_codec
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
+from .float32 import held_in_float32, hold_in_float32_, release_from_float32_
 
-HALF = (torch.float16, torch.bfloat16)
 NOT_OFFERED = "not offered by the model"
+_CHANGED = "_changed_for_training"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -70,6 +65,21 @@ class MemoryBill:
         return self.before.get(kind, 0), self.bytes.get(kind, 0)
 
 
+@dataclass
+class Preparation:
+    """What preparing a model changed that its modules in float32 don't say themselves; it is held by the model.
+
+    Attributes:
+        trained: names of the parameters that required a gradient before.
+        checkpointing: whether it switched activation checkpointing on.
+        input_gradients: whether it made the embeddings' output require a gradient.
+    """
+
+    trained: frozenset[str]
+    checkpointing: bool = False
+    input_gradients: bool = False
+
+
 def prepare_model_for_kbit_training(
     model: Model,
     use_gradient_checkpointing: bool = True,
@@ -91,7 +101,8 @@ def prepare_model_for_kbit_training(
         cast_head: compute the output head in float32 and return float32 logits.
 
     Returns:
-        ``model``, norms in float32, with a printable ``model.memory_bill`` (see ``MemoryBill``).
+        ``model``, norms in float32, with a printable ``model.memory_bill`` (see ``MemoryBill``). Merging the adapters
+        or unloading them takes all of it back.
 
     Raises:
         AdapterError: ``model`` holds adapters already; freezing would take them out of training.
@@ -103,6 +114,10 @@ def prepare_model_for_kbit_training(
                 "prepare_model_for_kbit_training first and apply_lora on what it returns"
             )
     before = memory_bill(model).bytes
+    changed = vars(model).get(_CHANGED)
+    if changed is None:
+        trained = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+        changed = vars(model)[_CHANGED] = Preparation(trained)
     model.requires_grad_(False)
     chosen = [module for module in model.modules() if is_norm(module)]
     if cast_embeddings:
@@ -110,17 +125,38 @@ def prepare_model_for_kbit_training(
     head = _output_head(model) if cast_head else None
     if head is not None:
         chosen.append(head)
-    _hold_in_float32_(model, chosen, keep_output=head)
+    hold_in_float32_(model, chosen, keep_output=head)
     protect_storage_(model)
     checkpointing = "off"
     if use_gradient_checkpointing:
-        checkpointing = _checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}))
+        checkpointing = _checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}), changed)
     model.memory_bill = MemoryBill(memory_bill(model).bytes, before, checkpointing)  # type: ignore[assignment]
     return model
 
 
 #: The old name of ``prepare_model_for_kbit_training``.
 prepare_model_for_int8_training = prepare_model_for_kbit_training
+
+
+def leave_preparation_(model: nn.Module) -> set[str]:
+    """Take back what preparing ``model`` or a part of it did: casts, activation checkpointing, the bill.
+
+    A float32 module gets its dtype back, bit for bit if it wasn't trained.
+
+    Returns:
+        Names of the parameters that required a gradient before; they don't yet again.
+    """
+    for _, tensor, dtype in list(held_in_float32(model)):
+        tensor.data = tensor.data.to(dtype)
+    release_from_float32_(model)
+    trained: set[str] = set()
+    for path, module in model.named_modules():
+        changed = vars(module).pop(_CHANGED, None)
+        if changed is not None:
+            trained.update(f"{path}.{name}".lstrip(".") for name in changed.trained)
+            vars(module).pop("memory_bill", None)
+            _stop_checkpointing_(module, changed)
+    return trained
 
 
 def memory_bill(model: nn.Module) -> MemoryBill:
@@ -207,9 +243,6 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-# -- float32 inside, the model's dtype outside ---------------------------------------------------------------
-
-
 def _output_head(model: nn.Module) -> nn.Module:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None:
@@ -220,67 +253,46 @@ def _output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _hold_in_float32_(model: nn.Module, chosen: list[nn.Module], keep_output: nn.Module | None) -> None:
-    """Store half-precision modules in float32; all but ``keep_output`` go on giving the dtype they gave.
-
-    A module that shares a weight with a chosen one is treated like it, and shares it still.
-    """
-    weights = {id(p) for m in chosen for p in m._parameters.values() if p is not None and p.dtype in HALF}
-    sharing = []
-    for module in model.modules():
-        own = [p for p in module._parameters.values() if p is not None and id(p) in weights]
-        if own:
-            sharing.append((module, own, own[0].dtype))
-    for module, own, dtype in sharing:
-        for parameter in own:
-            parameter.data = parameter.data.float()
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.dtype in HALF:
-                module._buffers[name] = buffer.float()
-        module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-        if module is not keep_output:
-            module.register_forward_hook(partial(_cast_output, dtype=dtype))
-
-
-def release_from_float32_(model: nn.Module) -> None:
-    """Take the casts around modules held in float32 off again, once the model computes in one dtype."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if hook is _cast_inputs or getattr(hook, "func", None) is _cast_output:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return tuple(_widened(a) for a in args), {name: _widened(a) for name, a in kwargs.items()}
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
-
-
-def _cast_output(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, dtype: torch.dtype) -> Tensor:
-    return output.to(dtype)
-
-
 # -- activation checkpointing --------------------------------------------------------------------------------
 
 
-def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any]) -> str:
+def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any], changed: Preparation) -> str:
     """Turn checkpointing on through the model's own interface, the current or the older one."""
     kwargs.setdefault("use_reentrant", False)
     if not getattr(model, "supports_gradient_checkpointing", True):
         return NOT_OFFERED
-    had_input_grads = hasattr(model, "_require_grads_hook") or bool(getattr(model, "_require_grads_hooks", None))
+    had_input_grads, was_on = _asks_input_gradients(model), _checkpoints(model)
+    if had_input_grads and hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # type: ignore[operator]  # enabling would forget these hooks, not drop them
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
     elif hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
     else:
         return NOT_OFFERED
+    changed.checkpointing |= not was_on
+    asked = _asks_input_gradients(model)
     if kwargs["use_reentrant"]:
-        return "reentrant"
-    if not had_input_grads and hasattr(model, "disable_input_require_grads"):
+        changed.input_gradients |= asked and not had_input_grads
+    elif asked and not had_input_grads and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # type: ignore[operator]
-    return "non-reentrant"
+    if had_input_grads and not asked and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return "reentrant" if kwargs["use_reentrant"] else "non-reentrant"
+
+
+def _stop_checkpointing_(model: nn.Module, changed: Preparation) -> None:
+    stops = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
+    stop: Any = next((getattr(model, name) for name in stops if hasattr(model, name)), None)
+    if changed.checkpointing and stop is not None:
+        stop()
+    if changed.input_gradients and hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # type: ignore[operator]
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _asks_input_gradients(model: nn.Module) -> bool:
+    return hasattr(model, "_require_grads_hook") or bool(getattr(model, "_require_grads_hooks", None))

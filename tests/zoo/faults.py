@@ -123,30 +123,6 @@ FAULTS: tuple[Fault, ...] = (
         "in eval transformers divides the codes of its output layers",
         "such modules stay dense",
     ),
-    Fault(
-        ("4 bits saved",),
-        (
-            *("llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi", "phi3", "stablelm", "granite", "smollm3"),
-            *("starcoder2", "gpt-neox", "gpt2", "gptj", "opt", "bloom", "llama-classes"),
-            *("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3", "granite-moe", "phimoe"),
-            *("jamba", "nemotron-h", "bamba", "lfm2", "rwkv"),
-            *("bert", "roberta", "electra", "albert", "distilbert", "deberta-v2", "xlm-roberta", "bert-masked"),
-            *("t5", "t5-gated", "mt5", "bart", "mbart", "marian", "pegasus"),
-            *("vit", "deit", "beit", "dinov2", "swin", "convnext", "segformer"),
-            *("wav2vec2", "hubert", "ast", "whisper"),
-            *("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava", "gemma3", "clip", "siglip"),
-        ),
-        RuntimeError,
-        "norms that preparation holds in float32 are stored so, and the loaded model's first forward raises",
-        "what preparation did for training leaves with the adapters",
-    ),
-    Fault(
-        ("4 bits saved",),
-        ("blip2",),
-        RuntimeError,
-        "its forward takes a norm's dtype for that of what follows, so the prepared model can't run",
-        "such norms stay as they are, or answer with the dtype that they give",
-    ),
     # -- from folder to folder
     Fault(
         ("files on disk",),

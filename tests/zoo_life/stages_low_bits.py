@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from lives import Life, Training, has_folder, merged, off, stage
 from torch import nn
 
 from qlora_kit import codec_for, prepare_model_for_kbit_training, quantize_
+from qlora_kit.codecs import protect_storage_
 
 # As for a merge in 32 bits, and once more for the order of the products inside a layer.
 FLOAT32 = 1e-3
@@ -62,15 +62,13 @@ def four_bits_saved(life: Life) -> None:
     right = life.output(model, torch.bfloat16)
     folder = life.fresh_folder("merged-4-bits")
     model.save_pretrained(folder)
-    again = life.output(_unpacked(life.member.load(folder)), torch.bfloat16)
+    again = life.output(_readable(life.member.load(folder)), torch.bfloat16)
     assert off(again, right) < BFLOAT16
 
 
-def _unpacked(model: nn.Module) -> nn.Module:
-    """``model`` without bitsandbytes' habit of packing 4-bit weights anew on a CPU, which fails on odd sizes."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+def _readable(model: nn.Module) -> nn.Module:
+    """``model`` with our reading of 4-bit rows that aren't whole blocks, where bitsandbytes' own on a CPU is wrong."""
+    protect_storage_(model)
     return model
 
 
