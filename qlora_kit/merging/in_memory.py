@@ -36,7 +36,15 @@ from .layer import Merger
 from .report import MergeReport
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
-from .rest_of_model import cast_rest_, declare_storage_, forget_loading_, keep_state_, narrow_held_, put_trained_copies_
+from .rest_of_model import (
+    cast_rest_,
+    declare_storage_,
+    declare_untied_,
+    forget_loading_,
+    keep_state_,
+    narrow_held_,
+    put_trained_copies_,
+)
 from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
@@ -205,6 +213,7 @@ def _carried_out(
     forget_loading_(unwrapped(root), undo)
     if task.into != "same":
         declare_storage_(unwrapped(root), task, undo)
+    declare_untied_(unwrapped(root), undo)
     residual = attach_residual_(adapted, merger.residuals, task.residual_dtype, undo)
     if task.dtype is None:
         narrow_held_(root, spill, undo)
