@@ -19,6 +19,7 @@ from ..naming import Tree, base_of, module_at
 from ..preparation.float32 import held_in_float32
 from .fidelity import checked_cast
 from .task import MergeTask
+from .unsaved_buffers import of_another_dtype
 
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 _RECORDS = ("configs", "active", "trainable", "disabled", "set_aside", "backbones", "plan")
@@ -84,7 +85,7 @@ def _copied(module: nn.Module) -> nn.Module:
 def cast_rest_(model: nn.Module, dtype: torch.dtype, spill: Spill, undo: Injection) -> None:
     """Bring what is still in another float type into ``dtype``; tied weights stay tied.
 
-    Buffers that aren't saved (rotary frequencies, say) are the model's own business and keep their dtype.
+    Buffers that aren't saved get the dtype that they have in a model loaded in ``dtype``, see ``unsaved_buffers``.
     """
     for key, parameter in model.named_parameters():
         if hasattr(parameter, "quant_state") or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
@@ -95,6 +96,8 @@ def cast_rest_(model: nn.Module, dtype: torch.dtype, spill: Spill, undo: Injecti
     for key, tensor in model.state_dict(keep_vars=True).items():
         if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
             _cast_(key, tensor, dtype, spill, undo)
+    for key, buffer, own in of_another_dtype(model, dtype):
+        _cast_(key, buffer, own, spill, undo)
 
 
 def narrow_held_(model: nn.Module, spill: Spill, undo: Injection) -> None:
