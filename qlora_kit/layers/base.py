@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, codec_for
+from ..codecs import Codec, codec_for, find_codec
 from ..codecs.registry import load_on_demand
 from ..errors import AdapterError, MergeError, UnsupportedModuleError
 from ..lowrank import add_product_, delta
@@ -233,6 +233,32 @@ class AdapterLayer(StandIn):
     @property
     def active_adapter(self) -> list[str]:
         return self.active_adapters
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        if attribute == "base_layer" and type(value) is not type(self.__dict__["_modules"].get(attribute, value)):
+            self._move_to_(value)
+        else:
+            super().__setattr__(attribute, value)
+
+    @torch.no_grad()
+    def _move_to_(self, base: nn.Module) -> None:
+        """Stand on ``base``, which holds the same weight in another storage (what transformers' ``dequantize`` puts
+        here): by its codec, frozen if the old one was, and with the weight from before ``merge_`` in its storage."""
+        old, codec = self.base_layer, find_codec(base)
+        if codec is None or codec is self.codec:  # a wrapper around the old one, say
+            super().__setattr__("base_layer", base)
+            return
+        weight = self.merged_weight(()) if self._unmerged is not None else None
+        if not any(parameter.requires_grad for parameter in old.parameters()):
+            base.requires_grad_(False)
+        super().__setattr__("base_layer", base)
+        self.codec = codec
+        codec.protect_(base)
+        if weight is not None:
+            merged = codec.snapshot(base)
+            codec.write_(base, weight)
+            self._unmerged = codec.snapshot(base)
+            codec.restore_(base, merged)
 
     def __getattr__(self, attribute: str) -> Any:
         """Attributes that model code reads off its own modules (weight, bias, in_features, ...)."""
