@@ -156,6 +156,12 @@ class LoraModel(ModelProxy):
         """Return the base model as it was before the first adapter: its own module objects, biases and flags."""
         return take_out_(self.adapted)
 
+    def dequantize(self: L, *args: Any, **kwargs: Any) -> L:
+        """transformers' ``dequantize`` of the base under its adapters; what it puts there is frozen as the rest is."""
+        self.model.dequantize(*args, **kwargs)  # type: ignore[operator]
+        self.adapted.apply_state_()
+        return self
+
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapter layers inside; ``unload()`` gives it without them."""
         return self.model

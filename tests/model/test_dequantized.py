@@ -56,7 +56,9 @@ def test_it_computes_trains_and_merges(folder: Path, tmp_path: Path, storage: st
     lora = adapted(folder, storage)
     before = logits(lora)
     weight = lora.adapter_layers()[PATH].codec.read(lora.adapter_layers()[PATH].base_layer)
-    lora.dequantize()
+    trained = {name for name, p in lora.named_parameters() if p.requires_grad}
+    assert lora.dequantize() is lora
+    assert {name for name, p in lora.named_parameters() if p.requires_grad} == trained
     layer = lora.adapter_layers()[PATH]
     assert type(layer.base_layer) is nn.Linear
     assert layer.codec is codec_for(layer.base_layer)
