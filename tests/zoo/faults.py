@@ -123,6 +123,13 @@ FAULTS: tuple[Fault, ...] = (
         "in eval transformers divides the codes of its output layers",
         "such modules stay dense",
     ),
+    Fault(
+        ("prepared",),
+        ("blip2",),
+        RuntimeError,
+        "its forward takes a norm's dtype for that of what follows, so the prepared model can't run",
+        "such norms stay as they are, or answer with the dtype that they give",
+    ),
     # -- from folder to folder
     Fault(
         ("files on disk",),

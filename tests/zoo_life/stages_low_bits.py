@@ -53,6 +53,13 @@ def _on_few_bits(life: Life, bits: int, make: Callable[[], nn.Module]) -> None:
     assert off(life.output(same), life.output(anew)) < FLOAT32
 
 
+@stage("prepared", of=has_folder)
+def prepared(life: Life) -> None:
+    """In 16 bits it runs with its norms in float32."""
+    model = prepare_model_for_kbit_training(life.member.load(life.base_folder, dtype=torch.bfloat16), False)
+    assert torch.isfinite(life.output(model, torch.bfloat16)).all()
+
+
 @stage("4 bits saved", of=lambda member: has_folder(member) and member.targets == "all-linear")
 def four_bits_saved(life: Life) -> None:
     """Prepared, adapted, merged into its own storage, saved and loaded: it runs, and computes the same."""
