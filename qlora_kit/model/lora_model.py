@@ -21,6 +21,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, uncollected
+from ..injection.targets import end_tables
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
@@ -315,8 +316,8 @@ class LoraModel(ModelProxy):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's own; refused while an adapter sits on the embedding or the head."""
-        for get in ("get_input_embeddings", "get_output_embeddings"):
-            module = getattr(self.model, get)()
+        ends = ("get_input_embeddings", "get_output_embeddings")
+        for get, module in zip(ends, end_tables(self.model), strict=True):
             if isinstance(module, (AdapterLayer, ModulesToSave)):
                 raise AdapterError(
                     f"resize_token_embeddings: {get}() is adapted, and its adapter has the old size; resize "

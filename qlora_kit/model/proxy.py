@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..codecs import shielded_storage
 from ..errors import AdapterError
+from ..injection.targets import end_tables
 from ..layers import AdapterLayer
 from .keywords import without_peft_keywords
 
@@ -86,7 +87,7 @@ class ModelProxy(nn.Module):
 
     def _check_head_is_read_whole(self) -> None:
         """TRL multiplies by ``lm_head.weight`` itself; an adapter on the head would be ignored in silence."""
-        if isinstance(self.model.get_output_embeddings(), AdapterLayer):  # type: ignore[operator]
+        if isinstance(end_tables(self.model)[1], AdapterLayer):
             raise AdapterError(
                 "this trainer computes its loss from the output head's weight and never calls the head, so the "
                 "adapter on it would not train; take the head out of target_modules, or train it whole with "

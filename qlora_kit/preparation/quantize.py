@@ -19,6 +19,7 @@ from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoraConfig
 from ..errors import CodecError, TargetError
 from ..injection.engine import Injection, make_plan, swap_, with_hooks_of
+from ..naming import module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
 DENSE_LINEARS = ("dense", "conv1d")
@@ -55,7 +56,7 @@ def quantize_(
     undo = Injection()
     try:
         for entry in make_plan(model, LoraConfig(r=1, target_modules=target_modules)).entries:
-            base = model.get_submodule(entry.path)
+            base = module_at(model, entry.path)
             if entry.codec not in DENSE_LINEARS:
                 raise TargetError(
                     f"{entry.path}: expected a dense linear layer to quantize, found {type(base).__name__} "

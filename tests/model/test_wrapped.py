@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_kit import LoraConfig, LoraModel, StorageError, apply_lora, merge
+from qlora_kit import AdapterError, LoraConfig, LoraModel, StorageError, apply_lora, merge, quantize_
+from qlora_kit.naming import module_at
 
 IDS = torch.arange(16).view(2, 8)
 CONFIG: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
@@ -231,3 +232,21 @@ def test_names_of_no_release_are_refused(tmp_path: Path) -> None:
     save_file(state, tmp_path / "adapter_model.safetensors")
     with pytest.raises(StorageError, match="text_model"):
         LoraModel.from_pretrained(llava(), tmp_path)
+
+
+def test_an_adapted_embedding_in_a_wrapper_is_not_resized() -> None:
+    model: Any = base()
+    model.model.embed_tokens = checkpoint_wrapper(model.model.embed_tokens)
+    lora: Any = apply_lora(model, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(AdapterError, match="get_input_embeddings"):
+        lora.resize_token_embeddings(40)
+
+
+@torch.no_grad()
+def test_wrapped_linears_are_quantized() -> None:
+    plain, model = quantize_(base(), 4), base()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = checkpoint_wrapper(layer.mlp.down_proj)
+    wrapped = quantize_(model, 4)
+    assert torch.equal(plain(IDS).logits, wrapped(IDS).logits)
+    assert type(module_at(wrapped, "model.layers.0.mlp.down_proj")) is not nn.Linear

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_llama import STORAGES, llama
 from tiny_lm import write_tiny_lm
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training_runs import (
     SAVED_AT,
     STEPS,
@@ -172,8 +173,12 @@ def test_the_model_goes_on_as_before(tmp_path: Path, lm: Path) -> None:
     assert lora.merge_and_unload().generate(**prompt, **greedy).shape[1] == prompt["input_ids"].shape[1] + 3
 
 
-def test_an_adapter_on_the_head_is_refused(tmp_path: Path, untied: Path) -> None:
-    lora = wrapped(load_storage(untied, "dense"), config(target_modules=["q_proj", "lm_head"]))
+@pytest.mark.parametrize("in_wrapper", [False, True])
+def test_an_adapter_on_the_head_is_refused(tmp_path: Path, untied: Path, in_wrapper: bool) -> None:
+    model = load_storage(untied, "dense")
+    if in_wrapper:
+        model.lm_head = checkpoint_wrapper(model.lm_head)
+    lora = wrapped(model, config(target_modules=["q_proj", "lm_head"]))
     forward = lora.model.forward
     with pytest.raises(AdapterError, match=r"the adapter on it would not train; take the head out of target_modules"):
         sft_trainer(lora, untied, tmp_path)
