@@ -254,9 +254,9 @@ def _check_tied(tree: Tree, selected: list[str]) -> None:
                 owners.setdefault(id(parameter), {}).setdefault(id(base), path)
     for path in selected:
         module = base_of(tree.modules[path])
+        inside = {id(part) for part in module.modules()}  # wherever else it stands
         for parameter in module.parameters():
-            others = [p for i, p in owners.get(id(parameter), {}).items() if i != id(module) and p != path]
-            others = [p for p in others if not p.startswith(f"{path}.")]
+            others = [p for i, p in owners.get(id(parameter), {}).items() if i not in inside]
             if others:
                 raise TargetError(
                     f"{path}: its weight is tied to {others[0]}'s, so an adapter or a merge here would change or "

@@ -65,7 +65,8 @@ def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:
             own = tree.path_of(path)
             if own is None:
                 return {}
-            found[path] = tree.first(own)
+            # A name that the model has means that place, where the same module may stand elsewhere without a branch.
+            found[path] = own if own == path else tree.first(own)
     return found
 
 

@@ -106,19 +106,19 @@ class Tree:
         model: as it was given.
         modules: every path of the user's model with what is there, root first; a module that stands at several paths
             comes at each.
-        paths: all paths of each module, by its id; those of a stand-in by the ids of what it stands for too.
+        paths: all paths where each module is, or a stand-in for it, by its id.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = {}
+        self._first: dict[int, str] = {}
         for path, module in _walk(model, ""):
             self.modules[path] = module
-            paths = self.paths.setdefault(id(module), [])
-            paths.append(path)
-            for link in chain(module):
-                self.paths.setdefault(id(link), paths)
+            self._first.setdefault(id(module), path)
+            for link in chain(module):  # each with a list of its own: the base may stand elsewhere by itself
+                self.paths.setdefault(id(link), []).append(path)
 
     @cached_property
     def _variants(self) -> Variants:
@@ -139,8 +139,8 @@ class Tree:
         return self.paths.get(id(module), [])
 
     def first(self, path: str) -> str:
-        """The first path of the module at ``path``."""
-        return self.paths[id(self.modules[path])][0]
+        """The first path of what stands at ``path``."""
+        return self._first[id(self.modules[path])]
 
     def firsts(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, module) for each module once, at its first path."""

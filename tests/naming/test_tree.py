@@ -125,3 +125,19 @@ def test_what_files_call_a_module() -> None:
     assert tree.path_of("blocks.0.proj") == "blocks.0.proj"
     assert tree.path_of("module.blocks.0._orig_mod.proj") == "blocks.0.proj"
     assert tree.path_of("layers.0.proj") is None
+
+
+def test_a_stand_in_at_one_of_its_base_s_places_is_at_that_alone() -> None:
+    for target, other in (("proj", "again"), ("again", "blocks.0.proj")):
+        net: Any = Net()
+        base = net.again
+        lora = apply_lora(
+            net, LoraConfig(target_modules=[target], exclude_modules=["blocks.1.proj"] * (target == "proj"))
+        )
+        (layer,) = lora.adapter_layers().values()
+        tree = Tree(lora.model)
+        (own,) = tree.paths_of(layer)
+        assert tree.modules[own] is layer
+        assert tree.first(own) == own
+        assert tree.modules[other] is base
+        assert sorted(tree.paths_of(base)) == sorted([own, other])
