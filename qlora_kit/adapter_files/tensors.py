@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
-from ..injection.biases import bias_parameters
+from ..injection.biases import bias_parameters, own_parts
 from ..injection.targets import end_tables
 from ..layers import AdapterLayer, ModulesToSave
-from ..naming import Tree, base_of, canonical
+from ..naming import StandIn, Tree, base_of, canonical, chain
 from .backbone import METADATA_KEY
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
 
@@ -223,11 +223,12 @@ def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None)
     # While adapters are switched off the trained biases are the kept ones.
     kept = adapted.kept_biases.values if adapted.disabled else {}
     seen: set[int] = set()
-    for path, parameter in bias_parameters(tree, adapted.configs[adapter_name].bias).items():
+    for path, parameter in bias_parameters(tree, adapted.configs[adapter_name].bias, adapter_name).items():
         if id(parameter) not in seen:  # a shared module's bias is stored once, under its first path
             seen.add(id(parameter))
-            within = ".base_layer" if isinstance(tree.modules[path], AdapterLayer) else ""
-            slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{within}.bias", kept.get(path, parameter)))
+            within = ".base_layer" if own_parts(tree.modules[path], adapter_name) else ""
+            under = "".join(f".{link.holds}" for link in chain(tree.modules[path]) if isinstance(link, StandIn))
+            slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{under}.bias", kept.get(path, parameter)))
     return slots
 
 

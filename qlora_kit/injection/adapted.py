@@ -122,7 +122,7 @@ class Adapted:
                         if isinstance(tensor, nn.Parameter):
                             tensor.requires_grad_(True)
         for name in training:
-            for parameter in bias_parameters(self.root, self.configs[name].bias).values():
+            for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
                 parameter.requires_grad_(True)
 
     def drop_(self, *, empty: bool) -> None:

@@ -10,18 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import AdapterLayer, ModulesToSave
-from ..naming import Tree, base_of, module_at
+from ..naming import Tree, base_of, chain, module_at
 
 
-def bias_parameters(model: nn.Module | Tree, bias: str) -> dict[str, nn.Parameter]:
-    """The biases that ``bias`` ("none", "all" or "lora_only") trains, by the path of their module."""
+def bias_parameters(model: nn.Module | Tree, bias: str, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
+    """The biases that ``bias`` ("none", "all" or "lora_only") of an adapter trains, by the path of their module.
+
+    What other adapters put in a module's place changes nothing: each trains what it would train alone.
+    """
     found: dict[str, nn.Parameter] = {}
     for path, module in Tree.of(model).modules.items() if bias != "none" else ():
         parameter = base_of(module)._parameters.get("bias")
-        wanted = isinstance(module, AdapterLayer) or (bias == "all" and not isinstance(module, ModulesToSave))
+        own = [type(link) for link in own_parts(module, adapter_name)]
+        wanted = ModulesToSave not in own if bias == "all" else any(issubclass(kind, AdapterLayer) for kind in own)
         if parameter is not None and wanted:
             found[path] = parameter
     return found
+
+
+def own_parts(module: nn.Module, adapter_name: str | None) -> list[AdapterLayer | ModulesToSave]:
+    """What adapter ``adapter_name`` has in the place of ``module``: a branch, a trained copy, or nothing."""
+    parts = [link for link in chain(module) if isinstance(link, (AdapterLayer, ModulesToSave))]
+    return [part for part in parts if adapter_name in part.adapter_names()]
 
 
 class KeptBiases:

@@ -22,7 +22,7 @@ from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for
-from ..naming import Tree, base_of, module_at, slot
+from ..naming import Tree, base_of, canonical, module_at, slot
 from .targets import resolve, resolve_saved
 
 _QUICK_STARTS = (True, False, "gaussian")
@@ -245,6 +245,14 @@ def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
                 f"{entry.path}: expected a module that is free to be adapted by {name!r}, found one that is trained "
                 f"whole (modules_to_save) by {saved.adapter_names()}; leave it out of one of the configurations"
             )
+    for path in plan.modules_to_save:
+        for inner, part in base_of(module_at(model, path)).named_modules():
+            if isinstance(part, (AdapterLayer, ModulesToSave)):
+                raise AdapterError(
+                    f"{path}: expected a module without adapters inside, to be copied and trained whole by {name!r}, "
+                    f"found {part.adapter_names()} at {path}.{canonical(inner)}; name in modules_to_save the parts of "
+                    "it that no adapter has, or delete those adapters first"
+                )
     for path in (*(entry.path for entry in plan.entries), *plan.modules_to_save):
         module = module_at(model, path)
         if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():

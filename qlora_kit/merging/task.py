@@ -193,7 +193,7 @@ def check_consumed(adapted: Adapted, parts: Mapping[str, float], layers: Mapping
         held: list[Any] = [layer for layer in layers.values() if name in layer.r]
         held += [saved for saved in adapted.saved_modules().values() if name in saved.modules_to_save]
         taken = {id(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
-        taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias).values()}
+        taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias, name).values()}
         left = [slot.key for slot in adapter_slots(adapted, name) if id(slot.tensor) not in taken]
         if left:
             raise MergeError(

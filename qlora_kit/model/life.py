@@ -36,7 +36,7 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     adapted.configs[name], adapted.plan = recorded, plan
     if config.init_lora_weights == "loftq":  # taken at once, before shards or merges hide the codes
         adapted.backbones[name] = fingerprint(adapted.bases_of(name))
-    adapted.kept_biases.keep(bias_parameters(root, config.bias))
+    adapted.kept_biases.keep(bias_parameters(root, config.bias, name))
     adapted.apply_state_()
     return plan
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qlora_kit import AdapterError, LoraConfig, LoraModel, apply_lora, merge
+from qlora_kit.adapter_files.tensors import adapter_state
+from qlora_kit.naming import base_of
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 CONFIGS = {
@@ -86,3 +89,73 @@ def test_a_branch_on_what_is_trained_whole_is_refused() -> None:
     lora = apply_lora(net(), CONFIGS["copy"], "copy")
     with pytest.raises(AdapterError, match="1: expected a module that is free to be adapted by 'branch'"):
         lora.add_adapter("branch", CONFIGS["branch"])
+
+
+def test_trained_biases_are_those_of_one_alone(tmp_path: Path) -> None:
+    """Whatever other adapters put in the place of their modules: branches or trained copies."""
+    for bias, targets in (("lora_only", ["0"]), ("all", ["1"])):
+        lora = apply_lora(net(), LoraConfig(r=2, target_modules=targets, bias=bias, init_lora_weights=False), "biases")
+        alone = list(adapter_state(lora, "biases"))
+        lora.add_adapter("copy", LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"]))
+        lora.add_adapter("branch", LoraConfig(r=2, target_modules=["1"]))
+        assert list(adapter_state(lora, "biases")) == alone
+        base: Any = (
+            lora.adapter_layers()["1"].base_layer if bias == "all" else lora.saved_modules()["0"].original_module
+        )
+        base = base_of(base)
+        assert base.bias.requires_grad
+        with torch.no_grad():
+            base.bias.add_(1)
+        expected = output(lora)
+        lora.save_pretrained(tmp_path / bias, state_dict=lora.state_dict())
+        assert torch.equal(output(LoraModel.from_pretrained(net(), tmp_path / bias / "biases")), expected)
+
+
+def test_a_module_with_adapters_inside_is_not_copied_whole() -> None:
+    """The copy would hold them too, and neither adapter could be told from its file."""
+    model = nn.Sequential(net(), nn.Linear(2, 2))
+    lora = apply_lora(model, LoraConfig(r=2, target_modules=["0.0"]), "a")
+    with pytest.raises(
+        AdapterError, match=r"^0: expected a module without adapters inside.*'b', found \['a'\] at 0\.0;"
+    ):
+        lora.add_adapter("b", LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"]))
+    assert list(lora.adapter_layers()) == ["0.0"]
+    assert not lora.saved_modules()
+
+
+class Twice(nn.Module):
+    """One module at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.second, self.again = self.first, self.block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.again(self.block(self.first(x))))
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_an_adapter_at_one_of_a_module_s_places_comes_back_there(place: str, tmp_path: Path) -> None:
+    lora = apply_lora(Twice(), LoraConfig(r=2, target_modules=[place], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(Twice(), tmp_path)
+    assert list(loaded.adapter_layers()) == [place]
+    assert torch.equal(output(loaded), output(lora))
+
+
+def test_a_copy_at_one_of_a_module_s_places_is_merged_there_alone() -> None:
+    lora = apply_lora(Twice(), LoraConfig(r=2, target_modules=["block.0"], modules_to_save=["first"]))
+    with torch.no_grad():
+        lora.saved_modules()["first"].modules_to_save["default"].weight.add_(1)
+    expected = output(lora)
+    merged: Any = merge(lora, into="same").model
+    torch.testing.assert_close(output(merged), expected)
+    assert merged.first is not merged.second
+
+
+def test_a_whole_module_that_stands_at_two_places_is_not_tied_to_itself() -> None:
+    lora = apply_lora(Twice(), LoraConfig(r=2, target_modules=["second"], modules_to_save=["again"]))
+    assert list(lora.saved_modules()) == ["again"]
