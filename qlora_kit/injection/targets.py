@@ -97,13 +97,16 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
 
 
 def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[str]:
-    """Paths of the modules that ``modules_to_save`` names; every name must match."""
+    """Paths of the modules that ``modules_to_save`` names, without those inside another, which are trained with it;
+    every name must match."""
     if not names:
         return []
     tree = Tree.of(model)
     for name in names:
         _must_match("modules_to_save", name, name in tree.names, tree.modules)
     paths = tree.names.matching(names)
+    inside = tuple(f"{path}." for path in paths)
+    paths = [path for path in paths if not path.startswith(inside)]
     _check_tied(tree, paths)
     return paths
 

@@ -214,6 +214,14 @@ def test_a_module_to_save_is_no_target() -> None:
         paths(model, target_modules=["head"], modules_to_save=["head"])
 
 
+def test_a_part_of_a_module_to_save_is_trained_with_it() -> None:
+    model = llama()
+    whole = resolve_saved(model, ["mlp"])
+    assert resolve_saved(model, ["mlp", "up_proj"]) == whole
+    lora = apply_lora(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]))
+    assert list(lora.saved_modules()) == whole
+
+
 def test_a_second_adapter_resolves_as_the_first() -> None:
     model = llama()
     before = paths(model, target_modules="all-linear")
