@@ -41,8 +41,10 @@ class KeptBiases:
         self.values: dict[str, Tensor] = {}
 
     def keep(self, parameters: dict[str, nn.Parameter]) -> None:
-        for path, parameter in parameters.items():
-            self.values.setdefault(path, parameter.detach().clone())
+        first: dict[int, str] = {}
+        for path, parameter in parameters.items():  # once, or exchanging at two places would lose what was trained
+            if first.setdefault(id(parameter), path) == path:
+                self.values.setdefault(path, parameter.detach().clone())
 
     @torch.no_grad()
     def swap_(self, model: nn.Module) -> None:

@@ -159,3 +159,15 @@ def test_a_copy_at_one_of_a_module_s_places_is_merged_there_alone() -> None:
 def test_a_whole_module_that_stands_at_two_places_is_not_tied_to_itself() -> None:
     lora = apply_lora(Twice(), LoraConfig(r=2, target_modules=["second"], modules_to_save=["again"]))
     assert list(lora.saved_modules()) == ["again"]
+
+
+def test_trained_biases_of_a_module_at_two_places_come_back() -> None:
+    model = Twice()
+    before = output(model)
+    lora = apply_lora(model, LoraConfig(r=2, target_modules=["first"], bias="all"))
+    with torch.no_grad():
+        model.block[0].bias.add_(1)
+    expected = output(lora)
+    with lora.disable_adapter():
+        assert torch.equal(output(lora), before)
+    assert torch.equal(output(lora), expected)
