@@ -18,7 +18,7 @@ from ..injection.engine import Plan, inject_, make_plan, request_for
 from ..injection.targets import shortest_names
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
-from ..naming import Tree
+from ..naming import Tree, canonical
 from ..preparation.kbit import leave_preparation_
 
 
@@ -48,10 +48,10 @@ def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
             f"adapter name {name!r}: expected a non-empty string without dots and slashes (it becomes part of "
             "parameter names and the name of a folder)"
         )
-    if name in RESERVED:
+    if name in RESERVED or canonical(name) != name:
         raise AdapterError(
-            f"adapter name {name!r}: expected one that torch doesn't assign to on every module, found one of "
-            f"{sorted(RESERVED)}; choose another name"
+            f"adapter name {name!r}: expected one that torch doesn't give to what it puts on modules or wraps around "
+            "them, found one of these; choose another name"
         )
     if name in adapted.configs:
         raise AdapterError(f"adapter {name!r} exists already; delete_adapter() it first or choose another name")

@@ -97,7 +97,7 @@ def test_the_whole_life_of_an_adapter(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again.merge_and_unload()(IDS), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["training", "_modules", "_keys"])
+@pytest.mark.parametrize("name", ["training", "_modules", "_keys", "_orig_mod"])
 def test_names_that_torch_assigns_to_are_refused_before_anything_changes(name: str, tmp_path: Path) -> None:
     plain = net()
     before = dict(plain.named_modules())
