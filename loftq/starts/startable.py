@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from qlora_kit.errors import TargetError
 from qlora_kit.initializers import Request
+from qlora_kit.preparation.quantize import DENSE_LINEARS
 
 # Codecs of modules whose weight is not quantized yet.
-DENSE = ("dense", "conv1d", "embedding")
+DENSE = (*DENSE_LINEARS, "embedding")
 
 
 def checked(request: Request) -> Request:

@@ -20,17 +20,20 @@ from ..naming import Patterns, Tree, canonical
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredAdapter:
-    """What a folder holds of one adapter: its configuration, and its tensors by the keys of the file."""
+class AdapterContents:
+    """What a folder holds of one adapter: its configuration, its tensors by the keys of the file, and the fingerprint
+    of the base that a start belongs to."""
 
     folder: Path
     config: LoraConfig
     state: Mapping[str, Tensor]
+    backbone: str | None
 
     @classmethod
-    def read(cls, folder: str | Path, *, allow_pickle: bool = False) -> StoredAdapter:
+    def read(cls, folder: str | Path, *, allow_pickle: bool = False) -> AdapterContents:
         """See ``read_adapter``."""
-        return cls(Path(folder), *read_adapter(folder, allow_pickle=allow_pickle))
+        config, state = read_adapter(folder, allow_pickle=allow_pickle)
+        return cls(Path(folder), config, state, read_metadata(folder).get(METADATA_KEY))
 
 
 def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor], *, trainable: bool) -> LoraConfig:
@@ -99,21 +102,21 @@ def _by_path(patterns: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[st
     return {path: value for path, value in values.items() if value is not None}
 
 
-def fill_(adapted: Adapted, name: str, stored: StoredAdapter, *, check_base: bool) -> None:
+def fill_(adapted: Adapted, name: str, stored: AdapterContents, *, check_base: bool) -> None:
     """Overwrite adapter ``name`` with what is stored.
 
     Raises:
         StorageError: it doesn't fit, or with ``check_base`` it was started on another base than the one at hand.
     """
-    if check_base and (expected := read_metadata(stored.folder).get(METADATA_KEY)):
-        check_backbone(expected, adapted.bases_of(name), stored.folder)
+    if check_base and stored.backbone:
+        check_backbone(stored.backbone, adapted.bases_of(name), stored.folder)
     load_adapter_state_(adapted, name, stored.state)
 
 
 def load_(
     adapted: Adapted,
     name: str,
-    stored: StoredAdapter,
+    stored: AdapterContents,
     *,
     trainable: bool,
     check_base: bool,
@@ -130,13 +133,13 @@ def load_(
     except BaseException:
         delete(name)
         raise
-    record_(adapted, name, stored.config, stored.folder)
+    record_(adapted, name, stored.config, stored.backbone)
 
 
-def record_(adapted: Adapted, name: str, config: LoraConfig, folder: Path) -> None:
+def record_(adapted: Adapted, name: str, config: LoraConfig, backbone: str | None) -> None:
     """Note how a loaded adapter once started, which the configuration that it was injected by doesn't say."""
     adapted.configs[name] = dataclasses.replace(
         adapted.configs[name], init_lora_weights=config.init_lora_weights, loftq_config=config.loftq_config
     )
-    if backbone := read_metadata(folder).get(METADATA_KEY):
+    if backbone:
         adapted.backbones[name] = backbone

@@ -30,7 +30,7 @@ from ..preparation.kbit import count_parameters
 from .combining import add_weighted_adapter
 from .hub import push_to_hub
 from .life import add_, delete_, take_out_, train_
-from .loading import StoredAdapter, config_for, fill_, load_, record_
+from .loading import AdapterContents, config_for, fill_, load_, record_
 from .proxy import ModelProxy
 
 L = TypeVar("L", bound="LoraModel")
@@ -218,7 +218,7 @@ class LoraModel(ModelProxy):
         replaces the stored one. An adapter that LoftQ started fits the quantized base that it was started on,
         and ``check_backbone`` refuses others.
         """
-        stored = StoredAdapter.read(model_id, allow_pickle=allow_pickle)
+        stored = AdapterContents.read(model_id, allow_pickle=allow_pickle)
         config = stored.config if config is None else config
         with uncollected():
             injected = config_for(model, config, stored.state, trainable=is_trainable)
@@ -228,7 +228,7 @@ class LoraModel(ModelProxy):
             except BaseException:
                 lora.unload()
                 raise
-            record_(lora.adapted, adapter_name, config, stored.folder)
+            record_(lora.adapted, adapter_name, config, stored.backbone)
             return lora if is_trainable else lora.eval()
 
     def load_adapter(
@@ -245,7 +245,7 @@ class LoraModel(ModelProxy):
         load_(
             self.adapted,
             adapter_name,
-            StoredAdapter.read(model_id, allow_pickle=allow_pickle),
+            AdapterContents.read(model_id, allow_pickle=allow_pickle),
             trainable=is_trainable,
             check_base=check_backbone,
             add=self.add_adapter,

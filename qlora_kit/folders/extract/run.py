@@ -29,12 +29,12 @@ from ...checkpoints.pair import CheckpointPair, norm
 from ...config.checks import check_device, check_int, failure
 from ...errors import ConfigError, StorageError
 from ...lowrank import LEAST_COLUMNS, factor_pair, pick_solver, truncated_svd
+from ...merging.task import DTYPES
 from .contents import Contents
 from .report import ExtractedModule, ExtractReport
 
 # Blocks of the Krylov solver; see the module's text.
 _DEPTH = 24
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def _check_arguments(rank: int | None, energy: float | None) -> None:
 
 
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in _DTYPES.values():
-        raise failure("dtype", f"one of {', '.join(_DTYPES)}", dtype, "pass 'float32'")
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise failure("dtype", f"one of {', '.join(DTYPES)}", dtype, "pass 'float32'")
     return found
