@@ -66,6 +66,14 @@ class Codec:
         weight = self.read(module)
         yield slice(0, weight.shape[0]), weight
 
+    def laid_out(self, module: nn.Module, matrix: Tensor) -> Tensor | None:
+        """(out, in) ``matrix`` in the layout of ``module.weight``; None where that tensor isn't the matrix."""
+        return None
+
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        """What ``laid_out`` gave as the (out, in) matrix again."""
+        raise NotImplementedError
+
     def quantizer(self, module: nn.Module) -> Quantizer | None:
         """How ``write_`` quantizes; None for storage that doesn't, and for one that no quantizer here describes."""
         return None

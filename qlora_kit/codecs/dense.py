@@ -59,6 +59,14 @@ class DenseCodec(Codec):
     def compute_dtype(self, module: nn.Module) -> torch.dtype:
         return self._weight(module).dtype
 
+    def laid_out(self, module: nn.Module, matrix: Tensor) -> Tensor | None:
+        weight: Any = module.weight
+        stored = weight.is_floating_point() and weight.numel() == matrix.numel() and not hasattr(weight, "quant_state")
+        return self._from_matrix(matrix, weight.shape) if stored else None
+
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        return self._to_matrix(stored)
+
     def _weight(self, module: nn.Module) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
         # Packed codes may be stored under a floating dtype; then only their own codec can read them.

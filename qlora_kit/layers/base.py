@@ -16,7 +16,8 @@ the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from ..errors import AdapterError, MergeError, UnsupportedModuleError
 from ..lowrank import add_product_, delta
 from ..naming import StandIn
 from .named import NamedModules
+from .weight_in_effect import InEffect, Sum, weight_in_effect
 
 
 class AdapterLayer(StandIn):
@@ -56,6 +58,7 @@ class AdapterLayer(StandIn):
         self.disable_adapters = False
         self.start_reports: dict[str, Any] = {}  # what an adapter's start measured, where it did
         self._unmerged: Any = None  # the codec's snapshot of the weight from before merge_
+        self._rescaled = 1.0  # by what model code has multiplied the weight, and so the branches
 
     # -- what a family gives ---------------------------------------------------------------------------
 
@@ -92,7 +95,7 @@ class AdapterLayer(StandIn):
         for container in (*self.factor_names, "lora_dropout"):
             getattr(self, container).train(self.training)
         self.r[name], self.lora_alpha[name], self.use_rslora[name] = rank, alpha, use_rslora
-        self.scaling[name] = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        self.scaling[name] = (alpha / math.sqrt(rank) if use_rslora else alpha / rank) * self._rescaled
 
     def delete_adapter(self, name: str) -> None:
         """Forget adapter ``name``; does nothing where this layer doesn't have it."""
@@ -140,12 +143,16 @@ class AdapterLayer(StandIn):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.codec.forward(self.base_layer, x, *args, **kwargs)
-        if self.disable_adapters or self.merged_adapters:
-            return result
-        for name in self.active_adapters:
-            if name in self.r:
-                result = result + self.branch(x, name).to(result.dtype)
+        for name in self._in_effect:
+            result = result + self.branch(x, name).to(result.dtype)
         return result
+
+    @property
+    def _in_effect(self) -> list[str]:
+        """Names of the adapters that forward adds."""
+        if self.disable_adapters or self.merged_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.r]
 
     def cast_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` in the adapter's dtype; left alone under autocast, which casts for the product itself."""
@@ -217,9 +224,18 @@ class AdapterLayer(StandIn):
             self.codec.restore_(self.base_layer, self._unmerged)
         self._unmerged, self.merged_adapters = None, []
 
-    def unmerged(self) -> _Unmerged:
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
         """Context in which the base weight is the one from before ``merge_``."""
-        return _Unmerged(self)
+        if self._unmerged is None:
+            yield
+            return
+        merged = self.codec.snapshot(self.base_layer)
+        self.codec.restore_(self.base_layer, self._unmerged)
+        try:
+            yield
+        finally:
+            self.codec.restore_(self.base_layer, merged)
 
     # -- standing in for the base module -----------------------------------------------------------------
 
@@ -234,8 +250,23 @@ class AdapterLayer(StandIn):
     def active_adapter(self) -> list[str]:
         return self.active_adapters
 
+    def _weight_in_effect(self) -> Tensor:
+        """The weight that this layer computes with, for who reads it instead of calling; see ``weight_in_effect``."""
+        branches = [(*self.factors(name), self.scaling[name]) for name in self._in_effect]
+        return weight_in_effect(Sum(self.codec, self.base_layer, self.base_layer.weight, branches, self._rescale_))
+
+    @torch.no_grad()
+    def _rescale_(self, factor: float) -> None:
+        self.base_layer.weight.mul_(factor)
+        self._rescaled *= factor
+        self.scaling = {name: scale * factor for name, scale in self.scaling.items()}
+
     def __setattr__(self, attribute: str, value: Any) -> None:
-        if attribute == "base_layer" and type(value) is not type(self.__dict__["_modules"].get(attribute, value)):
+        if isinstance(value, InEffect) and value.terms.base is vars(self).get("_modules", {}).get("base_layer"):
+            return  # what writing in place gave back
+        if attribute in ("weight", "bias") and "base_layer" in vars(self).get("_modules", {}):
+            setattr(self.base_layer, attribute, value)
+        elif attribute == "base_layer" and type(value) is not type(self.__dict__["_modules"].get(attribute, value)):
             self._move_to_(value)
         else:
             super().__setattr__(attribute, value)
@@ -268,29 +299,11 @@ class AdapterLayer(StandIn):
             # Private names (accelerate's hooks, say) belong to the base module alone.
             if attribute == "base_layer" or attribute.startswith("_"):
                 raise
-            return getattr(self.base_layer, attribute)
+            return self._weight_in_effect() if attribute == "weight" else getattr(self.base_layer, attribute)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
         return f"codec={self.codec.name}, {adapters}"
-
-
-class _Unmerged:
-    """Swap a layer's unmerged weight in for the duration of a ``with`` block."""
-
-    def __init__(self, layer: AdapterLayer) -> None:
-        self.layer = layer
-
-    def __enter__(self) -> None:
-        layer = self.layer
-        if layer._unmerged is not None:
-            self.merged = layer.codec.snapshot(layer.base_layer)
-            layer.codec.restore_(layer.base_layer, layer._unmerged)
-
-    def __exit__(self, *_: object) -> None:
-        layer = self.layer
-        if layer._unmerged is not None:
-            layer.codec.restore_(layer.base_layer, self.merged)
 
 
 _registry: dict[type[nn.Module], type[AdapterLayer]] = {}

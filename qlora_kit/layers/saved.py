@@ -92,6 +92,12 @@ class ModulesToSave(StandIn):
             return module(*args, **kwargs).to(inputs.dtype)
         return module(*args, **kwargs)
 
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and "original_module" in vars(self).get("_modules", {}):
+            setattr(self.current, attribute, value)  # as what is read of it is the current module's
+        else:
+            super().__setattr__(attribute, value)
+
     def __getattr__(self, attribute: str) -> Any:
         try:
             return super().__getattr__(attribute)
