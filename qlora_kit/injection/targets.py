@@ -22,6 +22,7 @@ from ..layers import LinearAdapter, find_layer_family, layer_family_for
 from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value, unwrapped
 from ..naming.suffixes import suffixes
 from .architectures import default_targets
+from .read_past import ReadPast
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
     """The modules that ``config`` selects in ``model``, in the model's order.
 
     Raises:
-        TargetError: a name, regex, layer index, exclusion or pattern matches nothing; a tied weight.
+        TargetError: a name, regex, layer index, exclusion or pattern matches nothing; a tied weight, or one of few bits
+            whose codes the model reads past the module.
         UnsupportedModuleError: a selected module's type can't be adapted; names path and type.
     """
     tree = Tree.of(model)
@@ -51,12 +53,13 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
     _check_patterns(selected, config)
     _check_tied(tree, selected)
 
-    ranks, alphas = Patterns(config.rank_pattern), Patterns(config.alpha_pattern)
+    ranks, alphas, past = Patterns(config.rank_pattern), Patterns(config.alpha_pattern), ReadPast(tree)
     targets: dict[int, Target] = {}
     for path in selected:
         module = base_of(tree.modules[path])
         codec_for(module, path)
         layer_family_for(module, path)
+        past.check(path)
         if (first := targets.get(id(module))) is not None:
             targets[id(module)] = Target(first.path, (*first.aliases, path), first.rank, first.alpha)
         else:
@@ -159,13 +162,14 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
             )
         names = [name for name in names if name in tree.names] or list(names)
     if names == "all-linear":
-        heads = _heads(unwrapped(tree.model))
+        heads, aside = _heads(unwrapped(tree.model)), ReadPast(tree).left_out()
         chosen = [
             path
             for path, module in candidates.items()
             if _adaptable(module)
             and issubclass(find_layer_family(base_of(module)) or nn.Module, LinearAdapter)
             and id(base_of(module)) not in heads
+            and path not in aside
         ]
         if not chosen:
             raise TargetError("target_modules='all-linear': the model has no linear module besides its output head")
