@@ -21,11 +21,12 @@ from .task import MergeTask
 _TRIED, _RANKS, _ENOUGH = 3, (8, 16, 32), 0.9
 
 
-def refusal(adapted: Adapted, task: MergeTask, report: MergeReport, moments: Mapping[str, Tensor]) -> str:
+def refusal(adapted: Adapted, task: MergeTask, report: MergeReport, kept: float, moments: Mapping[str, Tensor]) -> str:
     """The message.
 
     Args:
         adapted: as before the merge of which ``report`` tells.
+        kept: the share of the deltas that is left where weights were rounded.
         moments: second moments of the layers' inputs by path, as far as they are known.
     """
     deltas = sum(layer.delta_norm**2 for layer in report.layers) ** 0.5
@@ -34,7 +35,7 @@ def refusal(adapted: Adapted, task: MergeTask, report: MergeReport, moments: Map
     where = max(report.layers, key=lambda layer: layer.delta_norm)
     lines = (
         f"expected at least {task.least_retained:.0%} of the delta to survive rounding into {into}, found "
-        f"{report.kept:.1%}: rounding moves the weights {lost / deltas:.1f} times as far as the adapter does "
+        f"{kept:.1%}: rounding moves the weights {lost / deltas:.1f} times as far as the adapter does "
         f"(largest delta: {where.path}, {where.delta_ratio:.2%} of its weight). The model is as it was. "
     )
     layers = adapted.layers()

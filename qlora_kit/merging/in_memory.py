@@ -23,6 +23,7 @@ from ..checkpoints.spill import Spill
 from ..errors import MergeError
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.engine import Injection
+from ..injection.read_past import ReadPast
 from ..layers import AdapterLayer
 from ..naming import unwrapped
 from ..preparation.float32 import release_from_float32_
@@ -134,16 +135,16 @@ def merge(
     with Spill(scratch) as spill:
         undo = Injection()
         try:
-            report, short, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
-            if not (short and task.refuses):
-                if short:
-                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * report.kept)
+            report, kept, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
+            if kept >= task.least_retained or not task.refuses:
+                if kept < task.least_retained:
+                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * kept)
                 return report
             undo.undo()
         except BaseException:
             undo.undo()
             raise
-    raise MergeError(refusal(adapted, task, report, moments))
+    raise MergeError(refusal(adapted, task, report, kept, moments))
 
 
 def _carried_out(
@@ -155,9 +156,9 @@ def _carried_out(
     spill: Spill,
     undo: Injection,
     progressbar: bool,
-) -> tuple[MergeReport, bool, Mapping[str, Tensor]]:
-    """The report; whether too little of the deltas is left, the model then being still to be undone; and the moments of
-    the inputs that were looked at, by path."""
+) -> tuple[MergeReport, float, Mapping[str, Tensor]]:
+    """The report; the share of the deltas that is left where weights were rounded, the model being still to be undone
+    if that is too little; and the moments of the inputs that were looked at, by path."""
     root = adapted.root
     keep_state_(face, adapted, undo)
     layers = adapted.layers()
@@ -170,7 +171,8 @@ def _carried_out(
     _leave_biases_(adapted, task)
     with _as_merged(adapted, task.parts):
         kbit = quantized_modules(root)
-        wanted = [path for path, layer in layers.items() if task.rounds(layer)]
+        dense = set(ReadPast(root).dense())
+        wanted = [path for path, layer in layers.items() if task.rounds(layer, stays_dense=path in dense)]
         if not wanted and (task.rounding != "nearest" or task.residual_rank):
             raise MergeError(
                 f"rounding={task.rounding!r}, residual_rank={task.residual_rank}: expected adapted modules of few "
@@ -197,7 +199,7 @@ def _carried_out(
         rounding=task.rounding,
         residual_rank=task.residual_rank,
     )
-    merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo)
+    merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo, dense)
     check_consumed(adapted, task.parts, layers)
     paths = list(layers)
     for path in tqdm(paths, desc="merging", disable=not progressbar):
@@ -207,9 +209,9 @@ def _carried_out(
     if task.dtype is not None:
         cast_rest_(root, task.dtype, spill, undo)
     rounded = [layer for layer in report.layers if layer.path in merger.rounded]
-    short = bool(rounded) and share_of(rounded) < task.least_retained
-    if short and task.refuses:
-        return report, True, moments
+    kept = share_of(rounded)
+    if kept < task.least_retained and task.refuses:
+        return report, kept, moments
     forget_loading_(unwrapped(root), undo)
     if task.into != "same":
         declare_storage_(unwrapped(root), task, undo)
@@ -225,7 +227,7 @@ def _carried_out(
     if residual is not None:
         residual.adopt_(adapted)
         report.model = face
-    return report, short, moments
+    return report, kept, moments
 
 
 def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:

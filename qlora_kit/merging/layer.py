@@ -6,7 +6,7 @@ is freed at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Merger:
         root: the model, adapter layers inside.
         original: the folder of the weights to add to; None adds to the dequantized ones.
         moments: second moments of inputs, by path.
+        dense: paths of modules that few bits would break, as their weights are read past them; these aren't quantized.
 
     Attributes:
         rounded: paths of the modules that were rounded to few bits.
@@ -52,9 +53,10 @@ class Merger:
         moments: Mapping[str, Tensor],
         spill: Spill,
         undo: Injection,
+        dense: Set[str] = frozenset(),
     ) -> None:
         self.root, self.task, self.original, self.moments = root, task, original, moments
-        self.spill, self.undo = spill, undo
+        self.spill, self.undo, self.dense = spill, undo, dense
         self.rounded: set[str] = set()
         self.residuals: dict[str, Factors] = {}
         self._paths = Tree(root).paths  # without its modules, whose memory is to be freed one by one
@@ -124,7 +126,7 @@ class Merger:
         """A module that holds float32 (out, in) ``ideal`` in the storage asked for, and the branch beside it; ``delta``
         is what was added to the base."""
         own = codec.quantizer(base)
-        target = self.task.target(own, linear=linear)
+        target = self.task.target(own, linear=linear and (own is not None or path not in self.dense))
         if target is None:
             return self._dense(codec, base, ideal), None
         self.rounded.add(path)

@@ -80,10 +80,10 @@ class MergeTask:
         """What the whole model is to be in, if it is to be dense."""
         return DTYPES.get(self.into)
 
-    def rounds(self, layer: AdapterLayer) -> bool:
-        """Whether ``layer``'s merged weight is rounded to few bits."""
+    def rounds(self, layer: AdapterLayer, *, stays_dense: bool = False) -> bool:
+        """Whether ``layer``'s merged weight is rounded to few bits, unless its module ``stays_dense`` if it is now."""
         own = layer.codec.quantizer(layer.base_layer)
-        return self.target(own, linear=layer.family == "linear") is not None
+        return self.target(own, linear=layer.family == "linear" and not stays_dense) is not None
 
     def target(self, own: Quantizer | None, *, linear: bool) -> Quantizer | None:
         """How a module is to be quantized that is stored as ``own`` now (None: dense); None if it isn't to be."""

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, protect_storage_, registered_codec
 from ..errors import AdapterError
+from ..injection.read_past import ReadPast
 from ..layers import AdapterLayer, ModulesToSave
+from ..naming import Tree
 from .float32 import held_in_float32, hold_in_float32_, release_from_float32_
 
 NOT_OFFERED = "not offered by the model"
@@ -101,8 +103,8 @@ def prepare_model_for_kbit_training(
         cast_head: compute the output head in float32 and return float32 logits.
 
     Returns:
-        ``model``, norms in float32, with a printable ``model.memory_bill`` (see ``MemoryBill``). Merging the adapters
-        or unloading them takes all of it back.
+        ``model``, norms in float32 but for those whose weight or dtype other modules read, with a printable
+        ``model.memory_bill`` (see ``MemoryBill``). Merging the adapters or unloading them takes all of it back.
 
     Raises:
         AdapterError: ``model`` holds adapters already; freezing would take them out of training.
@@ -119,7 +121,9 @@ def prepare_model_for_kbit_training(
         trained = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
         changed = vars(model)[_CHANGED] = Preparation(trained)
     model.requires_grad_(False)
-    chosen = [module for module in model.modules() if is_norm(module)]
+    tree = Tree(model)
+    past = ReadPast(tree)  # kernels want one dtype, and what takes a norm's for its input's would get float32
+    chosen = [module for path, module in tree.firsts() if is_norm(module) and past.get(path) is None]
     if cast_embeddings:
         chosen += [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = _output_head(model) if cast_head else None

@@ -18,8 +18,9 @@ from ..codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
 from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoraConfig
 from ..errors import CodecError, TargetError
-from ..injection.engine import Injection, make_plan, swap_, with_hooks_of
-from ..naming import module_at
+from ..injection.engine import Injection, PlanEntry, make_plan, swap_, with_hooks_of
+from ..injection.read_past import ReadPast
+from ..naming import Tree, module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
 DENSE_LINEARS = ("dense", "conv1d")
@@ -46,16 +47,18 @@ def quantize_(
         quant_type: a type of ``qlora_kit.codecs.codebooks`` or "int8"; stands above ``bits``.
         blocksize: weights that share a scale; None for rows.
         double_quant: keep the scales in 8 bits.
-        target_modules: which, as in ``LoraConfig``; "all-linear" leaves the head out.
+        target_modules: which, as in ``LoraConfig``; "all-linear" leaves the head out, and all whose weight (or its
+            dtype) the model reads past the layer, see ``qlora_kit.injection.read_past``: few bits would break these.
 
     Raises:
-        TargetError: nothing is matched, or something that isn't a dense linear layer.
+        TargetError: nothing is matched, or something that isn't a dense linear layer, or one that is named and whose
+            weight nobody but others read.
         CodecError: an unknown type, or a weight that it can't hold.
     """
     kind = quant_type or DEFAULT_TYPES[bits]
     undo = Injection()
     try:
-        for entry in make_plan(model, LoraConfig(r=1, target_modules=target_modules)).entries:
+        for entry in _entries(model, target_modules):
             base = module_at(model, entry.path)
             if entry.codec not in DENSE_LINEARS:
                 raise TargetError(
@@ -73,6 +76,25 @@ def quantize_(
         undo.undo()
         raise
     return model
+
+
+def _entries(model: nn.Module, targets: list[str] | str) -> list[PlanEntry]:
+    """What ``targets`` select of ``model`` and few bits leave working."""
+    tree = Tree(model)
+    entries, past = make_plan(tree, LoraConfig(r=1, target_modules=targets)).entries, ReadPast(tree)
+    if targets == "all-linear":
+        found = [entry for entry in entries if past.get(entry.path) is None]
+        if not found:
+            raise TargetError("target_modules='all-linear': the weights of all linear layers are read past them")
+        return found
+    for entry in entries:
+        read = past.get(entry.path)
+        if read is not None and (read.needs_matrix or not read.value):
+            raise TargetError(
+                f"{entry.path}: expected a layer that computes all that its weight is for, found one that can't be "
+                f"stored in few bits: {read.reason}; take it out of target_modules"
+            )
+    return list(entries)
 
 
 def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:

@@ -198,3 +198,31 @@ def test_after_apply_lora_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"model\.layers\.0\.self_attn\.q_proj: expected a model without adapters"):
         prepare_model_for_kbit_training(lora)
     assert any(p.requires_grad for p in lora.parameters())
+
+
+class TakesItsNormsDtype(nn.Module):
+    """As BLIP-2's query former: what comes after the norm computes in the norm's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.norm.weight.dtype)
+        return self.fc(x + self.norm(x)) + self.other(x)
+
+
+def test_a_norm_whose_dtype_others_take_stays_as_it_is() -> None:
+    model = prepare_model_for_kbit_training(TakesItsNormsDtype().bfloat16())
+    assert model.norm.weight.dtype == torch.bfloat16
+    assert model.other.weight.dtype == torch.float32
+    assert model(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_kernel_that_takes_all_weights_at_once_finds_one_dtype() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).bfloat16().eval()
+    x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
+    expected = layer(x)
+    assert torch.equal(prepare_model_for_kbit_training(layer)(x), expected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import torch
@@ -17,6 +18,7 @@ from ...checkpoints.stored_model import StoredModel
 from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
 from ...errors import MergeError
+from ...injection.read_past import ReadPast
 from ...merging.task import MergeTask
 from ...preparation.quantize import DENSE_LINEARS
 from .changes import Change
@@ -99,6 +101,10 @@ class MergePlan:
         """About what the output takes on the disk."""
         return sum(unit.nbytes for unit in self.units)
 
+    @cached_property
+    def _read_past(self) -> dict[str, str]:
+        return ReadPast(self.base.model).dense()
+
     def _unit(self, name: str, stored: str, change: Change) -> OutputParameter:
         base, dtype = self.base, self.base.types[stored][0]
         source = base.names.name_of(stored) or name  # another than ``name`` where a tied parameter is taken apart
@@ -148,11 +154,12 @@ class MergePlan:
         return own
 
     def _is_quantizable(self, name: str) -> bool:
-        """Whether it is the weight of a linear layer that the model lets be quantized: T5's ``wo`` has to be dense."""
+        """Whether it is the weight of a linear layer that the model lets be quantized: T5's ``wo`` has to be dense, and
+        all else whose weight is read past the layer."""
         path = name.rpartition(".")[0]
         module: nn.Module = self.base.modules[path]
         codec = find_codec(module)
-        if codec is None or codec.name not in DENSE_LINEARS:
+        if codec is None or codec.name not in DENSE_LINEARS or path in self._read_past:
             return False
         from transformers.quantizers.quantizers_utils import should_convert_module
 
