@@ -215,6 +215,7 @@ def _empty(linear: Any, group: Mapping[str, Any]) -> PackedLinear:
         compute_dtype=linear.weight.dtype,
         device="meta",
     ).train(linear.training)
+    packed._is_hf_initialized = True  # codes are loaded, never drawn; an architecture's own start may not know them
     if conv1d:
         packed.source_cls = type(linear)
     return packed

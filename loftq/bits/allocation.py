@@ -23,6 +23,7 @@ from qlora_kit.naming import module_at
 from ..inputs.groups import Seen, stages
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
+from ..starts.kept_dense import kept_dense, reason_of
 from ..starts.options import factorize_as, module_bytes
 from ..starts.startable import DENSE, checked
 from .budget import Budget, Choice, check_possible, choose, mean_bits
@@ -75,15 +76,17 @@ def allocate(
     """
     budget = Budget(bits, memory, tuple(ranks), rule)
     options = undecided(config.loftq_config or LoftQConfig())
-    plan = make_plan(model, config)
-    requests = {entry.path: _dense(checked(request_for(model, entry, config))) for entry in plan.entries}
+    plan, kept = make_plan(model, config), kept_dense(model, options)
+    asked = ((entry, checked(request_for(model, entry, config))) for entry in plan.entries)
+    entries = {entry: _dense(request) for entry, request in asked if reason_of(request, kept) is None}
+    requests = {entry.path: request for entry, request in entries.items()}
     targeted = {id(request.base.weight) for request in requests.values()}
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)
     # Those are copied beside the adapter.
     fixed += sum(p.nbytes for path in plan.modules_to_save for p in module_at(model, path).parameters())
     sizes = {path: request.shape[0] * request.shape[1] for path, request in requests.items()}
     costs = {path: costs_of(request, options, budget) for path, request in requests.items()}
-    rank_of = {entry.path: entry.rank for entry in plan.entries}
+    rank_of = {entry.path: entry.rank for entry in entries}
     check_possible(costs, sizes, budget, fixed=fixed, rank_of=rank_of)
     found: dict[str, list[Choice]] = {}
 
@@ -101,7 +104,7 @@ def allocate(
                 measure(path, stage.seen().get(path))
         for path in requests.keys() - found.keys():
             measure(path, None)
-    return decide(config, {path: found[path] for path in requests}, sizes, budget, fixed, plan.entries)
+    return decide(config, {path: found[path] for path in requests}, sizes, budget, fixed, list(entries))
 
 
 def decide(

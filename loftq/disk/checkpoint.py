@@ -20,12 +20,12 @@ from qlora_kit.checkpoints.model_folder import skeleton
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.codecs import Codec, codec_for
-from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError, closest
 from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
-from qlora_kit.preparation.quantize import in_bitsandbytes
+from qlora_kit.preparation.quantize import DENSE_LINEARS
 
+from ..starts.kept_dense import kept_dense
 from ..starts.startable import DENSE
 
 # Only these are called left out: vectors (norms, biases) aren't meant to be quantized.
@@ -34,12 +34,14 @@ _MATRIX = 2
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized."""
+    """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized (``entry``), or
+    stays dense under an adapter (``kept``)."""
 
     name: str
     shape: tuple[int, ...]
     nbytes: int
     entry: PlanEntry | None
+    kept: PlanEntry | None = None
 
     @property
     def numel(self) -> int:
@@ -56,13 +58,15 @@ class Checkpoint:
     Attributes:
         model: the modules on the meta device.
         names: which stored tensors are which of the model's.
-        plan: what is targeted.
+        plan: what is targeted and quantized.
+        kept: what is targeted and stays dense.
+        reasons: why, by path.
         units: every stored tensor, in the order of their names; a targeted weight that is stored twice comes once.
         dtypes: of the targeted modules' weights, by path.
 
     Raises:
         StorageError: no config, unknown architecture, quantized already, or weights are missing.
-        TargetError: the targets match nothing, a convolution, or a tied weight.
+        TargetError: the targets match nothing, a convolution, a tied weight, or nothing that few bits can hold.
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: LoraConfig) -> None:
@@ -70,9 +74,10 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
-        self.plan: Plan = _without(make_plan(self.model, config), _kept_by_bitsandbytes(self.model, config))
+        self.plan, self.kept, self.reasons = _split(self.model, config)
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
+        kept = {self._stored_name(entry.path): entry for entry in self.kept}
         for entry in self.plan.entries:
             if entry.family == "conv" or entry.codec not in DENSE:
                 raise TargetError(
@@ -83,7 +88,16 @@ class Checkpoint:
         quantized = {f"{self.names.path_of(entry.path)}.weight" for entry in by_name.values()}
         again = {stored for stored, name in self.names.twice.items() if name in quantized}
         types = self.reader.types()
-        self.units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
+        self.units = [
+            replace(self._unit(name, *types[name], by_name.get(name)), kept=kept.get(name))
+            for name in types
+            if name not in again
+        ]
+
+    @property
+    def adapted(self) -> tuple[PlanEntry, ...]:
+        """All that gets an adapter."""
+        return (*self.plan.entries, *self.kept)
 
     def empty_module(self, entry: PlanEntry) -> tuple[nn.Module, Codec]:
         """A copy of ``entry``'s module without its bias, the weight on the meta device, and its codec."""
@@ -129,19 +143,16 @@ class Checkpoint:
         return StoredTensor(name, shape, prod(shape) * dtype.itemsize, entry)
 
 
-def _kept_by_bitsandbytes(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Patterns of modules that transformers leaves dense in a bitsandbytes model whatever its config says: those
-    that it keeps in float32, T5's ``wo`` for one."""
-    loftq = config.loftq_config if isinstance(config.loftq_config, LoftQConfig) else LoftQConfig()
-    if loftq.bits_pattern or not in_bitsandbytes(loftq.quant_type or DEFAULT_TYPES[loftq.loftq_bits], loftq.blocksize):
-        return []
-    return list(getattr(model, "_keep_in_fp32_modules", None) or ())
-
-
-def _without(plan: Plan, patterns: list[str]) -> Plan:
-    """``plan`` less the modules that ``patterns`` name as transformers reads them."""
-    if not patterns:
-        return plan
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    return replace(plan, entries=tuple(e for e in plan.entries if should_convert_module(e.path, patterns)))
+def _split(model: nn.Module, config: LoraConfig) -> tuple[Plan, tuple[PlanEntry, ...], dict[str, str]]:
+    """What is targeted in ``model``: what is quantized, what stays dense, and why that does."""
+    plan = make_plan(model, config)
+    options = config.loftq_config if isinstance(config.loftq_config, LoftQConfig) else LoftQConfig()
+    dense = kept_dense(model, options)
+    kept = tuple(entry for entry in plan.entries if entry.path in dense and entry.codec in DENSE_LINEARS)
+    left = tuple(entry for entry in plan.entries if entry not in kept)
+    if not left:
+        raise TargetError(
+            f"{kept[0].path}: expected a module that few bits can hold, found none among the targets "
+            f"({dense[kept[0].path]}); target others too"
+        )
+    return replace(plan, entries=left), kept, {entry.path: dense[entry.path] for entry in kept}

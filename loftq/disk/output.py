@@ -39,8 +39,8 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
             total += unit.nbytes
         else:
             total += module_bytes(unit.shape, storage_of(unit.entry.path, options)[0], options)
-        if unit.entry is not None:
-            total += 4 * unit.entry.trainable_parameters
+        if (adapted := unit.entry or unit.kept) is not None:
+            total += 4 * adapted.trainable_parameters
     return total
 
 

@@ -13,10 +13,12 @@ from qlora_kit.adapter_files.backbone import codes_digest
 from qlora_kit.adapter_files.folder import PREFIX
 from qlora_kit.checkpoints.pipeline import in_order
 from qlora_kit.codecs import codec_for
-from qlora_kit.initializers import Request
+from qlora_kit.initializers import Request, Start
+from qlora_kit.injection.engine import PlanEntry
 
 from ..inputs.groups import Seen
 from ..methods.registry import needs_of
+from ..starts.kept_dense import plain_start
 from ..starts.one_module import change, start_of
 from .calibration import streamed_stages
 from .checkpoint import Checkpoint, StoredTensor
@@ -77,11 +79,9 @@ def replacement_of(
 ) -> Replacement:
     """What ``unit``, read as ``tensor``, becomes in the output; ``seen`` is what is known of its inputs."""
     if unit.entry is None:
-        return Replacement({unit.name: tensor})
+        return _as_it_was(task, checkpoint, unit, tensor)
     entry = unit.entry
-    module, codec = checkpoint.filled_module(entry, tensor.to(task.device))
-    scaling = task.lora.scaling_of(entry.rank, entry.alpha)
-    request = Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
+    request = _request(task, checkpoint, entry, tensor.to(task.device))
     start = start_of(request, task.loftq, seen)
     assert start.base is not None
     changed = change(request, start) if needs_of(task.loftq.chosen_method).sequential and seen is not None else None
@@ -91,12 +91,31 @@ def replacement_of(
     # objects and not their megabytes.
     vars(start.base).clear()
     prefix = unit.name.removesuffix("weight")
-    names = adapter_names(entry)
-    adapter = {PREFIX + names[0]: start.A, PREFIX + names[1]: start.B}
     return Replacement(
         {prefix + name: value for name, value in base.items()},
-        {name: value.float().cpu() for name, value in adapter.items()},
+        _adapter(entry, start),
         digest,
         start.report,
         changed,
     )
+
+
+def _as_it_was(task: Task, checkpoint: Checkpoint, unit: StoredTensor, tensor: Tensor) -> Replacement:
+    """``unit`` unchanged; with a plain start where its module is targeted and stays dense."""
+    if unit.kept is None:
+        return Replacement({unit.name: tensor})
+    start = plain_start(_request(task, checkpoint, unit.kept, tensor), task.loftq, checkpoint.reasons[unit.kept.path])
+    return Replacement({unit.name: tensor}, _adapter(unit.kept, start), codes_digest(tensor))
+
+
+def _request(task: Task, checkpoint: Checkpoint, entry: PlanEntry, tensor: Tensor) -> Request:
+    """What a start is told of ``entry``, whose weight is stored as ``tensor``."""
+    module, codec = checkpoint.filled_module(entry, tensor)
+    scaling = task.lora.scaling_of(entry.rank, entry.alpha)
+    return Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
+
+
+def _adapter(entry: PlanEntry, start: Start) -> dict[str, Tensor]:
+    """The start's factors in float32 under the names of an adapter file."""
+    names = (PREFIX + name for name in adapter_names(entry))
+    return {name: factor.float().cpu() for name, factor in zip(names, (start.A, start.B), strict=True)}

@@ -46,7 +46,8 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
     config = replace(LoraConfig.from_pretrained(folder), init_lora_weights="loftq", loftq_config=loftq)
     names = StoredNames(skeleton(out, quantized=True), base, quantized=True)
     stems = {row.path: _stem(names, out, row.path) for row in report.layers}
-    digests = {path: codes_digest(base.tensor(f"{stem}weight")) for path, stem in stems.items()}
+    kept = {path: _stem(names, out, path) for path in report.kept}
+    digests = {path: codes_digest(base.tensor(f"{stem}weight")) for path, stem in (stems | kept).items()}
     found, expected = combine(digests), read_metadata(folder).get(METADATA_KEY)
     if found != expected:
         raise StorageError(

@@ -39,7 +39,7 @@ class Writers:
         self.work = task.out / WORK_FOLDER
         self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
-        room = header_room(PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry))
+        room = header_room(PREFIX + name for entry in checkpoint.adapted for name in adapter_names(entry))
         self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
 
     def write(self, unit: StoredTensor, made: Replacement) -> dict[str, Any]:
@@ -49,7 +49,8 @@ class Writers:
         if adapter:
             self.adapter.sync()
         row = None if made.row is None else asdict(made.row)
-        return {"unit": unit.name, **base, "adapter": adapter, "digest": made.digest, "row": row}
+        path = None if (adapted := unit.entry or unit.kept) is None else adapted.path
+        return {"unit": unit.name, **base, "adapter": adapter, "path": path, "digest": made.digest, "row": row}
 
     def change(self, checkpoint: Checkpoint, entry: PlanEntry) -> Tensor:
         """Q + sBA - W, float32 (out, in), of a module that was finished in an earlier run."""
@@ -72,14 +73,14 @@ class Writers:
         order = {unit.name: number for number, unit in enumerate(checkpoint.units)}
         lines = sorted((line for line in self.journal.done if line["row"]), key=lambda line: order[line["unit"]])
         rows = [LayerReport(**line["row"]) for line in lines]
-        digests = {line["row"]["path"]: line["digest"] for line in self.journal.done if line["row"]}
+        digests = {line["path"]: line["digest"] for line in self.journal.done if line["digest"]}
         self.adapter.finish({METADATA_KEY: combine(digests)})
         self.model.place(out)
         self.model.write_index(out)
         adapter_folder = out / ADAPTER_FOLDER
         adapter_folder.mkdir(exist_ok=True)
         place(self.work / WEIGHTS_NAME, adapter_folder / WEIGHTS_NAME)
-        paths = [path for entry in checkpoint.plan.entries for path in (entry.path, *entry.aliases)]
+        paths = [path for entry in checkpoint.adapted for path in (entry.path, *entry.aliases)]
         lora = dataclasses.replace(
             task.lora,
             target_modules=shortest_names(paths, checkpoint.model),
@@ -89,7 +90,13 @@ class Writers:
         write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())
         for file in other_files(task.source):
             shutil.copyfile(file, out / file.name)
-        report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
+        report = Report(
+            source=str(task.source),
+            options=task.options(),
+            layers=rows,
+            left_out=checkpoint.left_out(),
+            kept=checkpoint.reasons,
+        )
         report.save(out)
         settings = read_settings(task.source)
         if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:

@@ -7,5 +7,6 @@ lies in memory or on disk, is nothing to a start: the same function makes it in 
 - ``whole_model``: the starts of a model in memory, in the order of its forward where the method looks at inputs
 - ``options``: what a ``LoftQConfig`` says of one module
 - ``startable``: which modules can be started
+- ``kept_dense``: what stays dense in a model of few bits, and where its adapters start
 - ``report``: what a start did, layer by layer and in all
 """

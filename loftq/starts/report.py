@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from qlora_kit.checkpoints.files import write_text_atomically
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import AdapterError, StorageError
 from qlora_kit.model.lora_model import LoraModel
+
+from .kept_dense import KeptDense
 
 JSON_NAME = "loftq_report.json"
 PLOT_NAME = "loftq_report.png"
@@ -87,12 +90,14 @@ class Report:
         options: what was asked for.
         layers: one row a quantized module.
         left_out: matrices that stay in their original type, alike ones together: name -> (how many, bytes).
+        kept: targeted modules that stay dense, with a plain start of their adapters: path -> why.
     """
 
     source: str
     options: Mapping[str, Any]
     layers: list[LayerReport]
     left_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def total(self, name: str) -> float:
         """Root of the layers' mean square of an error, each layer that it is known of counting alike."""
@@ -118,6 +123,7 @@ class Report:
             "totals": {**totals, "layers": len(rows), "seconds": self.seconds},
             "layers": rows,
             "left_out": {name: list(found) for name, found in self.left_out.items()},
+            "kept": dict(self.kept),
         }
 
     def __str__(self) -> str:
@@ -144,6 +150,12 @@ class Report:
         if outputs and (unseen := [layer.path for layer in self.layers if layer.tokens is None]):
             lines.append(f"note: {not_reached(unseen, len(self.layers))}")
         lines += [f"note: {layer.path}: {layer.note}" for layer in self.layers if layer.note]
+        reasons = Counter(self.kept.values())
+        lines += [
+            f"kept dense: {next(path for path, why in self.kept.items() if why == reason)}"
+            f"{f' and {count - 1} more' if count > 1 else ''}: {reason}; the adapter starts at zero"
+            for reason, count in reasons.items()
+        ]
         lines += [
             f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
             for name, (count, size) in self.left_out.items()
@@ -170,7 +182,7 @@ class Report:
             derived = ("captured", "note")
             rows = [LayerReport(**{k: v for k, v in row.items() if k not in derived}) for row in data["layers"]]
             left_out = {name: (int(count), int(size)) for name, (count, size) in data["left_out"].items()}
-            return cls(data["source"], data["options"], rows, left_out)
+            return cls(data["source"], data["options"], rows, left_out, dict(data.get("kept", {})))
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{path}: expected a report, found something else ({error!r}); run loftq init again"
@@ -237,7 +249,9 @@ def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:
         AdapterError: no such adapter, or it didn't start from LoftQ in this process.
     """
     layers = lora.adapter_layers().values()
-    rows = [layer.start_reports[adapter_name] for layer in layers if adapter_name in layer.start_reports]
+    found = [layer.start_reports[adapter_name] for layer in layers if adapter_name in layer.start_reports]
+    kept = {row.path: row.reason for row in found if isinstance(row, KeptDense)}
+    rows = [row for row in found if not isinstance(row, KeptDense)]
     if not rows:
         raise AdapterError(
             f"adapter {adapter_name!r}: expected one that LoftQ started in this process, found none among "
@@ -245,4 +259,4 @@ def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:
         )
     config = lora.peft_config[adapter_name]
     options = {**config.to_dict(), "method": (config.loftq_config or LoftQConfig()).chosen_method}
-    return Report(str(config.base_model_name_or_path), options, rows)
+    return Report(str(config.base_model_name_or_path), options, rows, kept=kept)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from qlora_kit.config.loftq import LoftQConfig
+from qlora_kit.errors import TargetError
 from qlora_kit.initializers import Initializer, register_initializer
-from qlora_kit.injection.engine import Request, Start
+from qlora_kit.injection.engine import Request
 
 from ..inputs.groups import stages
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
+from .kept_dense import kept_dense, plain_start, reason_of
 from .one_module import change, loftq_start, start_of
 from .report import not_reached, short_calibration
 from .startable import checked
@@ -26,18 +28,27 @@ _LIMIT = 4 << 30
 
 @torch.no_grad()
 def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
-    """The starts of ``requests``, found in the order of the model's forward.
+    """The starts of ``requests``, found in the order of the model's forward; see ``kept_dense`` for what stays dense.
 
     Raises:
         ConfigError, StorageError, TargetError: see ``loftq.starts.one_module`` and ``loftq.inputs.text``.
     """
     options = requests[0].config.loftq_config or LoftQConfig()
-    needs = needs_of(options.chosen_method)
+    needs, kept = needs_of(options.chosen_method), kept_dense(model, options)
+    starts = {
+        request.path: plain_start(request, options, reason)
+        for request in requests
+        if (reason := reason_of(request, kept)) is not None
+    }
+    by_path = {checked(request).path: request for request in requests if request.path not in starts}
+    if not by_path:
+        raise TargetError(
+            f"{requests[0].path}: expected a module that few bits can hold, found none among the targets "
+            f"({next(iter(starts.values())).report.reason}); target others too, or use init_lora_weights=True"
+        )
     if needs.statistics is None:
-        return lambda request: start_of(request, options)
-    by_path = {checked(request).path: request for request in requests}
+        return lambda request: starts.pop(request.path, None) or start_of(request, options)
     batches = calibration_batches(options, model)
-    starts: dict[str, Start] = {}
     walk = stages(
         model,
         batches,

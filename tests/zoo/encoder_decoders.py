@@ -6,7 +6,7 @@ from typing import Any
 
 from .batches import HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, text_pair
 from .decoders import SPECIAL
-from .member import of_transformers
+from .member import LOST_IN_TWO_BITS, of_transformers
 
 T5 = {
     **{"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16, "d_ff": INTERMEDIATE, "num_heads": HEADS},
@@ -27,9 +27,9 @@ def writing(name: str, model_class: str, config_class: str, settings: dict[str, 
     of_transformers(name, "encoder_decoders", model_class, config_class, settings, text_pair, **own)
 
 
-writing("t5", "T5ForConditionalGeneration", "T5Config", T5)
-writing("t5-gated", "T5ForConditionalGeneration", "T5Config", {**T5, **GATED})
-writing("mt5", "MT5ForConditionalGeneration", "MT5Config", {**T5, **GATED})
+writing("t5", "T5ForConditionalGeneration", "T5Config", T5, refuses=LOST_IN_TWO_BITS)
+writing("t5-gated", "T5ForConditionalGeneration", "T5Config", {**T5, **GATED}, refuses=LOST_IN_TWO_BITS)
+writing("mt5", "MT5ForConditionalGeneration", "MT5Config", {**T5, **GATED}, refuses=LOST_IN_TWO_BITS)
 writing("bart", "BartForConditionalGeneration", "BartConfig", BART)
 writing("mbart", "MBartForConditionalGeneration", "MBartConfig", BART)
 writing("marian", "MarianMTModel", "MarianConfig", BART)
@@ -42,4 +42,5 @@ writing(
     {**T5, **_SWITCH, "num_decoder_layers": LAYERS},
     impossible={stage: "transformers reads the dtype of wo's weight" for stage in ("4 bits", "4 bits saved")},
     unused=r".*\.experts\..*",  # where a word goes changes with training
+    refuses=LOST_IN_TWO_BITS,
 )

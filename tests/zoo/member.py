@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit import TargetError
+from qlora_kit import MergeError, TargetError
 
 Batch = dict[str, Any]
 Settings = Mapping[str, Any]
@@ -39,6 +39,8 @@ NOT_LINEAR = {
     **dict.fromkeys(("4 bits in memory", "2 bits"), Refusal(TargetError, "expected a dense linear layer")),
     **dict.fromkeys(LOFTQ, Refusal(TargetError, "expected a linear layer or an embedding")),
 }
+#: Where weights are larger than ``STD``, an adapter of its size is lost in what 2 bits round off.
+LOST_IN_TWO_BITS = {"2 bits": Refusal(MergeError, "of the delta to survive rounding")}
 
 
 @dataclass(frozen=True)

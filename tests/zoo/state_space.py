@@ -6,7 +6,7 @@ from qlora_kit import TargetError
 
 from .batches import text_alone
 from .decoders import GROUPED, SPECIAL, causal
-from .member import Refusal
+from .member import LOST_IN_TWO_BITS, Refusal
 
 _ALONE = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, **SPECIAL}
 _MAMBA2 = {"mamba_d_state": 16, "chunk_size": 8}
@@ -81,5 +81,6 @@ causal(
     "state_space",
     batch=text_alone,
     head=("head",),
+    refuses=LOST_IN_TWO_BITS,
     impossible={"generate": "its cache changes what it computes"},
 )

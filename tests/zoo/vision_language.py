@@ -8,7 +8,7 @@ from typing import Any
 from .batches import HEADS, HIDDEN, IMAGE, INTERMEDIATE, image_in_text, images_and_texts, patches_in_text
 from .decoders import GROUPED, WIDTHS
 from .encoders import SIZES
-from .member import of_transformers
+from .member import LOST_IN_TWO_BITS, of_transformers
 from .vision import PATCHES
 
 _WORDS = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -95,4 +95,5 @@ for _name, _stem in (("clip", "CLIP"), ("siglip", "Siglip")):
         {"text_config": _WORDS, "vision_config": PATCHES, **({"projection_dim": 32} if _name == "clip" else {})},
         images_and_texts,
         aside=("attention.out_proj",) if _name == "siglip" else (),
+        refuses=LOST_IN_TWO_BITS if _name == "siglip" else {},
     )

@@ -11,9 +11,11 @@ from disk_models import ADAPTER_FOLDER, assert_same, config, in_memory, logits, 
 from tiny_llama import llama
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from qlora_kit import LoraModel, codec_for
+from loftq import start_report
+from loftq.disk.verify import verify
+from loftq.starts.report import Report
+from qlora_kit import LoraModel, apply_lora, codec_for
 from qlora_kit.checkpoints.shards import ShardReader
-from qlora_kit.codecs.packed import PackedLinear
 from qlora_kit.errors import TargetError
 
 
@@ -92,20 +94,68 @@ def test_other_files_come_along(llama_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "old.bin").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.slow
-def test_modules_kept_in_float32_by_transformers_stay_dense(tmp_path: Path) -> None:
-    """T5 keeps ``wo`` in float32, and transformers then builds a dense layer whatever the config says."""
+def test_what_the_model_computes_by_its_dtype_stays_dense(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """T5 casts to the dtype of ``wo``'s weight. It stays, its adapter starts at zero, in memory as on disk."""
     torch.manual_seed(0)
     sizes = {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "vocab_size": 128}
-    source = write(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), tmp_path / "source")
-    report = streamed(source, tmp_path / "four", config(4))
+    config_of = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    dense = transformers.T5ForConditionalGeneration(config_of).to(dtype).eval()
+    source = write(dense, tmp_path / "source")
+    report = streamed(source, tmp_path / "out", config(bits))
     assert not any(row.path.endswith(".wo") for row in report.layers)
-    assert any(name.endswith("wo.weight") for name in report.left_out)
-    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "four")
-    packed = streamed(source, tmp_path / "two", config(2))
-    assert any(row.path.endswith(".wo") for row in packed.layers)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "two")
-    assert isinstance(model.get_submodule("decoder.block.0.layer.2.DenseReluDense.wo"), PackedLinear)
+    assert len(report.kept) == 4
+    assert all(path.endswith(".wo") for path in report.kept)
+    assert "dtype or shape of its weight is read by T5DenseActDense; the adapter starts at zero" in str(report)
+    assert Report.load(tmp_path / "out") == report
+    assert list(verify(tmp_path / "out", source))
+
+    load = transformers.T5ForConditionalGeneration.from_pretrained
+    lora = LoraModel.from_pretrained(load(tmp_path / "out"), tmp_path / "out" / ADAPTER_FOLDER, is_trainable=True)
+    batch = {"input_ids": torch.arange(5, 17)[None], "labels": torch.arange(5, 13)[None]}
+    wo = lora.adapter_layers()["decoder.block.0.layer.2.DenseReluDense.wo"]
+    assert torch.equal(wo.base_layer.weight, dense.decoder.block[0].layer[2].DenseReluDense.wo.weight)
+    assert not wo.factors("default")[1].any()
+    with torch.no_grad():
+        right = dense(**batch).logits.float()
+        off = (lora.eval()(**batch).logits.float() - right).norm() / right.norm()
+    assert off < {4: 0.25, 2: 0.6}[bits]  # seen: 0.1 and 0.4; where wo's codes gave the dtype, more than 1
+    lora.train()(**batch).loss.backward()
+    assert wo.factors("default")[1].grad_fn is None or wo.lora_B["default"].weight.grad.any()
+
+    model = apply_lora(load(source, dtype="auto"), config(bits))
+    assert start_report(model).kept == report.kept
+    for path, layer in model.adapter_layers().items():
+        for one, other in zip(layer.factors("default"), lora.adapter_layers()[path].factors("default"), strict=True):
+            assert torch.equal(one, other), path
+
+
+def test_targets_that_few_bits_cant_hold_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_ff": 96, "num_layers": 1, "num_heads": 4, "d_kv": 16, "vocab_size": 128}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    source = write(model, tmp_path / "source")
+    match = r"wo: expected a module that few bits can hold, found none among the targets \(.*T5DenseActDense\)"
+    with pytest.raises(TargetError, match=match):
+        streamed(source, tmp_path / "out", config(2, ["wo"]))
+    with pytest.raises(TargetError, match=match):
+        apply_lora(model, config(2, ["wo"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_that_starts_its_own_layers_loads(tmp_path: Path) -> None:
+    """RWKV draws linear layers by their weight's shape, and writes to two of a block in eval, which stay dense."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 16}
+    model = transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, intermediate_size=64)).eval()
+    source = write(model, tmp_path / "source")
+    report = streamed(source, tmp_path / "out", config(2))
+    assert {path.split(".", 3)[3] for path in report.kept} == {"attention.output", "feed_forward.value"}
+    loaded = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "out")
+    lora = LoraModel.from_pretrained(loaded, tmp_path / "out" / ADAPTER_FOLDER)
+    assert torch.isfinite(logits(lora.eval())).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own use of it
