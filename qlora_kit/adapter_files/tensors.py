@@ -206,7 +206,7 @@ def save_adapter(
 def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None) -> list[Slot]:
     """Every tensor that the file of ``adapter_name`` must hold."""
     adapted.check_known(adapter_name)
-    tree = tree or Tree(adapted.root)
+    tree = tree or adapted.tree()
     slots = []
     for path, layer in adapted.layers(tree).items():
         if adapter_name in layer.adapter_names():

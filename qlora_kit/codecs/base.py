@@ -117,6 +117,20 @@ class Codec:
         """``contents``, copied, for a bitwise ``restore_``."""
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.contents(module))
 
+    def exchange_(self, module: nn.Module, weight: Tensor) -> Any:
+        """``write_``, and the ``snapshot`` of what was stored before; ``weight`` may become the module's own memory.
+
+        Raises:
+            CodecError: as ``write_``; the module is as it was.
+        """
+        before = self.snapshot(module)
+        try:
+            self.write_(module, weight)
+        except BaseException:
+            self.restore_(module, before)
+            raise
+        return before
+
     @torch.no_grad()
     def restore_(self, module: nn.Module, snapshot: Any) -> None:
         """Put back what ``snapshot`` copied, bit for bit."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,21 @@ class Adapted:
         self.backbones: dict[str, str] = {}
         self.plan: Plan | None = None
         self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self._tree: Tree | None = None
+
+    @contextmanager
+    def mapped(self) -> Iterator[Tree]:
+        """In the block no module takes another's place, so the model is mapped once for all that is asked."""
+        outer = self._tree
+        self._tree = outer or Tree(self.root)
+        try:
+            yield self._tree
+        finally:
+            self._tree = outer
+
+    def tree(self) -> Tree:
+        """The model's modules by canonical path."""
+        return self._tree or Tree(self.root)
 
     # -- looking at it -------------------------------------------------------------------------------------
 
@@ -64,7 +80,7 @@ class Adapted:
         return [part for _, part in self._parts(None)]
 
     def _parts(self, tree: Tree | None) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
-        for path, module in (tree or Tree(self.root)).firsts():
+        for path, module in (tree or self.tree()).firsts():
             for part in chain(module):
                 if isinstance(part, (AdapterLayer, ModulesToSave)):
                     yield path, part

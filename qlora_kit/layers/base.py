@@ -195,14 +195,9 @@ class AdapterLayer(StandIn):
 
     def _write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
         """Store ``weight``, which is ``merged_weight(names)``, as the base's; on any error it is as it was."""
-        undo = self.way_back()
+        before = self.codec.exchange_(self.base_layer, weight)
         if self._unmerged is None:
-            self._unmerged = self.codec.snapshot(self.base_layer)
-        try:
-            self.codec.write_(self.base_layer, weight)
-        except BaseException:
-            undo()
-            raise
+            self._unmerged = before
         self.merged_adapters = list(names)
 
     def way_back(self) -> Callable[[], None]:

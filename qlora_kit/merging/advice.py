@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError
 from ..injection.adapted import Adapted
 from .base_choice import base_weight, grid_of
-from .fidelity import LayerFidelity, add_delta_, compare, share_of
+from .fidelity import LayerFidelity, add_delta_, compare, norms_of, share_of
 from .report import MergeReport
 from .requantize import WAYS, rounded
 from .task import MergeTask
@@ -95,7 +95,8 @@ def _retained(
         with layer.unmerged():
             ideal, _ = base_weight(path, codec, base, original)
             grid = grid_of(codec, base, target, delta, original)
-            norms = add_delta_(ideal, *delta, path)
+            norms = norms_of(ideal, *delta)
+            add_delta_(ideal, *delta, path)
             try:
                 found = rounded(ideal, target, way, moments.get(path), rank, grid)
             except ConfigError as error:

@@ -67,22 +67,22 @@ def share_of(layers: Iterable[LayerFidelity], attribute: str = "kept") -> float:
     return sum(kept * square for kept, square in squares) / total if total else 1.0
 
 
-def add_delta_(weight: Tensor, A: Tensor, B: Tensor, path: str) -> dict[str, float]:
+def norms_of(weight: Tensor, A: Tensor, B: Tensor) -> dict[str, float]:
+    """The norms of what is to be added and of what it is added to, for ``compare``; arguments as of ``add_delta_``."""
+    return {"delta": _product_norm(A, B), "base": norm(weight)}
+
+
+def add_delta_(weight: Tensor, A: Tensor, B: Tensor, path: str) -> None:
     """Make ``weight`` float32 (out, in) the ideal merged weight, in its place.
 
     Args:
         A, B: float32 (rank, in) and (out, rank), the delta being B @ A; see ``AdapterLayer.stacked``.
 
-    Returns:
-        The norms of what was added and of what it was added to, for ``compare``.
-
     Raises:
         MergeError: the sum isn't finite; names ``path``.
     """
-    base = norm(weight)
     add_product_(weight, A, B)
     check_finite(path, weight)
-    return {"delta": _product_norm(A, B), "base": base}
 
 
 def compare(
@@ -99,7 +99,7 @@ def compare(
     """The numbers of one layer.
 
     Args:
-        ideal: float32 (out, in), what ``add_delta_`` made; norms: what it returned.
+        ideal: float32 (out, in), what ``add_delta_`` made. norms: what ``norms_of`` said before.
         delta: A and B of the delta. residual: those of a branch that stays beside the stored weight.
         stored: the stored weight in pieces, ``codec.pieces(module)``; they are overwritten.
         base_error: ||original - dequantized||.

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from ..checkpoints.spill import Spill
 from ..errors import MergeError
 from ..injection.adapted import Adapted, adapted_of
-from ..injection.engine import Injection
+from ..injection.engine import Injection, uncollected
 from ..injection.read_past import ReadPast
-from ..layers import AdapterLayer
+from ..layers import AdapterLayer, ModulesToSave
 from ..naming import unwrapped
 from ..preparation.float32 import release_from_float32_
 from ..preparation.kbit import leave_preparation_
@@ -73,6 +73,7 @@ def merge(
     least_retained: float = LEAST_RETAINED,
     scratch: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
+    account: bool = True,
 ) -> MergeReport:
     """Merge adapters into the base weights of ``model``, in place, and take its adapter layers out.
 
@@ -106,6 +107,8 @@ def merge(
             double quantization. "row" is one scale a row.
         least_retained: the threshold of ``force``, as a share of the delta.
         scratch: folder for the temporary file of the way back; None is the system's.
+        account: measure each layer. Without it the report has the layers alone that are rounded to few bits, whose
+            numbers decide whether the merge is refused, and a dense model is merged in a third of the time.
 
     Returns:
         The report; ``report.model`` is the merged base model.
@@ -117,22 +120,24 @@ def merge(
         StorageError: the original weights or a text can't be read, or the disk is full.
     """
     adapted = adapted_of(model)
-    parts = chosen_parts(adapted, adapters, weights)
-    task = MergeTask(
-        parts,
-        into,
-        rounding,
-        residual_rank,
-        base,
-        original_folder(adapted.root, base, original),
-        blocksize,
-        double_quant,
-        least_retained,
-        not force,
-        residual_dtype or adapted.adapter_dtype,
-    )
-    check_layers(adapted, task, force)
-    with Spill(scratch) as spill:
+    with uncollected(), adapted.mapped():
+        parts = chosen_parts(adapted, adapters, weights)
+        task = MergeTask(
+            parts,
+            into,
+            rounding,
+            residual_rank,
+            base,
+            original_folder(adapted.root, base, original),
+            blocksize,
+            double_quant,
+            least_retained,
+            not force,
+            residual_dtype or adapted.adapter_dtype,
+            account,
+        )
+        check_layers(adapted, task, force)
+    with uncollected(), Spill(scratch) as spill:
         undo = Injection()
         try:
             report, kept, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
@@ -161,17 +166,19 @@ def _carried_out(
     if that is too little; and the moments of the inputs that were looked at, by path."""
     root = adapted.root
     keep_state_(face, adapted, undo)
-    layers = adapted.layers()
-    if adapted.disabled:
-        for path in adapted.set_aside:
-            undo.on_undo(layers[path].way_back())
-        switch_on_(adapted)
+    with adapted.mapped():
+        layers, saved = adapted.layers(), adapted.saved_modules()
+        if adapted.disabled:
+            for path in adapted.set_aside:
+                undo.on_undo(layers[path].way_back())
+            switch_on_(adapted)
+        check_consumed(adapted, task.parts, layers, saved)
     for layer in layers.values():
         _set_aside_(layer, spill, undo)
     _leave_biases_(adapted, task)
-    with _as_merged(adapted, task.parts):
+    with _as_merged([*layers.values()], [*saved.values()], task.parts):
         kbit = quantized_modules(root)
-        dense = set(ReadPast(root).dense())
+        dense = set(ReadPast(root).dense()) if task.quantizes else set()
         wanted = [path for path, layer in layers.items() if task.rounds(layer, stays_dense=path in dense)]
         if not wanted and (task.rounding != "nearest" or task.residual_rank):
             raise MergeError(
@@ -199,8 +206,8 @@ def _carried_out(
         rounding=task.rounding,
         residual_rank=task.residual_rank,
     )
+    del saved
     merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo, dense)
-    check_consumed(adapted, task.parts, layers)
     paths = list(layers)
     for path in tqdm(paths, desc="merging", disable=not progressbar):
         report.layers += merger.adapted(path, layers.pop(path))
@@ -252,9 +259,10 @@ def _leave_biases_(adapted: Adapted, task: MergeTask) -> None:
 
 
 @contextmanager
-def _as_merged(adapted: Adapted, parts: Mapping[str, float]) -> Iterator[None]:
+def _as_merged(
+    layers: Sequence[AdapterLayer], saved: Sequence[ModulesToSave], parts: Mapping[str, float]
+) -> Iterator[None]:
     """In the block the model computes what the merge is to give, by its branches."""
-    layers, saved = list(adapted.layers().values()), list(adapted.saved_modules().values())
     modules: list[Any] = [*layers, *saved]
     before = [(module, module.active_adapters) for module in modules]
     scalings = [(layer, dict(layer.scaling)) for layer in layers]

@@ -24,7 +24,7 @@ from ..layers import AdapterLayer
 from ..naming import Tree
 from ..preparation.quantize import linear_holding
 from .base_choice import base_weight, grid_of
-from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
+from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare, norms_of
 from .requantize import Grid, Rounded, rounded
 from .task import MergeTask
 
@@ -74,11 +74,15 @@ class Merger:
             return []
         weight, base_error = base_weight(path, codec, base, self.original)
         delta = layer.stacked(self.task.parts)
-        norms = add_delta_(weight, *delta, path)
+        norms = norms_of(weight, *delta) if self._measured(path, layer) else None
+        add_delta_(weight, *delta, path)
         try:
             module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error
+        if norms is None:
+            self._put(layer, module)
+            return []
         kept_by = codec_for(module, path)
         account = compare(
             path,
@@ -93,6 +97,9 @@ class Merger:
         )
         self._put(layer, module)
         return [account]
+
+    def _measured(self, path: str, layer: AdapterLayer) -> bool:
+        return self.task.account or self.task.rounds(layer, stays_dense=path in self.dense)
 
     @torch.no_grad()
     def others(self) -> None:
@@ -131,8 +138,7 @@ class Merger:
             return self._dense(codec, base, ideal), None
         self.rounded.add(path)
         if target == own and self.task.rounding == "nearest" and not self.task.residual_rank:
-            self._keep(codec, base)
-            codec.write_(base, ideal)
+            self._exchange(codec, base, ideal)
             return base, None
         grid = grid_of(codec, base, target, delta, self.original)
         if target != own:
@@ -163,10 +169,10 @@ class Merger:
         dtype = self.task.dtype
         if dtype is None or type(codec).dense_like is Codec.dense_like:
             if dtype is None:
-                self._keep(codec, base)
+                self._exchange(codec, base, ideal)
             else:
                 self._recast(base, dtype)
-            codec.write_(base, ideal)
+                codec.write_(base, ideal)
             return base
         if codec.quantizer(base) is not None and isinstance(base, nn.Linear):
             self._release(codec, base)
@@ -194,6 +200,16 @@ class Merger:
         """Note what ``base`` stores, to be put back on an error."""
         before = self.spill.keep(codec.contents(base))
         self.undo.on_undo(lambda: codec.restore_(base, before()))
+
+    def _exchange(self, codec: Codec, base: nn.Module, weight: Tensor) -> None:
+        """Have ``base`` store ``weight``; what it stored is put back on an error."""
+        before = codec.exchange_(base, weight)
+        try:
+            kept = self.spill.take(before)
+        except BaseException:
+            codec.restore_(base, before)
+            raise
+        self.undo.on_undo(lambda: codec.restore_(base, kept()))
 
     def _release(self, codec: Codec, base: nn.Module) -> None:
         """Free the memory of a module that is being replaced, unless its weight is another module's too."""

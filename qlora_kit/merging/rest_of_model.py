@@ -15,7 +15,7 @@ from ..checkpoints.spill import Spill, set_data_
 from ..errors import MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection, swap_
-from ..naming import Tree, base_of, module_at
+from ..naming import StandIn, Tree, base_of, module_at
 from ..preparation.float32 import held_in_float32
 from .fidelity import checked_cast
 from .task import MergeTask
@@ -24,20 +24,19 @@ from .unsaved_buffers import of_another_dtype
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 _RECORDS = ("configs", "active", "trainable", "disabled", "set_aside", "backbones", "plan")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-_FLAGS = ("training", "active_adapters", "disable_adapters", "scaling", *_HOOKS)
+_ADAPTER_FLAGS = ("active_adapters", "disable_adapters", "scaling")
 _ATTRIBUTES = ("hf_quantizer", "quantization_method")
 
 
 def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
     """Note what the adapters and the modules of the model and its ``face`` say of themselves (adapters, modes, hooks,
     biases), to be put back as it is now once the modules are."""
-    held: list[tuple[Any, str, Any, Any]] = []
-    modules = [face, *adapted.root.modules()]
-    for holder, names in ((adapted, _RECORDS), *((module, _FLAGS) for module in modules)):
-        for name in names:
-            if name in vars(holder):
-                value = vars(holder)[name]
-                held.append((holder, name, value, copy.copy(value)))
+    held = [_held(adapted, name) for name in _RECORDS]
+    for module in (face, *adapted.root.modules()):
+        held.append(_held(module, "training"))
+        held += [_held(module, name) for name in _HOOKS if vars(module)[name]]  # none is added by a merge
+        if isinstance(module, StandIn):
+            held += [_held(module, name) for name in _ADAPTER_FLAGS if name in vars(module)]
     kept = adapted.kept_biases.values
     held.append((adapted.kept_biases, "values", kept, copy.copy(kept)))
     biases: list[Any] = [base_of(module_at(adapted.root, path)).bias for path in kept]
@@ -58,6 +57,12 @@ def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
             parameter.requires_grad_(requires_grad)
 
     undo.on_undo(restore)
+
+
+def _held(holder: Any, name: str) -> tuple[Any, str, Any, Any]:
+    """The record ``name`` of ``holder``, and what is in it now."""
+    value = vars(holder)[name]
+    return holder, name, value, value.copy() if isinstance(value, (dict, list)) else value
 
 
 def put_trained_copies_(adapted: Adapted, task: MergeTask, undo: Injection) -> None:

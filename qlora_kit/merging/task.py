@@ -14,11 +14,12 @@ from torch import nn
 
 from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import STORED_TYPES
+from ..codecs.finite import all_finite
 from ..codecs.quantized import Quantizer
 from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
-from ..layers import AdapterLayer
+from ..layers import AdapterLayer, ModulesToSave
 from .requantize import WAYS, target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +36,7 @@ class MergeTask:
         rounding, residual_rank, residual_dtype, blocksize, double_quant: of k-bit layers; see ``merge``.
         base: "dequantized", "original" or "auto".
         original: the folder of the 16-bit weights, where one is needed.
+        account: whether layers are measured whose numbers decide nothing.
         least_retained: share of the deltas below which requantizing is refused, if it ``refuses`` at all.
     """
 
@@ -49,6 +51,7 @@ class MergeTask:
     least_retained: float = 0.5
     refuses: bool = True
     residual_dtype: torch.dtype | None = None
+    account: bool = True
 
     def __post_init__(self) -> None:
         if self.into not in ("same", *DTYPES, *STORED_TYPES):
@@ -79,6 +82,11 @@ class MergeTask:
     def dtype(self) -> torch.dtype | None:
         """What the whole model is to be in, if it is to be dense."""
         return DTYPES.get(self.into)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether dense modules are to be stored in few bits."""
+        return self.into != "same" and self.dtype is None
 
     def rounds(self, layer: AdapterLayer, *, stays_dense: bool = False) -> bool:
         """Whether ``layer``'s merged weight is rounded to few bits, unless its module ``stays_dense`` if it is now."""
@@ -173,7 +181,7 @@ def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
                 "load the model without offloading to merge it, or merge the files (qlora-kit merge)"
             )
         for name in task.parts:
-            if name in layer.r and not all(torch.isfinite(factor).all() for factor in layer.factors(name)):
+            if name in layer.r and not all(map(all_finite, layer.factors(name))):
                 raise MergeError(
                     f"{path}: adapter {name!r} holds NaN or infinite values; reload it or train it again "
                     "(no layer was changed)"
@@ -187,11 +195,16 @@ def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
         )
 
 
-def check_consumed(adapted: Adapted, parts: Mapping[str, float], layers: Mapping[str, AdapterLayer]) -> None:
+def check_consumed(
+    adapted: Adapted,
+    parts: Mapping[str, float],
+    layers: Mapping[str, AdapterLayer],
+    copies: Mapping[str, ModulesToSave],
+) -> None:
     """Refuse to leave a tensor of an adapter behind."""
     for name in parts:
         held: list[Any] = [layer for layer in layers.values() if name in layer.r]
-        held += [saved for saved in adapted.saved_modules().values() if name in saved.modules_to_save]
+        held += [saved for saved in copies.values() if name in saved.modules_to_save]
         taken = {id(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
         taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias, name).values()}
         left = [slot.key for slot in adapter_slots(adapted, name) if id(slot.tensor) not in taken]

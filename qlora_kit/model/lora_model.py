@@ -151,7 +151,7 @@ class LoraModel(ModelProxy):
         refuses values that aren't finite; so does this, and ``safe_merge`` is here for PEFT's callers. A delta that
         rounding swallows, which it refuses too, is merged here as PEFT does it, and logged.
         """
-        return merge(self, adapters=adapter_names, progressbar=progressbar, force=True).model
+        return merge(self, adapters=adapter_names, progressbar=progressbar, force=True, account=False).model
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before the first adapter: its own module objects, biases and flags."""

@@ -12,7 +12,7 @@ second adapter finds exactly the names that the first one did.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 from torch import nn
@@ -41,10 +41,18 @@ def canonical(name: str) -> str:
 
 def held_as(module: nn.Module) -> str | None:
     """The attribute under which a wrapper holds what it wraps; None where ``module`` is none."""
+    held = module._modules
+    if not held:
+        return None
     for name in _HELD_AS:
-        if name in module._modules:
+        if name in held:
             return name
-    return "module" if isinstance(module, (DistributedDataParallel, DataParallel)) else None
+    return "module" if _is_parallel(type(module)) else None
+
+
+@cache
+def _is_parallel(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, (DistributedDataParallel, DataParallel))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -49,3 +49,17 @@ def test_an_error_closes_the_file(tmp_path: Path) -> None:
     spill.__exit__(RuntimeError, RuntimeError("inside"), None)
     assert spill._file.closed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept_in_memory_is_bounded_and_the_rest_is_written(tmp_path: Path) -> None:
+    with Spill(tmp_path) as spill:
+        spill._room = 100
+        small, large = torch.randn(20), torch.randn(10)  # 80 bytes, and 40 for which no room is left
+        kept, taken = spill.keep(small), spill.take(large)
+        assert spill._file.seek(0, 2) == large.nbytes
+        expected = small.clone(), large.clone()
+        small.zero_()
+        large.zero_()
+        assert torch.equal(kept(), expected[0])
+        assert torch.equal(taken(), expected[1])
+        assert kept().data_ptr() != kept().data_ptr(), "new tensors each time"

@@ -83,3 +83,33 @@ def test_storage_of_no_codes() -> None:
     linear = nn.Linear(4, 4)
     codec = codec_for(linear)
     assert codec.quantized(linear) is None
+
+
+def test_exchanging_a_weight_copies_nothing_where_the_memory_is_its_own() -> None:
+    linear, new = nn.Linear(6, 4), torch.randn(4, 6)
+    codec, before = codec_for(linear), linear.weight.detach().clone()
+    address = linear.weight.data_ptr()
+    taken = codec.exchange_(linear, new)
+    assert torch.equal(taken, before)
+    assert linear.weight.data_ptr() == new.data_ptr()
+    assert taken.data_ptr() == address
+    codec.restore_(linear, taken)
+    assert torch.equal(linear.weight, before)
+
+
+def test_exchanging_a_weight_that_lies_in_others_memory_writes_there() -> None:
+    flat = torch.randn(60)
+    linear = nn.Linear(6, 4)
+    linear.weight = nn.Parameter(flat[10:34].view(4, 6))
+    new = torch.randn(4, 6)
+    before = codec_for(linear).exchange_(linear, new.clone())
+    assert torch.equal(flat[10:34].view(4, 6), new)
+    assert not torch.equal(before, new)
+
+
+def test_exchanging_for_what_is_not_finite_leaves_the_weight() -> None:
+    linear = nn.Linear(6, 4)
+    before = linear.weight.detach().clone()
+    with pytest.raises(CodecError, match="finite"):
+        codec_for(linear).exchange_(linear, torch.full((4, 6), float("nan")))
+    assert torch.equal(linear.weight, before)

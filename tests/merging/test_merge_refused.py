@@ -13,7 +13,7 @@ from tiny_net import TinyNet, randomize_trainable_
 from torch import Tensor, nn
 
 from qlora_kit import AdapterError, LoraConfig, LoraModel, MergeError, apply_lora, merge
-from qlora_kit.codecs import codec_for
+from qlora_kit.codecs import Codec, codec_for
 
 
 def hooked(lora: LoraModel) -> list[str]:
@@ -53,6 +53,7 @@ def break_write_(monkeypatch: pytest.MonkeyPatch, kind: type, nth: int, half_wri
         raise BrokenError("the write")
 
     monkeypatch.setattr(kind, "write_", write_)
+    monkeypatch.setattr(kind, "exchange_", Codec.exchange_)  # which writes, and doesn't put another tensor there
 
 
 @pytest.mark.slow

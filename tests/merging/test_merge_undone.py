@@ -199,7 +199,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     enter = Spill.__enter__
 
     def entered(spill: Spill) -> Spill:
-        spill._file = Full(spill._file)  # type: ignore[assignment]
+        spill._file, spill._room = Full(spill._file), 0  # type: ignore[assignment]
         return enter(spill)
 
     lora = adapted("nf4", "merged")

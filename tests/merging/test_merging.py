@@ -19,7 +19,7 @@ from torch import nn
 
 from qlora_kit import LoraConfig, MergeReport, apply_lora, merge
 from qlora_kit.adapter_files.tensors import load_adapter_state_
-from qlora_kit.codecs import codec_for
+from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.codecs.bnb import Codec4bit, CodecInt8
 from qlora_kit.codecs.dense import DenseCodec
 from qlora_kit.codecs.packed import PackedCodec
@@ -47,6 +47,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
     for kind in (DenseCodec, Codec4bit, CodecInt8, PackedCodec):
         monkeypatch.setattr(kind, "write_", counting(kind.write_))
+        monkeypatch.setattr(kind, "exchange_", Codec.exchange_)  # which writes, and doesn't put another tensor there
     return count
 
 
@@ -217,3 +218,14 @@ def test_a_layer_that_only_another_adapter_has_stays_the_base() -> None:
     report = merge(lora, adapters=["a"])
     assert [layer.path for layer in report.layers] == ["0", "2"]
     assert torch.equal(report.model.get_submodule("4").weight, original)
+
+
+def test_without_an_account_a_dense_merge_has_the_same_bits() -> None:
+    one = adapted("float32")
+    other = copy.deepcopy(one)
+    report = merge(one, account=False)
+    assert report.layers == []
+    for key, tensor in merge(other).model.state_dict().items():
+        assert torch.equal(tensor, report.model.state_dict()[key])
+    rounded = merge(adapted("nf4"), force=True, account=False)
+    assert rounded.layers, "what is rounded is measured all the same: it may be refused"

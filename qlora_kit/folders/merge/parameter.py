@@ -16,7 +16,7 @@ from ...checkpoints.stored_model import holding
 from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
 from ...errors import CodecError, ConfigError, MergeError
-from ...merging.fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare
+from ...merging.fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare, norms_of
 from ...merging.requantize import rounded
 from ...preparation.quantize import linear_holding
 from .plan import MergePlan, OutputParameter
@@ -66,7 +66,8 @@ def _merged(plan: MergePlan, unit: OutputParameter, tensors: Mapping[str, Tensor
     if change.branches:
         A, B = change.stacked()
         delta = A.to(device), B.to(device)
-        norms = add_delta_(weight, *delta, unit.path)
+        norms = norms_of(weight, *delta)
+        add_delta_(weight, *delta, unit.path)
     else:
         check_finite(unit.path, weight)
     stored = _written(plan, unit, module or value, weight)
