@@ -146,20 +146,6 @@ FAULTS: tuple[Fault, ...] = (
         "the rank is capped there and the report says so, or the layer stays dense",
     ),
     Fault(
-        (LOFTQ_4,),
-        ("falcon", "siglip"),
-        RuntimeError,
-        "subclasses of nn.Linear are stored in 4 bits, which transformers can't load",
-        "they stay dense, or are packed by us",
-    ),
-    Fault(
-        (LOFTQ_4,),
-        ("llama4-text",),
-        NotImplementedError,
-        "loading 4 bits, transformers splits its experts and finds none of them",
-        "what transformers can't load is packed by us, or refused before the work begins",
-    ),
-    Fault(
         (LOFTQ_4, LOFTQ_2),
         ("mamba",),
         RuntimeError,
@@ -180,6 +166,8 @@ FAULTS: tuple[Fault, ...] = (
         "wo of the experts is quantized, and the loaded model computes garbage",
         "it stays dense",
     ),
-    Fault((LOFTQ_2,), ("siglip",), RuntimeError, "out_proj is quantized; the forward crashes", "it stays dense"),
+    Fault(
+        (LOFTQ_4, LOFTQ_2), ("siglip",), RuntimeError, "out_proj is quantized; the forward crashes", "it stays dense"
+    ),
     Fault((LOFTQ_2,), ("rwkv",), IndexError, "transformers' loader can't start the packed layers", "they stay dense"),
 )
