@@ -116,7 +116,8 @@ def init(
         with bar() as progress:
             report = stream(task, progress=progress)
         typer.echo(words(str(report)))
-    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}")
+    less = f"; {len(report.lowered)} layers have a smaller rank, see above" if report.lowered else ""
+    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}{less}")
 
 
 @app.command()

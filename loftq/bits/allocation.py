@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qlora_kit.config.loftq import MIXED_TYPES, LoftQConfig
 from qlora_kit.config.lora import LoraConfig
 from qlora_kit.errors import ConfigError, TargetError
-from qlora_kit.injection.engine import PlanEntry, Request, make_plan, request_for
+from qlora_kit.initializers import planned
+from qlora_kit.injection.engine import PlanEntry, Request, request_for
 from qlora_kit.naming import module_at
 
 from ..inputs.groups import Seen, stages
@@ -75,7 +76,7 @@ def allocate(
     """
     budget = Budget(bits, memory, tuple(ranks), rule)
     options = undecided(config.loftq_config or LoftQConfig())
-    plan = make_plan(model, config)
+    config, plan = planned(model, replace(config, init_lora_weights="loftq"))
     requests = {entry.path: _dense(checked(request_for(model, entry, config))) for entry in plan.entries}
     targeted = {id(request.base.weight) for request in requests.values()}
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in targeted)

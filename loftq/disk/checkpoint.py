@@ -23,7 +23,9 @@ from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError, closest
-from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
+from qlora_kit.initializers import planned
+from qlora_kit.injection.engine import Plan, PlanEntry
+from qlora_kit.injection.ranks import lowered
 from qlora_kit.preparation.quantize import in_bitsandbytes
 
 from ..starts.startable import DENSE
@@ -54,9 +56,11 @@ class Checkpoint:
         config: targets, ranks and alphas; see ``qlora_kit.LoraConfig``.
 
     Attributes:
+        config: with the ranks that the weights can have.
         model: the modules on the meta device.
         names: which stored tensors are which of the model's.
         plan: what is targeted.
+        lowered: ranks that were asked for where a weight hasn't as many, by path.
         units: every stored tensor, in the order of their names; a targeted weight that is stored twice comes once.
         dtypes: of the targeted modules' weights, by path.
 
@@ -70,7 +74,9 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
-        self.plan: Plan = _without(make_plan(self.model, config), _kept_by_bitsandbytes(self.model, config))
+        self.config, plan = planned(self.model, config)
+        self.plan: Plan = _without(plan, _kept_by_bitsandbytes(self.model, config))
+        self.lowered = lowered(self.plan.entries)
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
         for entry in self.plan.entries:
@@ -120,6 +126,11 @@ class Checkpoint:
     def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> StoredTensor:
         if entry is not None:
             expected = tuple(self.model.get_parameter(f"{entry.path}.weight").shape)
+            if dtype.is_floating_point and dtype.itemsize < 2:
+                raise StorageError(
+                    f"{name}: expected a weight in 16 or 32 bits, found {dtype}, whose values are commonly those of "
+                    "other tensors beside it as well; convert the checkpoint to bfloat16 first"
+                )
             if shape != expected or not dtype.is_floating_point:
                 raise StorageError(
                     f"{name}: expected a floating-point tensor of shape {expected} as config.json says, found "

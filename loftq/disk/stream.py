@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -52,6 +53,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     check_device("device", task.device)
     asked, task = task, provisional(task)
     checkpoint = Checkpoint(task.source, task.lora)
+    task = replace(task, lora=checkpoint.config)
     check_disk(task.out, expected_bytes(checkpoint, task.loftq))
     check_budget(task, checkpoint)
     calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None
@@ -66,7 +68,9 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
             return Report.load(task.out)
         task = allocated(task, checkpoint, journal, batches)
         if task.budget is not None:
+            before = checkpoint.lowered
             checkpoint = Checkpoint(task.source, task.lora)  # ranks may differ now
+            checkpoint.lowered = {} if task.budget.ranks else before
             check_disk(task.out, expected_bytes(checkpoint, task.loftq))
         with closing(Writers(task, checkpoint, journal)) as writers:
             left = [unit for unit in checkpoint.units if unit.name not in finished]

@@ -37,6 +37,7 @@ class Writers:
     def __init__(self, task: Task, checkpoint: Checkpoint, journal: Journal) -> None:
         self.task, self.journal = task, journal
         self.work = task.out / WORK_FOLDER
+        self.storage = quantization_config(checkpoint, task.loftq)
         self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
         room = header_room(PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry))
@@ -89,11 +90,17 @@ class Writers:
         write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())
         for file in other_files(task.source):
             shutil.copyfile(file, out / file.name)
-        report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
+        report = Report(
+            source=str(task.source),
+            options=task.options(),
+            layers=rows,
+            left_out=checkpoint.left_out(),
+            lowered=checkpoint.lowered,
+        )
         report.save(out)
         settings = read_settings(task.source)
-        if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:
-            settings["quantization_config"] = stored_as
+        if self.storage is not None:
+            settings["quantization_config"] = self.storage
         write_text_atomically(out / "config.json", json.dumps(settings, indent=2) + "\n")
         clear(self.work)
         return report

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from qlora_kit.checkpoints.files import write_text_atomically
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import AdapterError, StorageError
+from qlora_kit.injection.ranks import lowered
 from qlora_kit.model.lora_model import LoraModel
 
 JSON_NAME = "loftq_report.json"
@@ -87,12 +90,16 @@ class Report:
         options: what was asked for.
         layers: one row a quantized module.
         left_out: matrices that stay in their original type, alike ones together: name -> (how many, bytes).
+        lowered: the ranks that were asked for, by path, of layers that haven't as many and got all that they have.
+        checksums: of each stored file's parts, by tensor or file name, see ``qlora_kit.checkpoints.checksums``.
     """
 
     source: str
     options: Mapping[str, Any]
     layers: list[LayerReport]
     left_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    lowered: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def total(self, name: str) -> float:
         """Root of the layers' mean square of an error, each layer that it is known of counting alike."""
@@ -118,6 +125,8 @@ class Report:
             "totals": {**totals, "layers": len(rows), "seconds": self.seconds},
             "layers": rows,
             "left_out": {name: list(found) for name, found in self.left_out.items()},
+            "lowered": dict(self.lowered),
+            "checksums": {name: dict(found) for name, found in self.checksums.items()},
         }
 
     def __str__(self) -> str:
@@ -144,6 +153,7 @@ class Report:
         if outputs and (unseen := [layer.path for layer in self.layers if layer.tokens is None]):
             lines.append(f"note: {not_reached(unseen, len(self.layers))}")
         lines += [f"note: {layer.path}: {layer.note}" for layer in self.layers if layer.note]
+        lines += _lowered(self.lowered, {layer.path: layer.rank for layer in self.layers})
         lines += [
             f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
             for name, (count, size) in self.left_out.items()
@@ -170,7 +180,8 @@ class Report:
             derived = ("captured", "note")
             rows = [LayerReport(**{k: v for k, v in row.items() if k not in derived}) for row in data["layers"]]
             left_out = {name: (int(count), int(size)) for name, (count, size) in data["left_out"].items()}
-            return cls(data["source"], data["options"], rows, left_out)
+            lowered, checksums = data.get("lowered", {}), data.get("checksums", {})
+            return cls(data["source"], data["options"], rows, left_out, lowered, checksums)
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{path}: expected a report, found something else ({error!r}); run loftq init again"
@@ -202,6 +213,16 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)
+
+
+def _lowered(asked: Mapping[str, int], ranks: Mapping[str, int]) -> list[str]:
+    """Lines on layers that got a smaller rank than was asked for, alike ones together."""
+    groups = Counter((re.sub(r"\.\d+(?=\.)", ".*", path), ranks[path], rank) for path, rank in asked.items())
+    return [
+        f"rank lowered: {name}: {rank} instead of {wanted}, all that the weight has "
+        f"({count} layer{'s' if count > 1 else ''})"
+        for (name, rank, wanted), count in groups.items()
+    ]
 
 
 def _known(error: float | None) -> float:
@@ -245,4 +266,5 @@ def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:
         )
     config = lora.peft_config[adapter_name]
     options = {**config.to_dict(), "method": (config.loftq_config or LoftQConfig()).chosen_method}
-    return Report(str(config.base_model_name_or_path), options, rows)
+    entries = lora.plan.entries if lora.plan is not None and adapter_name == list(lora.peft_config)[-1] else ()
+    return Report(str(config.base_model_name_or_path), options, rows, lowered=lowered(entries))

@@ -11,10 +11,10 @@ from torch import nn
 from ..adapter_files.backbone import fingerprint
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..initializers import prepared
+from ..initializers import planned, prepared
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
-from ..injection.engine import Plan, inject_, make_plan, request_for
+from ..injection.engine import Plan, inject_, request_for
 from ..injection.targets import shortest_names
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
@@ -27,7 +27,7 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     check_new(adapted, name, config)
     root, dtype = adapted.root, adapted.adapter_dtype
     tree = Tree(root)
-    plan = make_plan(tree, config)
+    config, plan = planned(tree, config)
     recorded = _recorded(config, plan, tree)
     requests = [request_for(root, entry, config, dtype) for entry in plan.entries]
     start = prepared(root, requests)
