@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .config.lora import INIT_NAMES
+from .config.lora import INIT_NAMES, LoraConfig
 from .errors import AdapterError, ConfigError, closest
 from .injection.engine import Plan, Request, Start, make_plan
 from .injection.ranks import capped

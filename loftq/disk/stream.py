@@ -28,6 +28,7 @@ from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
 from ..starts.report import Report
 from .checkpoint import Checkpoint, StoredTensor
+from .checks import check_written
 from .chosen_bits import allocated, check_budget, provisional
 from .output import expected_bytes
 from .replacements import computed, in_forward_order
@@ -65,7 +66,9 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
         finished = {line["unit"] for line in journal.done}
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
             clear(task.out / WORK_FOLDER)
-            return Report.load(task.out)
+            report = Report.load(task.out)
+            check_written(task.out, report)
+            return report
         task = allocated(task, checkpoint, journal, batches)
         if task.budget is not None:
             before = checkpoint.lowered
