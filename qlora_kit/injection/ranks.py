@@ -2,8 +2,8 @@
 
 A branch of zeros may be wider than its weight; one that is found by decomposing the weight can't. Models hold linears
 with one output (gates of shared experts, small heads) or a few (routers) beside those for which a rank is meant, so
-such a start gets there the rank that there is, as if ``rank_pattern`` had said so. alpha follows, so that the scaling is
-the one that the configuration's rule gives all layers: a scaling of alpha / 1 where the others have alpha / 16 would
+such a start gets there the rank that there is, as if ``rank_pattern`` had said so. alpha follows, so that the scaling
+is the one that the configuration's rule gives all layers: a scaling of alpha / 1 where the others have alpha / 16 would
 train that layer sixteen times as fast. Both are written into the configuration, by which PEFT builds the same.
 """
 
