@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..codecs.packed import PackedLinear
+from ..naming import Tree, base_of
 from .config import PackedConfig, Stored
 from .stock import BITSANDBYTES_TYPES, bitsandbytes_config, built_by_rule, skipped_modules
 
@@ -42,15 +43,10 @@ def record_quantization_(model: Any) -> None:
     """Make ``model.config`` say how the model's linears are stored, so that ``model.save_pretrained(folder)``
     writes what ``from_pretrained(folder)`` loads.
 
-    LoftQ starts and merges into few bits do it by themselves; after ``quantize_`` it is one call:
-    ``record_quantization_(model)``.
+    LoftQ starts, ``quantize_`` and merges into few bits call it; adapters on the model make no difference.
     """
-    kinds = (PackedLinear.__name__, *BITSANDBYTES_TYPES)
-    modules = {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedLinear) or type(module).__name__ in kinds
-    }
+    modules = {path: base_of(module) for path, module in Tree(model).modules.items()}
+    modules = {path: m for path, m in modules.items() if isinstance(m, PackedLinear) or _is_bitsandbytes(m)}
     if not modules:
         return
     dtypes = [module.compute_dtype for module in modules.values() if getattr(module, "compute_dtype", None) is not None]
@@ -58,7 +54,11 @@ def record_quantization_(model: Any) -> None:
     model.config.quantization_config = storage_config(model, stored, dtypes[0] if dtypes else torch.float32)
 
 
+def _is_bitsandbytes(module: Any) -> bool:
+    return type(module).__name__ in BITSANDBYTES_TYPES
+
+
 def _once(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Of ``paths`` those that ``model`` lists, a module that stands at several places once."""
-    known = {path for path, _ in model.named_modules()}
-    return [path for path in paths if path in known]
+    """Of ``paths`` the first of each module."""
+    tree = Tree(model)
+    return [path for path in paths if tree.first(path) == path]

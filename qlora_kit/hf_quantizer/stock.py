@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..naming import Tree, base_of
+
 BITSANDBYTES_TYPES = ("Linear4bit", "Linear8bitLt")
 
 
@@ -45,7 +47,8 @@ def skipped_modules(model: nn.Module, quantized: Collection[str]) -> list[str]:
     whole path. A path that a quantized one ends in can't be told apart by it and is written as a regular
     expression.
     """
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    modules = {path: base_of(module) for path, module in Tree(model).firsts()}
+    linears = [path for path, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
     skipped = [path for path in linears if path not in set(quantized)]
     return [f"^{re.escape(p)}$" if any(q.endswith(p) for q in quantized) else p for p in skipped]
 

@@ -20,6 +20,7 @@ from ..layers import RESERVED
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
 from ..preparation.kbit import leave_preparation_
+from .base_files import guard_saving_, record_start_
 
 
 def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
@@ -38,6 +39,8 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
         adapted.backbones[name] = fingerprint(adapted.bases_of(name))
     adapted.kept_biases.keep(bias_parameters(root, config.bias, name))
     adapted.apply_state_()
+    record_start_(adapted, name)
+    guard_saving_(adapted)
     return plan
 
 
