@@ -145,4 +145,6 @@ def _empty(linear: Any, stored: Stored) -> nn.Module:
         )
     if conv1d or stored.bitsandbytes:  # transformers' deserializers ask what stood there
         module.source_cls = type(linear)
+    # All of it comes from the shards; some architectures would draw it first, by the shape of a dense weight.
+    module._is_hf_initialized = True
     return module.train(linear.training)

@@ -45,8 +45,8 @@ def record_quantization_(model: Any) -> None:
 
     LoftQ starts, ``quantize_`` and merges into few bits call it; adapters on the model make no difference.
     """
-    modules = {path: base_of(module) for path, module in Tree(model).modules.items()}
-    modules = {path: m for path, m in modules.items() if isinstance(m, PackedLinear) or _is_bitsandbytes(m)}
+    bases: dict[str, Any] = {path: base_of(module) for path, module in Tree(model).modules.items()}
+    modules = {path: m for path, m in bases.items() if isinstance(m, PackedLinear) or _is_bitsandbytes(m)}
     if not modules:
         return
     dtypes = [module.compute_dtype for module in modules.values() if getattr(module, "compute_dtype", None) is not None]

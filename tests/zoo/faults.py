@@ -115,7 +115,7 @@ FAULTS: tuple[Fault, ...] = (
         "such modules are left out, or the weight reaches the layer below",
     ),
     Fault(
-        ("2 bits",),
+        ("2 bits", LOFTQ_2),
         ("rwkv",),
         RuntimeError,
         "in eval transformers divides the codes of its output layers",
@@ -160,5 +160,4 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         (LOFTQ_4, LOFTQ_2), ("siglip",), RuntimeError, "out_proj is quantized; the forward crashes", "it stays dense"
     ),
-    Fault((LOFTQ_2,), ("rwkv",), IndexError, "transformers' loader can't start the packed layers", "they stay dense"),
 )
