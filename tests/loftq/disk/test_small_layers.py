@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from typer.testing import CliRunner
@@ -17,6 +19,7 @@ from loftq.bits.budget import Budget
 from loftq.cli import app
 from loftq.disk.stream import stream
 from loftq.disk.task import Task
+from loftq.disk.verify import verify
 from loftq.disk.writers import ADAPTER_FOLDER
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora
 from qlora_kit.errors import ConfigError, StorageError
@@ -135,3 +138,16 @@ def test_a_checkpoint_in_eight_bit_floats_is_refused_before_anything_is_written(
     with pytest.raises(StorageError, match=r"expected a weight in 16 or 32 bits, found torch.float8_e4m3fn"):
         stream(Task(tmp_path / "model", tmp_path / "out", lora_config()))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2])
+def test_a_tensor_of_any_type_that_no_module_has_is_copied(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    extra = torch.arange(6).to(dtype)
+    save_file({**load_file(file), "extra.table": extra}, file, {"format": "pt"})
+    stream(Task(tmp_path / "model", tmp_path / "out", lora_config()))
+    found = load_file(tmp_path / "out" / "model.safetensors")["extra.table"]
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), extra.view(torch.uint8))
+    assert "as they were written" in "".join(verify(tmp_path / "out", load=False))
