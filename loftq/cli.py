@@ -116,7 +116,8 @@ def init(
         with bar() as progress:
             report = stream(task, progress=progress)
         typer.echo(words(str(report)))
-    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}")
+    less = f"; {len(report.lowered)} layers have a smaller rank, see above" if report.lowered else ""
+    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}{less}")
 
 
 @app.command()
@@ -134,12 +135,13 @@ def verify(
     out: OutFolder,
     against: Annotated[Optional[str], typer.Option(help="The 16-bit model, to measure errors again.")] = None,  # noqa: UP045
     layers: Annotated[int, typer.Option(min=1, help="How many layers to measure again.")] = 8,
+    load: Annotated[bool, typer.Option("--load/--no-load", help="Load and run it too, as transformers does.")] = True,
 ) -> None:
-    """Check that OUT's quantized model and adapter belong together, and that its report is true."""
+    """Check that OUT's quantized model and adapter belong together, that it loads, and that its report is true."""
     from .disk.verify import verify as check
 
     with in_words_of("loftq verify", context, check, LoraConfig, LoftQConfig):
-        for line in check(out, against, layers=layers):
+        for line in check(out, against, layers=layers, load=load):
             typer.echo(line)
 
 

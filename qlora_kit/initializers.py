@@ -26,22 +26,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .config.lora import INIT_NAMES
+from .config.lora import INIT_NAMES, LoraConfig
 from .errors import AdapterError, ConfigError, closest
-from .injection.engine import Request, Start
+from .injection.engine import Plan, Request, Start, make_plan
+from .injection.ranks import capped
+from .naming import Tree
 
 Initializer = Callable[[Request], Start]
 Prepare = Callable[[nn.Module, Sequence[Request]], Initializer]
 _registry: dict[bool | str, Initializer] = {}
 _preparations: dict[bool | str, Prepare] = {}
+# Starts that decompose the weight, which has no more than min(out, in) singular values.
+_bounded: set[bool | str] = set()
 # Starts that live in packages above this one, imported when first asked for.
 _on_demand = {"loftq": "loftq.starts.whole_model"}
 INIT_NAMES.update(_on_demand.keys())
 
 
-def register_initializer(name: bool | str, *, prepare: Prepare | None = None) -> Callable[[Initializer], Initializer]:
+def register_initializer(
+    name: bool | str, *, prepare: Prepare | None = None, bounded: bool = False
+) -> Callable[[Initializer], Initializer]:
     """Decorator: ``LoraConfig(init_lora_weights=name)`` starts adapters with this function, or where ``prepare`` is
-    given with the one that it returns for a model.
+    given with the one that it returns for a model. A ``bounded`` start gets no rank above a weight's min(out, in).
 
     A later registration of a name replaces the earlier one.
     """
@@ -49,6 +55,9 @@ def register_initializer(name: bool | str, *, prepare: Prepare | None = None) ->
     def register(function: Initializer) -> Initializer:
         _registry[name] = function
         _preparations.pop(name, None)
+        _bounded.discard(name)
+        if bounded:
+            _bounded.add(name)
         if prepare is not None:
             _preparations[name] = prepare
         if isinstance(name, str):
@@ -56,6 +65,19 @@ def register_initializer(name: bool | str, *, prepare: Prepare | None = None) ->
         return function
 
     return register
+
+
+def planned(model: nn.Module | Tree, config: LoraConfig) -> tuple[LoraConfig, Plan]:
+    """``config`` as it can be carried out on ``model``, and the plan of it; changes nothing.
+
+    Raises:
+        ConfigError: no start of that name, or of a rank that no module has.
+        TargetError, UnsupportedModuleError: see ``qlora_kit.injection.targets``.
+    """
+    tree = Tree.of(model)
+    plan = make_plan(tree, config)
+    _known(config.init_lora_weights)
+    return capped(tree, config, plan) if config.init_lora_weights in _bounded else (config, plan)
 
 
 def prepared(model: nn.Module, requests: Sequence[Request]) -> Initializer:

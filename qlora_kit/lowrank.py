@@ -215,6 +215,8 @@ def check_matrix(matrix: Tensor, rank: int, name: str = "matrix") -> None:
             f"rank: expected an integer between 1 and {min(matrix.shape)} for shape {tuple(matrix.shape)}, "
             f"found {rank!r}; lower r, for this module alone with rank_pattern if need be"
         )
+    if matrix.dtype.itemsize < 2:  # of which torch finds no extremes
+        matrix = matrix.float()
     # The extremes are finite just where all is, and take no temporary.
     if not (matrix.amax(dim=1).isfinite().all() and matrix.amin(dim=1).isfinite().all()):
         bad = int((~torch.isfinite(matrix)).sum())

@@ -13,7 +13,12 @@ from fresh import printed_by
 from safetensors.torch import load_file
 from tiny_llama import VOCABULARY, batch, llama
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, codec_for
 from qlora_kit.codecs.codebooks import scheme
@@ -205,18 +210,6 @@ def test_modules_of_several_types_are_grouped(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(model.eval()))
-
-
-def test_mixtures_that_no_configuration_describes_are_refused() -> None:
-    for second, options, message in (
-        (4, {}, "found 2 and 2"),
-        (4, {"quant_type": "fp4"}, "expected one way of storing quantized modules"),
-    ):
-        model = llama()
-        start(model, 2 if not options else 4, ["q_proj"]).unload()
-        start(model, second, ["v_proj"], **options).unload()
-        with pytest.raises(ConfigError, match=message):
-            record_quantization_(model)
 
 
 def test_a_dense_model_is_left_without_a_configuration() -> None:

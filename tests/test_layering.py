@@ -22,8 +22,8 @@ errors on_import
 codecs naming
 checkpoints lowrank
 config layers
-injection
-initializers algebra preparation hf_quantizer
+injection hf_quantizer
+initializers algebra preparation
 adapter_files
 merging
 model

@@ -47,13 +47,14 @@ NAMES = {
         register_layer
     """,
     "qlora_kit.initializers": """
-        Request Start gaussian_start prepared random_start register_initializer start_for zero_start
+        Request Start gaussian_start planned prepared random_start register_initializer start_for zero_start
     """,
     "qlora_kit.lowrank": """
         SOLVERS add_product_ check_matrix delta factor_pair norm pick_solver truncated_svd
     """,
     "qlora_kit.hf_quantizer": """
-        PackedConfig PackedQuantizer bitsandbytes_config record_quantization_ skipped_modules
+        PackedConfig PackedQuantizer Stored bitsandbytes_config forget_gathering_ record_quantization_ skipped_modules
+        storage_config
     """,
     "qlora_kit.folders": "combine_folders compress_folder extract_folders merge_folders",
 }
@@ -84,7 +85,7 @@ PARAMETERS = {
     "qlora_kit.codec_for": "module path",
     "qlora_kit.register_codec": "*types",
     "qlora_kit.register_layer": "*types",
-    "qlora_kit.register_initializer": "name * prepare",
+    "qlora_kit.register_initializer": "name * prepare bounded",
     "loftq.factorize": """
         weight rank * bits quant_type steps scaling statistics blocksize double_quant method solver seed cross damping
         scale_search

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qlora_kit.config.loftq import MIXED_TYPES, LoftQConfig
 from qlora_kit.config.lora import LoraConfig
 from qlora_kit.errors import ConfigError, TargetError
-from qlora_kit.injection.engine import PlanEntry, Request, make_plan, request_for
+from qlora_kit.initializers import planned
+from qlora_kit.injection.engine import PlanEntry, Request, request_for
 from qlora_kit.naming import module_at
 
 from ..inputs.groups import Seen, stages
@@ -76,7 +77,8 @@ def allocate(
     """
     budget = Budget(bits, memory, tuple(ranks), rule)
     options = undecided(config.loftq_config or LoftQConfig())
-    plan, kept = make_plan(model, config), kept_dense(model, options)
+    config, plan = planned(model, replace(config, init_lora_weights="loftq"))
+    kept = kept_dense(model, options)
     asked = ((entry, checked(request_for(model, entry, config))) for entry in plan.entries)
     entries = {entry: _dense(request) for entry, request in asked if reason_of(request, kept) is None}
     requests = {entry.path: request for entry, request in entries.items()}

@@ -12,5 +12,6 @@ goes, and how a run that is cut off goes on. Nothing here may depend on the whol
 - ``writers``: the files while they grow
 - ``output``: what the output is called and how large it will be
 - ``progress``: the bar
+- ``checks``: what was written, held against what was noted then, and loaded
 - ``verify``: do model and adapter belong together, and is the report true?
 """

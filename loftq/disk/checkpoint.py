@@ -22,7 +22,9 @@ from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError, closest
-from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
+from qlora_kit.initializers import planned
+from qlora_kit.injection.engine import Plan, PlanEntry
+from qlora_kit.injection.ranks import lowered
 from qlora_kit.preparation.quantize import DENSE_LINEARS
 
 from ..starts.kept_dense import kept_dense
@@ -56,11 +58,13 @@ class Checkpoint:
         config: targets, ranks and alphas; see ``qlora_kit.LoraConfig``.
 
     Attributes:
+        config: with the ranks that the weights can have.
         model: the modules on the meta device.
         names: which stored tensors are which of the model's.
         plan: what is targeted and quantized.
         kept: what is targeted and stays dense.
         reasons: why, by path.
+        lowered: ranks that were asked for where a weight hasn't as many, by path.
         units: every stored tensor, in the order of their names; a targeted weight that is stored twice comes once.
         dtypes: of the targeted modules' weights, by path.
 
@@ -74,7 +78,9 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
-        self.plan, self.kept, self.reasons = _split(self.model, config)
+        self.config, plan = planned(self.model, config)
+        self.plan, self.kept, self.reasons = _split(self.model, self.config, plan)
+        self.lowered = lowered(self.adapted)
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
         kept = {self._stored_name(entry.path): entry for entry in self.kept}
@@ -134,6 +140,11 @@ class Checkpoint:
     def _unit(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], entry: PlanEntry | None) -> StoredTensor:
         if entry is not None:
             expected = tuple(self.model.get_parameter(f"{entry.path}.weight").shape)
+            if dtype.is_floating_point and dtype.itemsize < 2:
+                raise StorageError(
+                    f"{name}: expected a weight in 16 or 32 bits, found {dtype}, whose values are commonly those of "
+                    "other tensors beside it as well; convert the checkpoint to bfloat16 first"
+                )
             if shape != expected or not dtype.is_floating_point:
                 raise StorageError(
                     f"{name}: expected a floating-point tensor of shape {expected} as config.json says, found "
@@ -143,9 +154,8 @@ class Checkpoint:
         return StoredTensor(name, shape, prod(shape) * dtype.itemsize, entry)
 
 
-def _split(model: nn.Module, config: LoraConfig) -> tuple[Plan, tuple[PlanEntry, ...], dict[str, str]]:
-    """What is targeted in ``model``: what is quantized, what stays dense, and why that does."""
-    plan = make_plan(model, config)
+def _split(model: nn.Module, config: LoraConfig, plan: Plan) -> tuple[Plan, tuple[PlanEntry, ...], dict[str, str]]:
+    """What is planned for ``model``: what is quantized, what stays dense, and why that does."""
     options = config.loftq_config if isinstance(config.loftq_config, LoftQConfig) else LoftQConfig()
     dense = kept_dense(model, options)
     kept = tuple(entry for entry in plan.entries if entry.path in dense and entry.codec in DENSE_LINEARS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,21 +45,16 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
 
 def quantization_config(checkpoint: Checkpoint, options: LoftQConfig) -> dict[str, Any] | None:
     """What ``from_pretrained`` has to know of the output's linear layers; None if only embeddings are targeted."""
-    from qlora_kit.hf_quantizer import PackedConfig, bitsandbytes_config, skipped_modules
+    from qlora_kit.hf_quantizer import Stored, storage_config
 
     linears = [entry for entry in checkpoint.plan.entries if entry.family == "linear"]
     if not linears:
         return None
-    groups: dict[str, list[str]] = defaultdict(list)
+    stored: dict[str, Stored] = {}
     for entry in linears:
         kind, packed = storage_of(entry.path, options)
-        groups[kind] += [entry.path, *entry.aliases]
-    if not packed and in_bitsandbytes(kind, options.blocksize):
-        dtype = checkpoint.dtypes[linears[0].path]
-        skip = skipped_modules(checkpoint.model, set(groups[kind]))
-        return bitsandbytes_config(kind, dtype, skip, double_quant=options.double_quant).to_dict()
-    shared = {
-        "blocksize": None if options.blocksize == "row" else options.blocksize,
-        "double_quant": options.double_quant,
-    }
-    return PackedConfig([{"quant_type": kind, "modules": paths, **shared} for kind, paths in groups.items()]).to_dict()
+        by_bitsandbytes = not packed and in_bitsandbytes(kind, options.blocksize)
+        blocksize = None if options.blocksize == "row" or kind == "int8" else int(options.blocksize)
+        own = Stored(kind, blocksize, options.double_quant, by_bitsandbytes)
+        stored |= dict.fromkeys((entry.path, *entry.aliases), own)
+    return dict(storage_config(checkpoint.model, stored, checkpoint.dtypes[linears[0].path]).to_dict())

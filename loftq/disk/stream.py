@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,7 @@ from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
 from ..starts.report import Report
 from .checkpoint import Checkpoint, StoredTensor
+from .checks import check_written
 from .chosen_bits import allocated, check_budget, provisional
 from .output import expected_bytes
 from .replacements import computed, in_forward_order
@@ -52,6 +54,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     check_device("device", task.device)
     asked, task = task, provisional(task)
     checkpoint = Checkpoint(task.source, task.lora)
+    task = replace(task, lora=checkpoint.config)
     check_disk(task.out, expected_bytes(checkpoint, task.loftq))
     check_budget(task, checkpoint)
     calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None
@@ -63,10 +66,14 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
         finished = {line["unit"] for line in journal.done}
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
             clear(task.out / WORK_FOLDER)
-            return Report.load(task.out)
+            report = Report.load(task.out)
+            check_written(task.out, report)
+            return report
         task = allocated(task, checkpoint, journal, batches)
         if task.budget is not None:
+            before = checkpoint.lowered
             checkpoint = Checkpoint(task.source, task.lora)  # ranks may differ now
+            checkpoint.lowered = {} if task.budget.ranks else before
             check_disk(task.out, expected_bytes(checkpoint, task.loftq))
         with closing(Writers(task, checkpoint, journal)) as writers:
             left = [unit for unit in checkpoint.units if unit.name not in finished]

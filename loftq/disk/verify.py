@@ -22,19 +22,22 @@ from qlora_kit.lowrank import norm
 
 from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint
-from .writers import ADAPTER_FOLDER
+from .checks import ADAPTER_FOLDER, check_loads, check_written
 
 # The report's errors were measured before saving; on another machine sums are added in another order.
 _SLACK = 1e-4
 
 
 @torch.no_grad()
-def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: int = 8) -> Iterator[str]:
+def verify(
+    out: Path, against: str | os.PathLike[str] | None = None, *, layers: int = 8, load: bool = True
+) -> Iterator[str]:
     """Lines on what was found to hold.
 
     Args:
         out: what ``loftq init`` wrote.
         against: the 16-bit model; then the errors of ``layers`` layers, evenly chosen, are measured again.
+        load: load model and adapter with transformers too, and run a few tokens through them.
 
     Raises:
         StorageError: something doesn't hold; says what.
@@ -61,6 +64,10 @@ def verify(out: Path, against: str | os.PathLike[str] | None = None, *, layers: 
         if not (A.isfinite().all() and B.isfinite().all()) or A.shape[0] != row.rank:
             raise StorageError(f"{folder}: {row.path}: expected finite factors of rank {row.rank}, found others")
     yield f"{2 * len(stems)} adapter tensors: present, finite, of the ranks reported ({folder / CONFIG_NAME})"
+    count = check_written(out, report)
+    yield f"{count} tensors and their configurations: as they were written" if count else f"{out}: no checksums noted"
+    if load:
+        yield check_loads(out)
     if against is None:
         return
     checkpoint = Checkpoint(locate(against, "against"), config)

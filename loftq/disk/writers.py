@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qlora_kit.adapter_files.backbone import METADATA_KEY, combine
 from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME
-from qlora_kit.checkpoints.files import write_atomically, write_text_atomically
+from qlora_kit.checkpoints.checksums import checksums_in
+from qlora_kit.checkpoints.files import write_text_atomically
 from qlora_kit.checkpoints.growing_file import GrowingFile, header_room, read_appended
 from qlora_kit.checkpoints.growing_model import GrowingModel, clear, place
 from qlora_kit.checkpoints.journal import Journal
@@ -25,10 +26,9 @@ from qlora_kit.lowrank import delta
 
 from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint, StoredTensor
+from .checks import ADAPTER, ADAPTER_FOLDER, CONFIGS, MODEL, config_checksum
 from .output import adapter_names, quantization_config, stored_names
 from .task import WORK_FOLDER, Replacement, Task
-
-ADAPTER_FOLDER = "loftq_init"
 
 
 class Writers:
@@ -37,6 +37,7 @@ class Writers:
     def __init__(self, task: Task, checkpoint: Checkpoint, journal: Journal) -> None:
         self.task, self.journal = task, journal
         self.work = task.out / WORK_FOLDER
+        self.storage = quantization_config(checkpoint, task.loftq)
         self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
         room = header_room(PREFIX + name for entry in checkpoint.adapted for name in adapter_names(entry))
@@ -87,7 +88,11 @@ class Writers:
             task_type=task.lora.task_type or task_type(checkpoint.model),
             base_model_name_or_path=str(out.resolve()),
         )
-        write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())
+        configs = {
+            f"{ADAPTER_FOLDER}/{CONFIG_NAME}": lora.as_stored().to_json().decode(),
+            "config.json": self._settings(),
+        }
+        write_text_atomically(adapter_folder / CONFIG_NAME, configs[f"{ADAPTER_FOLDER}/{CONFIG_NAME}"])
         for file in other_files(task.source):
             shutil.copyfile(file, out / file.name)
         report = Report(
@@ -96,14 +101,24 @@ class Writers:
             layers=rows,
             left_out=checkpoint.left_out(),
             kept=checkpoint.reasons,
+            lowered=checkpoint.lowered,
+            checksums={
+                MODEL: self.model.checksums(),
+                ADAPTER: checksums_in(self.adapter.entries),
+                CONFIGS: {name: config_checksum(text) for name, text in configs.items()},
+            },
         )
         report.save(out)
-        settings = read_settings(task.source)
-        if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:
-            settings["quantization_config"] = stored_as
-        write_text_atomically(out / "config.json", json.dumps(settings, indent=2) + "\n")
+        write_text_atomically(out / "config.json", configs["config.json"])
         clear(self.work)
         return report
+
+    def _settings(self) -> str:
+        """The output's config.json."""
+        settings = read_settings(self.task.source)
+        if self.storage is not None:
+            settings["quantization_config"] = self.storage
+        return json.dumps(settings, indent=2) + "\n"
 
     def close(self) -> None:
         """Leave the files as they are, to be gone on with."""

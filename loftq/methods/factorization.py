@@ -39,7 +39,7 @@ def factorize(
     """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
 
     Args:
-        weight: (out, in), finite, any floating dtype and device; the arithmetic is float32.
+        weight: (out, in), finite, any floating dtype, layout and device; the arithmetic is float32.
         rank: between 1 and min(out, in).
         bits, quant_type, blocksize, double_quant: the quantizer, see ``quantizers.quantizer_for``.
         steps: the most alternations to run.
@@ -69,7 +69,7 @@ def factorize(
             "them with loftq.collect_statistics, or use method='loftq'"
         )
     problem = Problem(
-        weight.detach().float(),
+        weight.detach().float().contiguous(),  # the methods look at it block by block, in the order of its rows
         rank,
         scaling,
         quantizer_for(bits=bits, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from qlora_kit.checkpoints.files import write_text_atomically
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import AdapterError, StorageError
+from qlora_kit.injection.ranks import lowered
 from qlora_kit.model.lora_model import LoraModel
 
 from .kept_dense import KeptDense
@@ -91,6 +93,8 @@ class Report:
         layers: one row a quantized module.
         left_out: matrices that stay in their original type, alike ones together: name -> (how many, bytes).
         kept: targeted modules that stay dense, with a plain start of their adapters: path -> why.
+        lowered: the ranks that were asked for, by path, of layers that haven't as many and got all that they have.
+        checksums: of each stored file's parts, by tensor or file name, see ``qlora_kit.checkpoints.checksums``.
     """
 
     source: str
@@ -98,6 +102,8 @@ class Report:
     layers: list[LayerReport]
     left_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    lowered: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def total(self, name: str) -> float:
         """Root of the layers' mean square of an error, each layer that it is known of counting alike."""
@@ -124,6 +130,8 @@ class Report:
             "layers": rows,
             "left_out": {name: list(found) for name, found in self.left_out.items()},
             "kept": dict(self.kept),
+            "lowered": dict(self.lowered),
+            "checksums": {name: dict(found) for name, found in self.checksums.items()},
         }
 
     def __str__(self) -> str:
@@ -156,6 +164,7 @@ class Report:
             f"{f' and {count - 1} more' if count > 1 else ''}: {reason}; the adapter starts at zero"
             for reason, count in reasons.items()
         ]
+        lines += _lowered(self.lowered, {layer.path: layer.rank for layer in self.layers})
         lines += [
             f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
             for name, (count, size) in self.left_out.items()
@@ -182,7 +191,15 @@ class Report:
             derived = ("captured", "note")
             rows = [LayerReport(**{k: v for k, v in row.items() if k not in derived}) for row in data["layers"]]
             left_out = {name: (int(count), int(size)) for name, (count, size) in data["left_out"].items()}
-            return cls(data["source"], data["options"], rows, left_out, dict(data.get("kept", {})))
+            return cls(
+                data["source"],
+                data["options"],
+                rows,
+                left_out,
+                dict(data.get("kept", {})),
+                data.get("lowered", {}),
+                data.get("checksums", {}),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{path}: expected a report, found something else ({error!r}); run loftq init again"
@@ -214,6 +231,16 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)
+
+
+def _lowered(asked: Mapping[str, int], ranks: Mapping[str, int]) -> list[str]:
+    """Lines on layers that got a smaller rank than was asked for, alike ones together."""
+    groups = Counter((re.sub(r"\.\d+(?=\.)", ".*", path), ranks[path], rank) for path, rank in asked.items())
+    return [
+        f"rank lowered: {name}: {rank} instead of {wanted}, all that the weight has "
+        f"({count} layer{'s' if count > 1 else ''})"
+        for (name, rank, wanted), count in groups.items()
+    ]
 
 
 def _known(error: float | None) -> float:
@@ -259,4 +286,5 @@ def start_report(lora: LoraModel, adapter_name: str = "default") -> Report:
         )
     config = lora.peft_config[adapter_name]
     options = {**config.to_dict(), "method": (config.loftq_config or LoftQConfig()).chosen_method}
-    return Report(str(config.base_model_name_or_path), options, rows, kept=kept)
+    entries = lora.plan.entries if lora.plan is not None and adapter_name == list(lora.peft_config)[-1] else ()
+    return Report(str(config.base_model_name_or_path), options, rows, kept=kept, lowered=lowered(entries))

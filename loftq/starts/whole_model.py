@@ -71,4 +71,4 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     return lambda request: starts.pop(request.path)
 
 
-register_initializer("loftq", prepare=prepare)(loftq_start)
+register_initializer("loftq", prepare=prepare, bounded=True)(loftq_start)

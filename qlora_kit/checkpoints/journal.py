@@ -45,10 +45,13 @@ class Journal:
                 f"{out}: expected a new or empty folder, or one in which this command was interrupted, found "
                 f"{sorted(e.name for e in out.iterdir())[:5]}; choose another folder or remove this one"
             )
+        self._out = None if out.exists() else out
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder / "lock", out)
         try:
             lines, whole = self._read()
+            if len(lines) == 1 and lines[0] != head:
+                lines, whole = [], 0  # nothing was finished for that other task
             if lines:
                 _check_same(lines[0], head, out)
         except StorageError:
@@ -79,8 +82,13 @@ class Journal:
             self.done.append(dict(line))
 
     def close(self) -> None:
+        """Let others go on from here; a run that has finished nothing leaves nothing."""
         self._file.close()
         self._lock.close()
+        if not self.done and not self.measured:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self._out is not None and self._out.is_dir() and not any(self._out.iterdir()):
+                self._out.rmdir()
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """The whole lines, and where they end: a last line without its newline was being written at the kill."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter_files.backbone import fingerprint
@@ -60,8 +61,11 @@ def replace_lora_weights_loftq(
         stored = layer.codec.read(layer.base_layer)
         residual = original_weight(folder, path, stored) - stored
         before = tuple(factor.detach().clone() for factor in layer.factors(adapter_name))
-        triplets = truncated_svd(residual, layer.r[adapter_name])
-        layer.set_factors_(adapter_name, *factor_pair(*triplets, layer.scaling[adapter_name]))
+        triplets = truncated_svd(residual, min(layer.r[adapter_name], *residual.shape))
+        A, B = factor_pair(*triplets, layer.scaling[adapter_name])
+        if (rest := layer.r[adapter_name] - A.shape[0]) > 0:  # a branch wider than its weight goes on as it began
+            A, B = torch.cat([A, before[0][-rest:].to(A)]), torch.cat([B, B.new_zeros(B.shape[0], rest)], dim=1)
+        layer.set_factors_(adapter_name, A, B)
         if callback is not None and not callback(peft_model, path):
             layer.set_factors_(adapter_name, *before)
     peft_model.backbones[adapter_name] = fingerprint({path: layer.base_layer for path, layer in layers.items()})

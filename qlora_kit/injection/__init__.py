@@ -8,6 +8,7 @@ The engine is shared by every adapter there is. It asks a module's codec and lay
 - ``source``: what the source of a class says of that
 - ``conditions``: what settings say of the source's conditions
 - ``engine``: plan -> build -> swap, and the way back
+- ``ranks``: ranks that a weight can't have, lowered to what it has
 - ``adapted``: the adapters on one model as a value, which all below its face is written over
 - ``biases``: the base's own biases in training, and as they were before
 """

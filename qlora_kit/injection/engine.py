@@ -30,7 +30,8 @@ _QUICK_STARTS = (True, False, "gaussian")
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What one module will get. Bytes are those of the adapter (float32 factors) and of the base weight."""
+    """What one module will get. Bytes are those of the adapter (float32 factors) and of the base weight;
+    ``asked_rank`` is the rank that was asked for, where the start can't have as many."""
 
     path: str
     aliases: tuple[str, ...]
@@ -42,6 +43,7 @@ class PlanEntry:
     trainable_parameters: int
     adapter_bytes: int
     base_bytes: int
+    asked_rank: int | None = None
 
 
 @dataclass(frozen=True)

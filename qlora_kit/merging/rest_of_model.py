@@ -118,12 +118,11 @@ def _cast_(key: str, tensor: Tensor, dtype: torch.dtype, spill: Spill, undo: Inj
 
 
 def forget_loading_(model: nn.Module, undo: Injection) -> None:
-    """Drop the steps by which transformers loaded quantized weights: it would undo them on saving, and can't."""
-    steps: Any = getattr(model, "_weight_conversions", None)
-    if steps:
-        undo.on_undo(partial(setattr, model, "_weight_conversions", steps))
-        kept = [s for s in steps if not any(hasattr(op, "hf_quantizer") for op in getattr(s, "operations", ()))]
-        model._weight_conversions = kept  # type: ignore[assignment]
+    """Drop the steps by which transformers gathered quantized weights while it loaded them."""
+    if getattr(model, "_weight_conversions", None):
+        from ..hf_quantizer import forget_gathering_
+
+        undo.on_undo(partial(setattr, model, "_weight_conversions", forget_gathering_(model)))
 
 
 def declare_storage_(model: nn.Module, task: MergeTask, undo: Injection) -> None:

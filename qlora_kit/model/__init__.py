@@ -7,6 +7,7 @@ over that. Nothing below imports it; it must not hold state of its own, or walk 
 - ``proxy``: how the wrapper passes for the model that it wraps
 - ``keywords``: what PEFT's models are called with and these can't be
 - ``life``: adapters come and go
+- ``base_files``: the base under its adapters, saved
 - ``combining``: adapters combined into a new one
 - ``loading``: a stored adapter onto a model
 - ``hub``: adapters to the Hub

@@ -11,15 +11,16 @@ from torch import nn
 from ..adapter_files.backbone import fingerprint
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..initializers import prepared
+from ..initializers import planned, prepared
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
-from ..injection.engine import Plan, inject_, make_plan, request_for
+from ..injection.engine import Plan, inject_, request_for
 from ..injection.targets import shortest_names
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
 from ..preparation.kbit import leave_preparation_
+from .base_files import guard_saving_, record_start_
 
 
 def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
@@ -27,7 +28,7 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     check_new(adapted, name, config)
     root, dtype = adapted.root, adapted.adapter_dtype
     tree = Tree(root)
-    plan = make_plan(tree, config)
+    config, plan = planned(tree, config)
     recorded = _recorded(config, plan, tree)
     requests = [request_for(root, entry, config, dtype) for entry in plan.entries]
     start = prepared(root, requests)
@@ -38,6 +39,8 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
         adapted.backbones[name] = fingerprint(adapted.bases_of(name))
     adapted.kept_biases.keep(bias_parameters(root, config.bias, name))
     adapted.apply_state_()
+    record_start_(adapted, name)
+    guard_saving_(adapted)
     return plan
 
 

@@ -190,6 +190,11 @@ class LoraModel(ModelProxy):
             raise AdapterError("push_to_hub=True: save_pretrained writes to a folder only; call push_to_hub(repo_id)")
         if not safe_serialization:
             raise AdapterError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        if not self.peft_config:
+            raise AdapterError(
+                "save_pretrained: expected at least one adapter to save, found none, as they are merged, unloaded or "
+                "deleted; a merged model is saved by report.model.save_pretrained(folder), with report = merge(lora)"
+            )
         if is_main_process is not False:
             for_trainer = is_main_process is not None or state_dict is None
             given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)

@@ -47,7 +47,7 @@ def held_as(module: nn.Module) -> str | None:
     for name in _HELD_AS:
         if name in held:
             return name
-    return "module" if _is_parallel(type(module)) else None
+    return "module" if _is_parallel(type(module)) else None  # type: ignore[arg-type]
 
 
 @cache

@@ -39,7 +39,7 @@ def quantize_(
 ) -> Model:
     """Replace ``model``'s linear layers, in place, by quantized ones; all of them, or on any error none.
 
-    ``qlora_kit.hf_quantizer.record_quantization_(model)`` then makes ``model.save_pretrained`` write what
+    The configuration of a transformers model says so from then on: ``model.save_pretrained`` writes what
     ``from_pretrained`` loads.
 
     Args:
@@ -72,6 +72,10 @@ def quantize_(
                 raise CodecError(f"{entry.path}: {error}") from error
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, with_hooks_of(base, new), undo)
+        if hasattr(type(model), "save_pretrained"):
+            from ..hf_quantizer import record_quantization_
+
+            record_quantization_(model)
     except BaseException:
         undo.undo()
         raise

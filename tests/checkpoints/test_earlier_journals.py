@@ -83,8 +83,10 @@ def test_a_finished_folder_is_left_alone(name: str, tmp_path: Path) -> None:
 
 def test_a_finished_start_is_verified_and_shown() -> None:
     out = JOURNALS / "init-on-text-finished"
-    belong, adapter, *measured = verify(out, BASE)
+    belong, adapter, written, loads, *measured = verify(out, BASE)
     assert belong.startswith("4 layers: backbone and adapter belong together")
     assert adapter.startswith("8 adapter tensors: present")
+    assert written.endswith("no checksums noted")
+    assert "transformers loads it" in loads
     assert len(measured) == 4
     assert "model.layers.1.mlp.down_proj" in str(Report.load(out))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_kit import ConfigError
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -83,26 +81,5 @@ FAULTS: tuple[Fault, ...] = (
         AssertionError,
         "some tensors are written under the modules' names, where the base and transformers have older ones",
         "all under the names that save_pretrained writes",
-    ),
-    Fault(
-        (LOFTQ_4, LOFTQ_2),
-        ("roberta", "electra", "ast", "qwen2-moe"),
-        ConfigError,
-        "a linear smaller than the rank stops the run in the middle",
-        "the rank is capped there and the report says so, or the layer stays dense",
-    ),
-    Fault(
-        (LOFTQ_4,),
-        ("falcon",),
-        RuntimeError,
-        "subclasses of nn.Linear are stored in 4 bits, which transformers can't load",
-        "they stay dense, or are packed by us",
-    ),
-    Fault(
-        (LOFTQ_4,),
-        ("llama4-text",),
-        NotImplementedError,
-        "loading 4 bits, transformers splits its experts and finds none of them",
-        "what transformers can't load is packed by us, or refused before the work begins",
     ),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from .int8 import CodecInt8, linear_of_codes_int8, quantize_linear_int8
 __all__ = [
     "Codec4bit",
     "CodecInt8",
+    "empty_linear",
     "kernel_is_right",
     "linear_from_tensors",
     "linear_of_codes",
@@ -44,3 +46,35 @@ def linear_from_tensors(
     module4 = Linear4bit(in_features, out_features, bias=False, device="meta")
     module4.weight = Params4bit.from_prequantized(weight, statistics, device=weight.device, module=module4)
     return module4
+
+
+def empty_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    quant_type: str,
+    *,
+    double_quant: bool,
+    threshold: float,
+    dtype: torch.dtype,
+) -> Linear4bit | Linear8bitLt:
+    """A frozen module on the meta device, to be filled from a checkpoint; products in ``dtype``."""
+    if quant_type == "int8":
+        module: Linear4bit | Linear8bitLt = Linear8bitLt(
+            in_features, out_features, bias, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
+        module.weight.data = module.weight.data.to(torch.int8)
+    else:
+        module = Linear4bit(
+            in_features,
+            out_features,
+            bias,
+            dtype,
+            compress_statistics=double_quant,
+            quant_type=quant_type,
+            device="meta",
+        )
+        module.weight.data = module.weight.data.to(torch.uint8)
+    if module.bias is not None:
+        module.bias.data = module.bias.data.to(dtype)
+    return module.requires_grad_(False)

@@ -47,29 +47,17 @@ def settings_of(
 
 
 def _quantization_config(base: StoredModel, quantized: Mapping[str, Quantizer]) -> dict[str, Any]:
-    from ...hf_quantizer import PackedConfig, bitsandbytes_config, skipped_modules
+    from ...hf_quantizer import Stored, storage_config
 
-    kinds = set(quantized.values())
-    if all(in_bitsandbytes(kind.quant_type, kind.blocksize) for kind in kinds):
-        first, before = next(iter(kinds)), base.settings.get("quantization_config") or {}
-        config = bitsandbytes_config(
-            first.quant_type,
-            _compute_dtype(base.settings),
-            skipped_modules(base.model, set(_everywhere(base, quantized))),
-            double_quant=any(kind.double_quant for kind in kinds),
-            threshold=before.get("llm_int8_threshold", 0.0) if before.get("load_in_8bit") else 0.0,
-        )
-        return dict(config.to_dict())
-    groups = [
-        {
-            "quant_type": kind.quant_type,
-            "blocksize": kind.blocksize,
-            "double_quant": kind.double_quant,
-            "modules": _everywhere(base, [path for path, own in quantized.items() if own == kind]),
-        }
-        for kind in dict.fromkeys(quantized.values())
-    ]
-    return dict(PackedConfig(groups).to_dict())
+    before = base.settings.get("quantization_config") or {}
+    threshold = before.get("llm_int8_threshold", 0.0) if before.get("load_in_8bit") else 0.0
+    stored: dict[str, Stored] = {}
+    for path, kind in quantized.items():
+        by_bitsandbytes = in_bitsandbytes(kind.quant_type, kind.blocksize)
+        outliers = threshold if kind.quant_type == "int8" else 0.0
+        own = Stored(kind.quant_type, kind.blocksize, kind.double_quant, by_bitsandbytes, outliers)
+        stored |= dict.fromkeys(_everywhere(base, [path]), own)
+    return dict(storage_config(base.model, stored, _compute_dtype(base.settings)).to_dict())
 
 
 def _everywhere(base: StoredModel, paths: Iterable[str]) -> list[str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from disk_models import ADAPTER_FOLDER, config, streamed, write
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llama import llama
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -91,8 +96,10 @@ def test_a_start_in_memory_has_the_same_report(llama_dir: Path, tmp_path: Path) 
 def test_what_was_written_is_verified(finished: Path, llama_dir: Path) -> None:
     lines = list(verify(finished, llama_dir, layers=3))
     assert "belong together" in lines[0]
-    assert len(lines) == 2 + 3
-    assert all("as reported" in line for line in lines[2:])
+    assert lines[2].endswith("as they were written")
+    assert lines[3].endswith("a few tokens give a finite output")
+    assert len(lines) == 4 + 3
+    assert all("as reported" in line for line in lines[4:])
 
 
 def copied(finished: Path, tmp_path: Path) -> Path:
@@ -118,6 +125,74 @@ def test_an_exchanged_adapter_is_found(finished: Path, tmp_path: Path) -> None:
     shutil.copyfile(*(f / ADAPTER_FOLDER / "adapter_model.safetensors" for f in (tmp_path / "other", out)))
     with pytest.raises(StorageError, match="found that of another"):
         list(verify(out))
+
+
+CHANGES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "scales": ("model.safetensors", lambda t: t * 10, r"(scales|absmax|SCB)"),
+    "norms": ("model.safetensors", torch.zeros_like, r"norm\.weight"),
+    "B": (f"{ADAPTER_FOLDER}/adapter_model.safetensors", torch.zeros_like, r"lora_B\.weight"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_tensor_is_found(finished: Path, tmp_path: Path, what: str) -> None:
+    out = copied(finished, tmp_path)
+    file, change, pattern = CHANGES[what]
+    with safe_open(out / file, "pt") as shard:
+        metadata = shard.metadata()
+    stored = load_file(out / file)
+    name = next(n for n in stored if re.search(pattern, n) and (stored[n].is_floating_point() or "absmax" in n))
+    stored[name] = change(stored[name])
+    save_file(stored, out / file, metadata)
+    with pytest.raises(StorageError, match=f"found 1 of .* tensors changed since .{re.escape(name)}"):
+        list(verify(out, load=False))
+
+
+OF_ADAPTER = f"{ADAPTER_FOLDER}/adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "place"),
+    [(OF_ADAPTER, "lora_alpha", "base_model_name_or_path"), ("config.json", "rms_norm_eps", "_name_or_path")],
+)
+def test_a_changed_configuration_is_found(finished: Path, tmp_path: Path, file: str, key: str, place: str) -> None:
+    out = copied(finished, tmp_path)
+    settings = json.loads((out / file).read_text())
+    (out / file).write_text(json.dumps({**settings, place: "moved", key: settings[key] * 2}))
+    with pytest.raises(StorageError, match=f"{file}: expected what was written, found it changed"):
+        list(verify(out, load=False))
+    (out / file).write_text(json.dumps({**settings, place: "moved"}))
+    assert "as they were written" in "".join(verify(out, load=False))
+
+
+def test_a_finished_run_that_was_damaged_since_is_no_success(llama_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    streamed(llama_dir, out, config(2), shard_bytes=10_000)
+    assert len(streamed(llama_dir, out, config(2), shard_bytes=10_000).layers) == 14
+    shard = sorted(out.glob("model-*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(
+        StorageError, match=r"1 of .* tensors changed since .*remove the folder and run loftq init again"
+    ):
+        streamed(llama_dir, out, config(2), shard_bytes=10_000)
+    shard.unlink()
+    with pytest.raises(StorageError, match=f"expected the shard {shard.name}"):
+        streamed(llama_dir, out, config(2), shard_bytes=10_000)
+
+
+def test_what_transformers_can_not_load_is_found(finished: Path, tmp_path: Path) -> None:
+    out = copied(finished, tmp_path)
+    settings = json.loads((out / "config.json").read_text())
+    settings.pop("quantization_config")
+    (out / "config.json").write_text(json.dumps(settings))
+    report = json.loads((out / "loftq_report.json").read_text())
+    (out / "loftq_report.json").write_text(json.dumps({**report, "checksums": {}}))
+    lines = verify(out)
+    assert [next(lines) for _ in range(3)][-1].endswith("no checksums noted")
+    with pytest.raises(StorageError, match="expected a model that transformers loads and runs, found"):
+        next(lines)
 
 
 def test_another_source_is_found(finished: Path, tmp_path: Path) -> None:
