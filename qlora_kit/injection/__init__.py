@@ -3,7 +3,13 @@
 The engine is shared by every adapter there is. It asks a module's codec and layer family, never how it stores a weight.
 
 - ``targets``: from what a configuration says to an exact list of modules
+- ``adaptable``: what can have a branch, and why other modules of such a type can't
 - ``architectures``: which modules, where the user names none
+- ``hybrids``: and in layers that have none of those
+- ``heads``: the modules at a model's ends, and what of them a task trains whole
+- ``stacks``: matrices in one parameter, which can't have one yet: a mixture's experts
+- ``left_out``: what a choice leaves without a branch, and how much of the model that is
+- ``plan``: what will be done, as a value to print
 - ``engine``: plan -> build -> swap, and the way back
 - ``adapted``: the adapters on one model as a value, which all below its face is written over
 - ``biases``: the base's own biases in training, and as they were before

@@ -26,29 +26,11 @@ class Fault:
 
 LOFTQ_4, LOFTQ_2 = "loftq init, 4 bits", "loftq init, 2 bits"
 IN_MEMORY = ("4 bits in memory", "2 bits")
-STACKED = (
-    *("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3", "granite-moe", "phimoe"),
-    *("llama4-text", "gpt-oss", "jamba"),
-)
 READ_PAST = ("mamba", "falcon-mamba", "jamba")
 LEFT_OUT = "all-linear leaves such modules out and says so; named, they are refused or take part"
 
 FAULTS: tuple[Fault, ...] = (
     # -- which modules
-    Fault(
-        ("all-linear",),
-        ("roberta", "electra", "ast", "segformer"),
-        AssertionError,
-        "linears inside of a new head are adapted, as it isn't one linear at the root",
-        "the head is left out whole, whatever it is made of",
-    ),
-    Fault(
-        ("all-linear",),
-        ("resnet",),
-        AssertionError,
-        "the linear inside of its head is adapted, the only one it has",
-        "a TargetError that says so; it then belongs into the member's refusals",
-    ),
     Fault(
         ("all-linear",),
         ("attention", "siglip"),
@@ -66,17 +48,10 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         ("left out",),
-        (*STACKED, "mamba", "falcon-mamba", "attention", "siglip", "weight-norm"),
+        ("attention", "siglip", *READ_PAST),
         AssertionError,
-        "the plan is silent about modules that can't be adapted, stacked experts among them",
+        "the plan is silent about modules whose weight is read past them",
         "it names them, with their share of the weights",
-    ),
-    Fault(
-        ("default targets",),
-        ("jamba", "recurrent-gemma", "nemotron-h", "bamba", "lfm2"),
-        AssertionError,
-        "the attention layers of a hybrid are adapted and no others",
-        "all layers, or an error",
     ),
     # -- what is read past an adapter
     Fault(
@@ -140,7 +115,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         (LOFTQ_4, LOFTQ_2),
-        ("roberta", "electra", "ast", "qwen2-moe"),
+        ("qwen2-moe",),
         ConfigError,
         "a linear smaller than the rank stops the run in the middle",
         "the rank is capped there and the report says so, or the layer stays dense",
