@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.checkpoints.model_folder import skeleton
+from qlora_kit.adapter_files.folder import PREFIX
+from qlora_kit.checkpoints.model_folder import skeleton, task_type
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.codecs import Codec, codec_for
@@ -24,6 +26,9 @@ from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError, closest
 from qlora_kit.injection.engine import Plan, PlanEntry, make_plan
+from qlora_kit.injection.heads import head_of_task, saved_names
+from qlora_kit.injection.targets import resolve_saved
+from qlora_kit.naming import Tree
 from qlora_kit.preparation.quantize import in_bitsandbytes
 
 from ..starts.startable import DENSE
@@ -34,12 +39,16 @@ _MATRIX = 2
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized."""
+    """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized.
+
+    ``copied_as`` is its key in the adapter's file, if it is of a module that the adapter trains whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     nbytes: int
     entry: PlanEntry | None
+    copied_as: str | None = None
 
     @property
     def numel(self) -> int:
@@ -56,6 +65,7 @@ class Checkpoint:
     Attributes:
         model: the modules on the meta device.
         names: which stored tensors are which of the model's.
+        task_type, modules_to_save: of the adapter's configuration: the head of a task is trained whole.
         plan: what is targeted.
         units: every stored tensor, in the order of their names; a targeted weight that is stored twice comes once.
         dtypes: of the targeted modules' weights, by path.
@@ -70,7 +80,9 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
+        config = self._for_its_task(config)
         self.plan: Plan = _without(make_plan(self.model, config), _kept_by_bitsandbytes(self.model, config))
+        copies = {self.names.stored[name]: PREFIX + name for name in self._inside(self.plan.modules_to_save)}
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
         for entry in self.plan.entries:
@@ -83,7 +95,8 @@ class Checkpoint:
         quantized = {f"{self.names.path_of(entry.path)}.weight" for entry in by_name.values()}
         again = {stored for stored, name in self.names.twice.items() if name in quantized}
         types = self.reader.types()
-        self.units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
+        units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
+        self.units = [replace(unit, copied_as=copies.get(unit.name)) for unit in units]
 
     def empty_module(self, entry: PlanEntry) -> tuple[nn.Module, Codec]:
         """A copy of ``entry``'s module without its bias, the weight on the meta device, and its codec."""
@@ -106,6 +119,27 @@ class Checkpoint:
                 count, size = groups.get(pattern, (0, 0))
                 groups[pattern] = count + 1, size + unit.nbytes
         return groups
+
+    def _for_its_task(self, config: LoraConfig) -> LoraConfig:
+        """``config`` with the model's task, for which its head, if it is stored, is copied into the adapter."""
+        tree = Tree(self.model)
+        given = resolve_saved(tree, config.modules_to_save)
+        if missing := [name for name in self._inside(given) if name not in self.names.stored]:
+            raise StorageError(
+                f"{missing[0]}: expected it in {self.folder}, for modules_to_save={config.modules_to_save} asks for a "
+                "copy of it, found none; leave its module out"
+            )
+        config = replace(config, task_type=config.task_type or task_type(self.model))
+        head = resolve_saved(tree, head_of_task(tree, config.task_type))
+        if any(name not in self.names.stored for name in self._inside(head)):  # of a backbone's checkpoint
+            config = replace(config, task_type=None)
+        self.task_type, self.modules_to_save = config.task_type, saved_names(tree, config) or None
+        return config
+
+    def _inside(self, paths: Sequence[str]) -> list[str]:
+        """The model's names of all tensors inside of the modules at ``paths``."""
+        within = tuple(f"{path}." for path in paths)
+        return [name for name in dict.fromkeys(self.names.known.values()) if within and name.startswith(within)]
 
     def _stored_name(self, path: str) -> str:
         name = self.names.weight_of(path)

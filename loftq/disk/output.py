@@ -41,6 +41,8 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
             total += module_bytes(unit.shape, storage_of(unit.entry.path, options)[0], options)
         if unit.entry is not None:
             total += 4 * unit.entry.trainable_parameters
+        if unit.copied_as is not None:
+            total += 4 * unit.numel
     return total
 
 

@@ -77,7 +77,8 @@ def replacement_of(
 ) -> Replacement:
     """What ``unit``, read as ``tensor``, becomes in the output; ``seen`` is what is known of its inputs."""
     if unit.entry is None:
-        return Replacement({unit.name: tensor})
+        copied = tensor.float() if tensor.is_floating_point() else tensor
+        return Replacement({unit.name: tensor}, {} if unit.copied_as is None else {unit.copied_as: copied})
     entry = unit.entry
     module, codec = checkpoint.filled_module(entry, tensor.to(task.device))
     scaling = task.lora.scaling_of(entry.rank, entry.alpha)

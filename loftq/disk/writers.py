@@ -16,7 +16,7 @@ from qlora_kit.checkpoints.files import write_atomically, write_text_atomically
 from qlora_kit.checkpoints.growing_file import GrowingFile, header_room, read_appended
 from qlora_kit.checkpoints.growing_model import GrowingModel, clear, place
 from qlora_kit.checkpoints.journal import Journal
-from qlora_kit.checkpoints.model_folder import other_files, read_settings, task_type
+from qlora_kit.checkpoints.model_folder import other_files, read_settings
 from qlora_kit.checkpoints.quantized_tensors import weight_of
 from qlora_kit.config.lora import CONFIG_NAME
 from qlora_kit.injection.engine import PlanEntry
@@ -39,7 +39,8 @@ class Writers:
         self.work = task.out / WORK_FOLDER
         self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
-        room = header_room(PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry))
+        names = [PREFIX + name for entry in checkpoint.plan.entries for name in adapter_names(entry)]
+        room = header_room([*names, *(unit.copied_as for unit in checkpoint.units if unit.copied_as)])
         self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
 
     def write(self, unit: StoredTensor, made: Replacement) -> dict[str, Any]:
@@ -83,13 +84,20 @@ class Writers:
         lora = dataclasses.replace(
             task.lora,
             target_modules=shortest_names(paths, checkpoint.model),
-            task_type=task.lora.task_type or task_type(checkpoint.model),
+            task_type=checkpoint.task_type,
+            modules_to_save=checkpoint.modules_to_save,
             base_model_name_or_path=str(out.resolve()),
         )
         write_atomically(adapter_folder / CONFIG_NAME, lora.as_stored().to_json())
         for file in other_files(task.source):
             shutil.copyfile(file, out / file.name)
-        report = Report(source=str(task.source), options=task.options(), layers=rows, left_out=checkpoint.left_out())
+        report = Report(
+            source=str(task.source),
+            options=task.options(),
+            layers=rows,
+            left_out=checkpoint.left_out(),
+            source_bytes=sum(unit.nbytes for unit in checkpoint.units),
+        )
         report.save(out)
         settings = read_settings(task.source)
         if (stored_as := quantization_config(checkpoint, task.loftq)) is not None:

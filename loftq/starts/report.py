@@ -87,12 +87,14 @@ class Report:
         options: what was asked for.
         layers: one row a quantized module.
         left_out: matrices that stay in their original type, alike ones together: name -> (how many, bytes).
+        source_bytes: of all of the model's tensors; 0 where it isn't known.
     """
 
     source: str
     options: Mapping[str, Any]
     layers: list[LayerReport]
     left_out: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    source_bytes: int = 0
 
     def total(self, name: str) -> float:
         """Root of the layers' mean square of an error, each layer that it is known of counting alike."""
@@ -118,6 +120,7 @@ class Report:
             "totals": {**totals, "layers": len(rows), "seconds": self.seconds},
             "layers": rows,
             "left_out": {name: list(found) for name, found in self.left_out.items()},
+            "source_bytes": self.source_bytes,
         }
 
     def __str__(self) -> str:
@@ -145,10 +148,13 @@ class Report:
             lines.append(f"note: {not_reached(unseen, len(self.layers))}")
         lines += [f"note: {layer.path}: {layer.note}" for layer in self.layers if layer.note]
         lines += [
-            f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
+            f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB{self._share(size)}"
             for name, (count, size) in self.left_out.items()
         ]
         return "\n".join(lines)
+
+    def _share(self, size: int) -> str:
+        return f", {size / self.source_bytes:.1%} of the model" if self.source_bytes else ""
 
     def save(self, folder: Path) -> None:
         """Write ``loftq_report.json`` and ``loftq_report.png`` into ``folder``."""
@@ -170,7 +176,7 @@ class Report:
             derived = ("captured", "note")
             rows = [LayerReport(**{k: v for k, v in row.items() if k not in derived}) for row in data["layers"]]
             left_out = {name: (int(count), int(size)) for name, (count, size) in data["left_out"].items()}
-            return cls(data["source"], data["options"], rows, left_out)
+            return cls(data["source"], data["options"], rows, left_out, int(data.get("source_bytes", 0)))
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{path}: expected a report, found something else ({error!r}); run loftq init again"
