@@ -38,6 +38,10 @@ class MergeError(QLoRAKitError, ValueError):
     """A merge can't be carried out; the model is as it was."""
 
 
+class LeftOutWarning(UserWarning):
+    """A choice of modules that sounds like all of the model leaves much of it without an adapter."""
+
+
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` candidates that look most like ``name``, best first."""
     return difflib.get_close_matches(name, sorted(set(candidates)), n=count, cutoff=0.3)

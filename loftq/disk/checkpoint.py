@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.checkpoints.model_folder import skeleton
+from qlora_kit.adapter_files.folder import PREFIX
+from qlora_kit.checkpoints.model_folder import skeleton, task_type
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.codecs import Codec, codec_for
@@ -24,7 +26,10 @@ from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError, closest
 from qlora_kit.initializers import planned
 from qlora_kit.injection.engine import Plan, PlanEntry
+from qlora_kit.injection.heads import head_of_task, saved_names
 from qlora_kit.injection.ranks import lowered
+from qlora_kit.injection.targets import resolve_saved
+from qlora_kit.naming import Tree
 from qlora_kit.preparation.quantize import DENSE_LINEARS
 
 from ..starts.kept_dense import kept_dense
@@ -37,13 +42,17 @@ _MATRIX = 2
 @dataclass(frozen=True)
 class StoredTensor:
     """One stored tensor: its name, shape and bytes, and what it is the weight of if that is quantized (``entry``), or
-    stays dense under an adapter (``kept``)."""
+    stays dense under an adapter (``kept``).
+
+    ``copied_as`` is its key in the adapter's file, if it is of a module that the adapter trains whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     nbytes: int
     entry: PlanEntry | None
     kept: PlanEntry | None = None
+    copied_as: str | None = None
 
     @property
     def numel(self) -> int:
@@ -61,6 +70,7 @@ class Checkpoint:
         config: with the ranks that the weights can have.
         model: the modules on the meta device.
         names: which stored tensors are which of the model's.
+        task_type, modules_to_save: of the adapter's configuration: the head of a task is trained whole.
         plan: what is targeted and quantized.
         kept: what is targeted and stays dense.
         reasons: why, by path.
@@ -78,9 +88,10 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
-        self.config, plan = planned(self.model, config)
+        self.config, plan = planned(self.model, self._for_its_task(config))
         self.plan, self.kept, self.reasons = _split(self.model, self.config, plan)
         self.lowered = lowered(self.adapted)
+        copies = {self.names.stored[name]: PREFIX + name for name in self._inside(self.plan.modules_to_save)}
         self.dtypes: dict[str, torch.dtype] = {}
         by_name: dict[str, PlanEntry] = {}
         kept = {self._stored_name(entry.path): entry for entry in self.kept}
@@ -94,11 +105,8 @@ class Checkpoint:
         quantized = {f"{self.names.path_of(entry.path)}.weight" for entry in by_name.values()}
         again = {stored for stored, name in self.names.twice.items() if name in quantized}
         types = self.reader.types()
-        self.units = [
-            replace(self._unit(name, *types[name], by_name.get(name)), kept=kept.get(name))
-            for name in types
-            if name not in again
-        ]
+        units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
+        self.units = [replace(u, kept=kept.get(u.name), copied_as=copies.get(u.name)) for u in units]
 
     @property
     def adapted(self) -> tuple[PlanEntry, ...]:
@@ -126,6 +134,27 @@ class Checkpoint:
                 count, size = groups.get(pattern, (0, 0))
                 groups[pattern] = count + 1, size + unit.nbytes
         return groups
+
+    def _for_its_task(self, config: LoraConfig) -> LoraConfig:
+        """``config`` with the model's task, for which its head, if it is stored, is copied into the adapter."""
+        tree = Tree(self.model)
+        given = resolve_saved(tree, config.modules_to_save)
+        if missing := [name for name in self._inside(given) if name not in self.names.stored]:
+            raise StorageError(
+                f"{missing[0]}: expected it in {self.folder}, for modules_to_save={config.modules_to_save} asks for a "
+                "copy of it, found none; leave its module out"
+            )
+        config = replace(config, task_type=config.task_type or task_type(self.model))
+        head = resolve_saved(tree, head_of_task(tree, config.task_type))
+        if any(name not in self.names.stored for name in self._inside(head)):  # of a backbone's checkpoint
+            config = replace(config, task_type=None)
+        self.task_type, self.modules_to_save = config.task_type, saved_names(tree, config) or None
+        return config
+
+    def _inside(self, paths: Sequence[str]) -> list[str]:
+        """The model's names of all tensors inside of the modules at ``paths``."""
+        within = tuple(f"{path}." for path in paths)
+        return [name for name in dict.fromkeys(self.names.known.values()) if within and name.startswith(within)]
 
     def _stored_name(self, path: str) -> str:
         name = self.names.weight_of(path)

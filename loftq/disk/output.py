@@ -40,6 +40,8 @@ def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:
             total += module_bytes(unit.shape, storage_of(unit.entry.path, options)[0], options)
         if (adapted := unit.entry or unit.kept) is not None:
             total += 4 * adapted.trainable_parameters
+        if unit.copied_as is not None:
+            total += 4 * unit.numel
     return total
 
 

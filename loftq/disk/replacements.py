@@ -101,7 +101,12 @@ def replacement_of(
 
 
 def _as_it_was(task: Task, checkpoint: Checkpoint, unit: StoredTensor, tensor: Tensor) -> Replacement:
-    """``unit`` unchanged; with a plain start where its module is targeted and stays dense."""
+    """``unit`` unchanged; with a plain start where its module is targeted and stays dense, and copied into the adapter
+    where that trains it whole."""
+    if unit.copied_as is not None:
+        return Replacement(
+            {unit.name: tensor}, {unit.copied_as: tensor.float() if tensor.is_floating_point() else tensor}
+        )
     if unit.kept is None:
         return Replacement({unit.name: tensor})
     start = plain_start(_request(task, checkpoint, unit.kept, tensor), task.loftq, checkpoint.reasons[unit.kept.path])

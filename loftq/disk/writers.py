@@ -17,7 +17,7 @@ from qlora_kit.checkpoints.files import write_text_atomically
 from qlora_kit.checkpoints.growing_file import GrowingFile, header_room, read_appended
 from qlora_kit.checkpoints.growing_model import GrowingModel, clear, place
 from qlora_kit.checkpoints.journal import Journal
-from qlora_kit.checkpoints.model_folder import other_files, read_settings, task_type
+from qlora_kit.checkpoints.model_folder import other_files, read_settings
 from qlora_kit.checkpoints.quantized_tensors import weight_of
 from qlora_kit.config.lora import CONFIG_NAME
 from qlora_kit.injection.engine import PlanEntry
@@ -40,7 +40,8 @@ class Writers:
         self.storage = quantization_config(checkpoint, task.loftq)
         self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
-        room = header_room(PREFIX + name for entry in checkpoint.adapted for name in adapter_names(entry))
+        names = [PREFIX + name for entry in checkpoint.adapted for name in adapter_names(entry)]
+        room = header_room([*names, *(unit.copied_as for unit in checkpoint.units if unit.copied_as)])
         self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
 
     def write(self, unit: StoredTensor, made: Replacement) -> dict[str, Any]:
@@ -85,7 +86,8 @@ class Writers:
         lora = dataclasses.replace(
             task.lora,
             target_modules=shortest_names(paths, checkpoint.model),
-            task_type=task.lora.task_type or task_type(checkpoint.model),
+            task_type=checkpoint.task_type,
+            modules_to_save=checkpoint.modules_to_save,
             base_model_name_or_path=str(out.resolve()),
         )
         configs = {
@@ -107,6 +109,7 @@ class Writers:
                 ADAPTER: checksums_in(self.adapter.entries),
                 CONFIGS: {name: config_checksum(text) for name, text in configs.items()},
             },
+            source_bytes=sum(unit.nbytes for unit in checkpoint.units),
         )
         report.save(out)
         write_text_atomically(out / "config.json", configs["config.json"])

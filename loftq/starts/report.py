@@ -95,6 +95,7 @@ class Report:
         kept: targeted modules that stay dense, with a plain start of their adapters: path -> why.
         lowered: the ranks that were asked for, by path, of layers that haven't as many and got all that they have.
         checksums: of each stored file's parts, by tensor or file name, see ``qlora_kit.checkpoints.checksums``.
+        source_bytes: of all of the model's tensors; 0 where it isn't known.
     """
 
     source: str
@@ -104,6 +105,7 @@ class Report:
     kept: Mapping[str, str] = field(default_factory=dict)
     lowered: Mapping[str, int] = field(default_factory=dict)
     checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    source_bytes: int = 0
 
     def total(self, name: str) -> float:
         """Root of the layers' mean square of an error, each layer that it is known of counting alike."""
@@ -132,6 +134,7 @@ class Report:
             "kept": dict(self.kept),
             "lowered": dict(self.lowered),
             "checksums": {name: dict(found) for name, found in self.checksums.items()},
+            "source_bytes": self.source_bytes,
         }
 
     def __str__(self) -> str:
@@ -166,10 +169,13 @@ class Report:
         ]
         lines += _lowered(self.lowered, {layer.path: layer.rank for layer in self.layers})
         lines += [
-            f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB"
+            f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB{self._share(size)}"
             for name, (count, size) in self.left_out.items()
         ]
         return "\n".join(lines)
+
+    def _share(self, size: int) -> str:
+        return f", {size / self.source_bytes:.1%} of the model" if self.source_bytes else ""
 
     def save(self, folder: Path) -> None:
         """Write ``loftq_report.json`` and ``loftq_report.png`` into ``folder``."""
@@ -199,6 +205,7 @@ class Report:
                 dict(data.get("kept", {})),
                 data.get("lowered", {}),
                 data.get("checksums", {}),
+                int(data.get("source_bytes", 0)),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(

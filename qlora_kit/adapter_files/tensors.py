@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.biases import bias_parameters, own_parts
-from ..injection.targets import end_tables
+from ..injection.heads import end_tables
+from ..injection.stacks import why_no_branch
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import StandIn, Tree, base_of, canonical, chain
 from .backbone import METADATA_KEY
@@ -152,7 +153,8 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
         if old.shape != new.shape or old.is_floating_point() != new.is_floating_point() or new.is_complex()
     ]
     if missing or unexpected or unfit:
-        raise StorageError(_misfit(adapter_name, missing, unexpected, unfit))
+        stacked = why_no_branch(tree, [key.removeprefix(PREFIX) for key in unexpected])
+        raise StorageError(_misfit(adapter_name, missing, unexpected, unfit, stacked))
     if meta := next((key for key, (old, _) in pairs.items() if old.is_meta), None):
         raise StorageError(
             f"{meta}: expected a parameter with memory, found one on the meta device; load the model first"
@@ -300,7 +302,10 @@ def _copy(tensor: Tensor) -> Tensor:
     return (tensor if whole is None else whole()).detach().to("cpu", copy=True).contiguous()
 
 
-def _misfit(adapter_name: str, missing: list[str], unexpected: list[str], unfit: list[str]) -> str:
+_CHECK = "Check that this is its base model, and that its adapter_config.json (targets, ranks, ...) is its own."
+
+
+def _misfit(adapter_name: str, missing: list[str], unexpected: list[str], unfit: list[str], why: str) -> str:
     """One message with all that is wrong, each key beside those of the other side that look most like it."""
 
     def listed(title: str, keys: list[str], others: list[str]) -> list[str]:
@@ -313,8 +318,7 @@ def _misfit(adapter_name: str, missing: list[str], unexpected: list[str], unfit:
     return "\n".join(
         [
             f"adapter {adapter_name!r}: expected a file that fits the model, found {len(missing)} missing, "
-            f"{len(unexpected)} unexpected and {len(unfit)} mis-shaped keys; nothing was loaded. Check that this is "
-            "its base model, and that adapter_config.json (targets, ranks, modules_to_save, bias) is its own.",
+            f"{len(unexpected)} unexpected and {len(unfit)} mis-shaped keys; nothing was loaded. " + (why or _CHECK),
             *listed("missing", missing, unexpected),
             *listed("unexpected", unexpected, missing),
             *listed("mis-shaped", unfit, []),

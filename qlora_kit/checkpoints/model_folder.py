@@ -4,6 +4,7 @@ another or a changed one."""
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -27,6 +28,15 @@ _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+}
+_FEATURES = "FEATURE_EXTRACTION"
+# What PEFT's class of a task calls the model with, by name, whatever it was called with itself.
+_WORDS = "input_ids attention_mask inputs_embeds"
+_KEYWORDS = {
+    **dict.fromkeys(("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"), f"{_WORDS} labels"),
+    "SEQ_2_SEQ_LM": f"{_WORDS} decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels",
+    "QUESTION_ANS": f"{_WORDS} start_positions end_positions",
+    _FEATURES: _WORDS,
 }
 
 
@@ -100,14 +110,24 @@ def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.M
         return make(config)
 
 
-def task_type(model: nn.Module) -> str:
-    """PEFT's name of what the model is for, from its class."""
-    return task_of(type(model).__name__)
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what the model is for, from its class; None where PEFT's own class for that couldn't call it.
+
+    PEFT wraps a model in a class of its task, which calls it with certain keywords: one that takes sounds or images in
+    the place of words, or words beside them and no decoder's, would fail at the first forward. With a null task it is
+    wrapped in one that passes on whatever it is called with.
+    """
+    name = type(model).__name__
+    task = task_of(name)
+    taken = inspect.signature(type(model).forward).parameters
+    bare = name.endswith("Model")  # what AutoModel builds; features are had from nothing else
+    called_so = all(keyword in taken for keyword in _KEYWORDS[task].split())
+    return task if called_so and (bare or task != _FEATURES) else None
 
 
 def task_of(name: str) -> str:
     """PEFT's name of what a model class of this name is for."""
-    return next((kind for part, kind in _TASKS.items() if part in name), "FEATURE_EXTRACTION")
+    return next((kind for part, kind in _TASKS.items() if part in name), _FEATURES)
 
 
 def locate(model: str | os.PathLike[str], argument: str = "model") -> Path:

@@ -18,8 +18,8 @@ from torch import nn
 from ..config import lora as core
 from ..errors import AdapterError
 from ..injection.engine import Plan
+from ..injection.heads import HEADLESS
 from ..model.lora_model import LoraModel
-from ..naming import Tree
 from .configs import LoraConfig, PeftType
 from .hub import adapter_folder
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -36,8 +36,8 @@ class PeftModel(LoraModel):
         low_cpu_mem_usage: accepted for PEFT's sake; adapters are never held twice here.
     """
 
-    #: Modules that this task trains whole, in so far as the model has them.
-    head_names: ClassVar[tuple[str, ...]] = ()
+    #: The task whose head adapters of this class train whole, whether or not their configuration names it.
+    head_of: ClassVar[str | None] = None
     peft_type = PeftType.LORA
 
     def __init__(
@@ -64,7 +64,7 @@ class PeftModel(LoraModel):
         autocast_adapter_dtype: bool = True,
     ) -> Plan:
         """Inject another adapter, with the task's head; not active yet. See ``LoraModel.add_adapter``."""
-        return super().add_adapter(adapter_name, self._with_head(peft_config))
+        return super().add_adapter(adapter_name, self._for_task(peft_config))
 
     @property
     def active_peft_config(self) -> core.LoraConfig:
@@ -175,11 +175,10 @@ class PeftModel(LoraModel):
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _with_head(self, config: core.LoraConfig) -> core.LoraConfig:
-        wanted = [*(config.modules_to_save or ()), *self.head_names]
-        known = Tree(self.model).names
-        present = [name for name in dict.fromkeys(wanted) if name not in self.head_names or name in known]
-        return dataclasses.replace(config, modules_to_save=present or None)
+    def _for_task(self, config: core.LoraConfig) -> core.LoraConfig:
+        if self.head_of is None or config.task_type == HEADLESS:
+            return config
+        return dataclasses.replace(config, task_type=self.head_of)
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -197,19 +196,19 @@ class PeftModelForFeatureExtraction(PeftModel):
 class PeftModelForSequenceClassification(PeftModel):
     """For task_type="SEQ_CLS": the classification head is trained whole and stored with the adapter."""
 
-    head_names = ("classifier", "score")
+    head_of = "SEQ_CLS"
 
 
 class PeftModelForTokenClassification(PeftModel):
     """For task_type="TOKEN_CLS": the classification head is trained whole and stored with the adapter."""
 
-    head_names = ("classifier", "score")
+    head_of = "TOKEN_CLS"
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """For task_type="QUESTION_ANS": the span head is trained whole and stored with the adapter."""
 
-    head_names = ("qa_outputs",)
+    head_of = "QUESTION_ANS"
 
 
 class PeftMixedModel(PeftModel):

@@ -41,7 +41,8 @@ class LoraConfig:
     Attributes:
         r: rank of the adapters.
         target_modules: a list of names (a path, or the end of one after a dot), a regular expression that a
-            whole path must match, "all-linear", or None for the architecture's usual ones. Sets are sorted.
+            whole path must match, "all-linear", or None for the architecture's usual ones and, in layers that have
+            none of these, what stands in their place. Sets are sorted.
         lora_alpha: the branch is multiplied by alpha / r, or by alpha / sqrt(r) with ``use_rslora``.
         lora_dropout: probability of dropping an input of the branch in training, in [0, 1).
         fan_in_fan_out: PEFT's mark for weights stored (in, out). Read and kept; here the module's type tells.
@@ -55,7 +56,8 @@ class LoraConfig:
         megatron_config, megatron_core: arguments of Megatron's TransformerConfig, and its module.
         loftq_config: a LoftQConfig, or a dict of its fields; made where the start is "loftq".
         exclude_modules: names or a regular expression, taken out of the targets.
-        task_type: one of PEFT's task names, or None.
+        task_type: one of PEFT's task names, or None. A new adapter for "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" also
+            trains the model's head whole, as if ``modules_to_save`` named it.
         inference_mode: True in stored adapters: load them frozen.
         base_model_name_or_path, revision: the model that the adapter belongs to.
         auto_mapping: PEFT's record of a custom base class; kept as it is.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,57 +23,12 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for
 from ..naming import Tree, base_of, canonical, module_at, slot
-from .targets import resolve, resolve_saved
+from .heads import saved_names
+from .left_out import LeftOut, find_left_out
+from .plan import Plan, PlanEntry
+from .targets import named, resolve, resolve_saved
 
 _QUICK_STARTS = (True, False, "gaussian")
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """What one module will get. Bytes are those of the adapter (float32 factors) and of the base weight;
-    ``asked_rank`` is the rank that was asked for, where the start can't have as many."""
-
-    path: str
-    aliases: tuple[str, ...]
-    module_type: str
-    codec: str
-    family: str
-    rank: int
-    alpha: float
-    trainable_parameters: int
-    adapter_bytes: int
-    base_bytes: int
-    asked_rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that an injection will do. ``str(plan)`` is a table, ``to_dict()`` plain data."""
-
-    entries: tuple[PlanEntry, ...]
-    modules_to_save: tuple[str, ...] = ()
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Parameters in low-rank factors; copies for ``modules_to_save`` aren't counted."""
-        return sum(entry.trainable_parameters for entry in self.entries)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        width = max([len(entry.path) for entry in self.entries] + [6])
-        lines = [
-            f"{'module':{width}}  {'type':14} {'codec':9} {'rank':>4} {'alpha':>6} {'trainable':>10} {'bytes':>11}"
-        ]
-        lines += [
-            f"{e.path:{width}}  {e.module_type:14.14} {e.codec:9} {e.rank:>4} {e.alpha:>6g} "
-            f"{e.trainable_parameters:>10,} {e.adapter_bytes:>11,}"
-            for e in self.entries
-        ]
-        lines += [f"{path:{width}}  copied and trained whole" for path in self.modules_to_save]
-        lines.append(f"{len(self.entries)} modules, {self.trainable_parameters:,} trainable parameters")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -157,7 +112,12 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
                 base_bytes=codec.nbytes(module),
             )
         )
-    return Plan(tuple(entries), tuple(resolve_saved(tree, config.modules_to_save)))
+    saved = resolve_saved(tree, saved_names(tree, config))
+    left_out: tuple[LeftOut, ...] = ()
+    if config.target_modules is None or config.target_modules == "all-linear":
+        excluded = named(tree, config.exclude_modules)
+        left_out = find_left_out(tree, [entry.path for entry in entries], [*saved, *excluded])
+    return Plan(tuple(entries), tuple(saved), left_out)
 
 
 def adapter_dtype(compute_dtype: torch.dtype) -> torch.dtype:

@@ -15,13 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from ..codecs import codec_for, find_codec
+from ..codecs import codec_for
 from ..config.lora import LoraConfig
 from ..errors import TargetError, closest
-from ..layers import LinearAdapter, find_layer_family, layer_family_for
-from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value, unwrapped
+from ..layers import layer_family_for
+from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value
 from ..naming.suffixes import suffixes
+from .adaptable import adaptable, is_linear, refused
 from .architectures import default_targets
+from .heads import head_of_task, new_head, output_table, saved_names
+from .hybrids import of_bare_layers
 from .read_past import ReadPast
 
 
@@ -121,21 +124,9 @@ def shortest_names(paths: Iterable[str], model: nn.Module | Tree) -> list[str]:
     return sorted({next((name for name in suffixes(path) if name not in others), path) for path in sorted(wanted)})
 
 
-def end_tables(model: nn.Module) -> list[nn.Module | None]:
-    """The modules of words at both ends of ``model``, as transformers tells them: embedding and head."""
-    found: list[nn.Module | None] = []
-    for end in ("input", "output"):
-        try:
-            table = getattr(unwrapped(model), f"get_{end}_embeddings", lambda: None)()
-        except NotImplementedError:  # a model without any says so in this way
-            table = None
-        found.append(None if table is None else unwrapped(table))
-    return found
-
-
 def _candidates(tree: Tree, config: LoraConfig) -> dict[str, nn.Module]:
     """The modules that may be adapted: all but those trained whole, and what is inside of them."""
-    saved = set(tree.names.matching(config.modules_to_save or ()))
+    saved = set(tree.names.matching(saved_names(tree, config)))
     inside_saved = tuple(f"{path}." for path in saved)
     return {
         path: module
@@ -144,35 +135,17 @@ def _candidates(tree: Tree, config: LoraConfig) -> dict[str, nn.Module]:
     }
 
 
-def _adaptable(module: nn.Module) -> bool:
-    base = base_of(module)
-    return find_codec(base) is not None and find_layer_family(base) is not None
-
-
 def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) -> list[str]:
     names: Any = config.target_modules
     if names is None:
-        leaves = {path.rpartition(".")[2] for path, module in candidates.items() if _adaptable(module)}
-        model_type = getattr(getattr(tree.model, "config", None), "model_type", None)
-        names = default_targets(model_type, leaves)
-        if names is None:
-            raise TargetError(
-                f"target_modules=None: expected a known architecture, found model_type={model_type!r}; set "
-                f"target_modules to 'all-linear' or to some of {sorted(leaves)}"
-            )
-        names = [name for name in names if name in tree.names] or list(names)
+        return _usual(tree, candidates)
     if names == "all-linear":
-        heads, aside = _heads(unwrapped(tree.model)), ReadPast(tree).left_out()
-        chosen = [
-            path
-            for path, module in candidates.items()
-            if _adaptable(module)
-            and issubclass(find_layer_family(base_of(module)) or nn.Module, LinearAdapter)
-            and id(base_of(module)) not in heads
-            and path not in aside
-        ]
+        chosen = all_linear(tree, candidates)
         if not chosen:
-            raise TargetError("target_modules='all-linear': the model has no linear module besides its output head")
+            raise TargetError(
+                "target_modules='all-linear': the model has no linear module besides its head that can be adapted; "
+                "name others, convolutions say, in target_modules"
+            )
         return chosen
     if isinstance(names, str):
         chosen = [path for path in candidates if re.fullmatch(names, path)]
@@ -183,20 +156,42 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
                 f"{near or sorted(_names_of(candidates))[:5]} (paths look like {_example(candidates)!r})"
             )
         return chosen
-    for name in names:
-        _must_match("target_modules", name, any(path in candidates for path in tree.names.of(name)), candidates)
-    return [path for path in tree.names.matching(names) if path in candidates]
+    brought = set(tree.names.matching(head_of_task(tree, config.task_type)))
+    within = tuple(f"{path}." for path in brought) or ("\0",)
+    for name in names:  # naming the head that the task trains whole asks for no more than that, as in PEFT
+        found = any(path in candidates or f"{path}.".startswith(within) for path in tree.names.of(name))
+        _must_match("target_modules", name, found, candidates)
+    if not (chosen := [path for path in tree.names.matching(names) if path in candidates]):
+        raise TargetError(
+            f"target_modules={names!r}: expected modules besides the head, found {sorted(brought)} alone, which "
+            f"task_type={config.task_type!r} trains whole; name others, or 'all-linear'"
+        )
+    return chosen
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """ids of the output head: the output embeddings, and linears that stand directly at a model's root
-    beside its backbone (classification and regression heads)."""
-    heads = set()
-    if (head := end_tables(model)[1]) is not None:
-        heads.add(id(base_of(head)))
-    if getattr(model, "base_model_prefix", "") and getattr(model, "base_model", model) is not model:
-        heads |= {id(base_of(child)) for child in model._modules.values() if child is not None and _adaptable(child)}
-    return heads
+def all_linear(tree: Tree, candidates: Iterable[str]) -> list[str]:
+    """Those of ``candidates`` that are linear layers an adapter can be put on, and neither a head nor in one."""
+    aside, without = tuple(f"{path}." for path in (*new_head(tree), *output_table(tree))), refused(tree)
+    linears = (path for path in candidates if is_linear(tree.modules[path]) and path not in without)
+    return [path for path in linears if not f"{path}.".startswith(aside or "\0")]
+
+
+def _usual(tree: Tree, candidates: dict[str, nn.Module]) -> list[str]:
+    """The architecture's usual targets, and in layers that have none of them what stands in their place."""
+    leaves = {path.rpartition(".")[2] for path, module in candidates.items() if adaptable(module)}
+    model_type = getattr(getattr(tree.modules[""], "config", None), "model_type", None)
+    names = default_targets(model_type, leaves)
+    if names is None:
+        raise TargetError(
+            f"target_modules=None: expected a known architecture, found model_type={model_type!r}; set "
+            f"target_modules to 'all-linear' or to some of {sorted(leaves)}"
+        )
+    without = refused(tree)
+    chosen = [path for path in tree.names.matching(names) if path in candidates and path not in without]
+    if not chosen:
+        _must_match("target_modules", names[0], False, candidates)
+    found = {*chosen, *of_bare_layers(tree, chosen, all_linear(tree, candidates))}
+    return [path for path in candidates if path in found]
 
 
 def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
@@ -231,11 +226,18 @@ def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> li
     if isinstance(excluded, str):
         expression = re.compile(excluded)
         _must_match("exclude_modules", excluded, any(map(expression.fullmatch, tree.modules)), tree.modules)
-        return [path for path in selected if not expression.fullmatch(path)]
-    for name in excluded:
-        _must_match("exclude_modules", name, name in tree.names, tree.modules)
-    without = set(tree.names.matching(excluded))
+    else:
+        for name in excluded:
+            _must_match("exclude_modules", name, name in tree.names, tree.modules)
+    without = set(named(tree, excluded))
     return [path for path in selected if path not in without]
+
+
+def named(tree: Tree, names: list[str] | str | None) -> list[str]:
+    """Paths of all modules that ``names``, or a regular expression, means."""
+    if isinstance(names, str):
+        return [path for path in tree.modules if re.fullmatch(names, path)]
+    return tree.names.matching(names or ())
 
 
 def _check_patterns(selected: list[str], config: LoraConfig) -> None:
@@ -277,7 +279,7 @@ def _names_of(paths: Iterable[str]) -> set[str]:
 
 
 def _example(candidates: dict[str, nn.Module]) -> str:
-    return next((path for path, module in candidates.items() if _adaptable(module)), "")
+    return next((path for path, module in candidates.items() if adaptable(module)), "")
 
 
 def _must_match(field: str, name: str, matched: bool, paths: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from ..adapter_files.combined_config import rank_fields
 from ..config.lora import LoraConfig
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection, Plan, Request, Start, inject_, make_plan
+from ..injection.heads import fitting_task
 from ..injection.targets import shortest_names
 from ..naming import Tree
 
@@ -46,7 +47,7 @@ def attach_residual_(
     first = next(iter(adapted.configs.values()))
     config = LoraConfig(
         target_modules=shortest_names(aliases, tree),
-        task_type=first.task_type,
+        task_type=fitting_task(tree, first.task_type, []),  # it holds no head, which went into the base
         base_model_name_or_path=None,
         inference_mode=True,
         **rank_fields(ranks),

@@ -19,6 +19,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, Request, Start, inject_, make_plan
+from ..injection.heads import without_new_head
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import module_at
 from .life import check_new
@@ -111,7 +112,7 @@ def _combined_(
     config = combined_config(
         [adapted.configs[source] for source in names], {path: found.rank for path, found in results.items()}
     )
-    plan = make_plan(adapted.root, config)
+    plan = make_plan(adapted.root, without_new_head(config))
     _check_plan(plan, results, copies)
 
     def start(request: Request) -> Start:

@@ -15,6 +15,8 @@ from ..initializers import planned, prepared
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
 from ..injection.engine import Plan, inject_, request_for
+from ..injection.heads import saved_names
+from ..injection.left_out import warn_of_left_out
 from ..injection.targets import shortest_names
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
@@ -29,6 +31,7 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     root, dtype = adapted.root, adapted.adapter_dtype
     tree = Tree(root)
     config, plan = planned(tree, config)
+    warn_of_left_out(f"target_modules={config.target_modules!r}", plan.left_out)
     recorded = _recorded(config, plan, tree)
     requests = [request_for(root, entry, config, dtype) for entry in plan.entries]
     start = prepared(root, requests)
@@ -66,8 +69,8 @@ def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
 
 
 def _recorded(config: LoraConfig, plan: Plan, tree: Tree) -> LoraConfig:
-    """``config`` as it is stored: targets spelled out where the user left them to us."""
-    changes: dict[str, Any] = {}
+    """``config`` as it is stored: targets spelled out where the user left them to us, and the head of the task."""
+    changes: dict[str, Any] = {"modules_to_save": saved_names(tree, config) or None}
     if config.target_modules is None or config.target_modules == "all-linear":
         paths = [path for entry in plan.entries for path in (entry.path, *entry.aliases)]
         changes["target_modules"] = shortest_names(paths, tree)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..adapter_files.tensors import load_adapter_state_
 from ..config.lora import LoraConfig
 from ..errors import TargetError
 from ..injection.adapted import Adapted
+from ..injection.heads import without_new_head
 from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
 
@@ -48,15 +49,25 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     tree = Tree(model)
     config = dataclasses.replace(
         stored,
-        modules_to_save=[name for name in stored.modules_to_save or () if name in tree.names] or None,
+        modules_to_save=_saved_names(tree, stored.modules_to_save or (), state) or None,
         init_lora_weights=True,
         loftq_config=None,
         inference_mode=not trainable,
     )
+    config = without_new_head(config)
     renamed = _renamed(tree, state)
     if any(old != new for old, new in renamed.items()):
         return _under_new_names(config, tree, renamed)
     return without_idle(tree, config)
+
+
+def _saved_names(tree: Tree, names: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Those of ``names`` that the model knows, and modules in the file that one of them means to PEFT alone, which
+    compares plain ends: there "classifier" means "pre_classifier" too."""
+    known = [name for name in names if name in tree.names]
+    meant = set(tree.names.matching(known))
+    ends = [path for path in tree.modules if path and path not in meant and path.endswith(tuple(names))]
+    return [*known, *(path for path in ends if any(key.startswith(f"{PREFIX}{path}.") for key in state))]
 
 
 def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -137,9 +148,13 @@ def load_(
 
 
 def record_(adapted: Adapted, name: str, config: LoraConfig, backbone: str | None) -> None:
-    """Note how a loaded adapter once started, which the configuration that it was injected by doesn't say."""
+    """Note how a loaded adapter once started and for what, which the configuration that it was injected by doesn't
+    say."""
     adapted.configs[name] = dataclasses.replace(
-        adapted.configs[name], init_lora_weights=config.init_lora_weights, loftq_config=config.loftq_config
+        adapted.configs[name],
+        init_lora_weights=config.init_lora_weights,
+        loftq_config=config.loftq_config,
+        task_type=config.task_type,
     )
     if backbone:
         adapted.backbones[name] = backbone

@@ -21,7 +21,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, uncollected
-from ..injection.targets import end_tables
+from ..injection.heads import end_tables
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny_llama import llama
 
-from qlora_kit.checkpoints.model_folder import locate, read_settings, skeleton
+from qlora_kit.checkpoints.model_folder import locate, read_settings, skeleton, task_of, task_type
 from qlora_kit.errors import StorageError
 
 
@@ -39,3 +40,35 @@ def test_a_folder_is_itself_and_another_name_is_said(tmp_path: Path) -> None:
         StorageError, match=r"^base='nowhere': expected a folder or a repository on the Hub, found neither"
     ):
         locate("nowhere", "base")
+
+
+# PEFT wraps a model in the class of its task, which calls it with the words' ids and, of two halves, a decoder's.
+TASKS = {
+    "LlamaForCausalLM": "CAUSAL_LM",
+    "GPT2LMHeadModel": "CAUSAL_LM",
+    "MixtralForCausalLM": "CAUSAL_LM",
+    "MambaForCausalLM": "CAUSAL_LM",
+    "T5ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "BartForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "WhisperForConditionalGeneration": None,
+    "LlavaForConditionalGeneration": None,
+    "Qwen2VLForConditionalGeneration": None,
+    "Gemma3ForConditionalGeneration": None,
+    "BertModel": "FEATURE_EXTRACTION",
+    "CLIPModel": None,
+    "ViTModel": None,
+    "BertForMaskedLM": None,
+    "LlamaForSequenceClassification": "SEQ_CLS",
+    "FNetForSequenceClassification": None,
+    "Wav2Vec2ForSequenceClassification": None,
+    "ViTForImageClassification": None,
+    "BertForTokenClassification": "TOKEN_CLS",
+    "BertForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), TASKS.items())
+def test_a_task_is_named_only_where_peft_s_class_for_it_can_call_the_model(name: str, expected: str | None) -> None:
+    kind = getattr(transformers, name)
+    assert task_type(object.__new__(kind)) == expected
+    assert name.endswith(("LMHeadModel", "Model")) or expected in (None, task_of(name))

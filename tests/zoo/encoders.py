@@ -30,9 +30,14 @@ classifying(
     refuses=UNKNOWN,
 )
 _DEBERTA = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
-classifying("deberta-v2", "DebertaV2", {**SIZES, **_DEBERTA, "share_att_key": True, "max_relative_positions": -1})
+classifying(
+    "deberta-v2",
+    "DebertaV2",
+    {**SIZES, **_DEBERTA, "share_att_key": True, "max_relative_positions": -1},
+    head=("pooler", "classifier"),
+)
 _MODERN = {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}
-classifying("modernbert", "ModernBert", {**SIZES, **SPECIAL, **_MODERN})
+classifying("modernbert", "ModernBert", {**SIZES, **SPECIAL, **_MODERN}, head=("head", "classifier"))
 
 of_transformers(
     "xlm-roberta",

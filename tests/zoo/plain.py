@@ -73,6 +73,8 @@ _CONVOLUTIONS = r"stem\.0|block\.0|fc"
 _REFUSES = {**UNKNOWN, **{stage: NOT_LINEAR[stage] for stage in ("4 bits in memory", "2 bits")}}
 
 register(Member("cnn", "plain", ConvNet, partial(vectors, 2, 3, 16, 16), targets=_CONVOLUTIONS, refuses=_REFUSES))
-register(Member("attention", "plain", Attention, _words, aside=("out_proj",), refuses=UNKNOWN))
+# Its input projections are one parameter of no linear layer.
+_ATTENTION = ("out_proj", "attn", "self_attn")
+register(Member("attention", "plain", Attention, _words, aside=_ATTENTION, refuses=UNKNOWN))
 register(Member("weight-norm", "plain", WeightNorm, partial(vectors, 4, 64), aside=("normed",), refuses=UNKNOWN))
-register(Member("gru", "plain", Recurrent, partial(vectors, 2, 5, 32), refuses=UNKNOWN))
+register(Member("gru", "plain", Recurrent, partial(vectors, 2, 5, 32), aside=("gru",), refuses=UNKNOWN))

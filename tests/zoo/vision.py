@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora_kit import TargetError
+
 from .batches import INTERMEDIATE, images, segmented_images
 from .decoders import WIDTHS
-from .member import NOT_LINEAR, UNKNOWN, of_transformers
+from .member import NOT_LINEAR, UNKNOWN, Refusal, of_transformers
 
 PATCHES = {**WIDTHS, "intermediate_size": INTERMEDIATE, "image_size": 32, "patch_size": 8}
 
@@ -31,7 +33,15 @@ seeing(
     refuses=UNKNOWN,
 )
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
-seeing("resnet", "ResNet", _RESNET, targets=["convolution"], checkpoints=False, refuses={**UNKNOWN, **NOT_LINEAR})
+_NO_LINEAR = {"all-linear": Refusal(TargetError, "no linear module besides its head")}
+seeing(
+    "resnet",
+    "ResNet",
+    _RESNET,
+    targets=["convolution"],
+    checkpoints=False,
+    refuses={**UNKNOWN, **NOT_LINEAR, **_NO_LINEAR},
+)
 _SEGFORMER = {
     **{"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [32, 64]},
     **{"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2]},

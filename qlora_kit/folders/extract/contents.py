@@ -22,6 +22,7 @@ from ...config.lora import LoraConfig
 from ...errors import StorageError, TargetError, closest
 from ...injection.biases import bias_parameters
 from ...injection.engine import Plan, PlanEntry, make_plan
+from ...injection.heads import fitting_task
 from ...injection.targets import resolve_saved, shortest_names
 from ...naming import Tree
 from .report import BIAS, LEFT, WHOLE, OtherTensor
@@ -115,7 +116,7 @@ class Contents:
             modules_to_save=_saved_names(self.saved, self.pair.model) or None,
             bias=self._bias_mode(),
             fan_in_fan_out=bool(linears) and all(entry.codec == "conv1d" for entry in linears),
-            task_type=task_type(self.pair.model),
+            task_type=fitting_task(Tree(self.pair.model), task_type(self.pair.model), self.saved),
             base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else str(base),
             **rank_fields(self.ranks),
         )

@@ -28,7 +28,9 @@ from ...checkpoints.stored_model import StoredModel
 from ...codecs import codec_for, registered_codec
 from ...codecs.finite import all_finite
 from ...errors import MergeError, StorageError, closest
-from ...injection.targets import end_tables
+from ...injection.heads import end_tables
+from ...injection.stacks import why_no_branch
+from ...naming import Tree
 from ..stored_adapter import StoredAdapter, parameter_name
 
 
@@ -75,10 +77,11 @@ def changes_of(
         ]
         if left:
             near = closest(left[0].removeprefix(PREFIX), base.names.known)
+            why = why_no_branch(Tree(base.model), [key.removeprefix(PREFIX) for key in left])
             raise StorageError(
                 f"{name}: expected an adapter of {base.folder} ({type(base.model).__name__}), each tensor of which has "
-                f"its place there, found {len(left)} that don't: {left[:5]} (closest in the model: {near}); pass the "
-                "base model of this adapter, with the head that it was trained with"
+                f"its place there, found {len(left)} that don't: {left[:5]} (closest in the model: {near}); "
+                + (why or "pass the base model of this adapter, with the head that it was trained with")
             )
     return changes
 

@@ -29,7 +29,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **experts, **tokens))
     model.save_pretrained(base)
-    lora = apply_lora(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    settings = {"target_modules": "all-linear", "exclude_modules": ["experts"], "init_lora_weights": False}
+    lora = apply_lora(model, LoraConfig(r=2, **settings))
     assert not any("router" in path for path in lora.adapter_layers())
     lora.save_pretrained(adapter)
     return base, adapter

@@ -16,7 +16,7 @@ from loftq.disk.verify import verify
 from loftq.starts.report import Report
 from qlora_kit import LoraModel, apply_lora, codec_for
 from qlora_kit.checkpoints.shards import ShardReader
-from qlora_kit.errors import TargetError
+from qlora_kit.errors import LeftOutWarning, TargetError
 
 
 def test_an_embedding_is_simulated(tmp_path: Path) -> None:
@@ -47,7 +47,11 @@ def test_experts_are_named_where_they_stay(tmp_path: Path) -> None:
     experts = {name: found for name, found in report.left_out.items() if "experts" in name}
     assert sum(size for _, size in experts.values()) == 2 * 4 * 3 * 64 * 96 * 4  # layers, experts, matrices, float32
     assert all(name in str(report) for name in experts)
-    expected = in_memory(source, tmp_path / "memory", config(2))
+    share = sum(size for _, size in experts.values()) / sum(t.nbytes for t in tensors(source).values())
+    assert f"{max(size for _, size in experts.values()) / report.source_bytes:.1%} of the model" in str(report)
+    assert sum(size for _, size in experts.values()) / report.source_bytes == share > 0.7
+    with pytest.warns(LeftOutWarning, match=rf"{share:.0%} of the model's parameters.*experts\.gate_up_proj"):
+        expected = in_memory(source, tmp_path / "memory", config(2))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(LoraModel.from_pretrained(loaded, tmp_path / "out" / ADAPTER_FOLDER)), expected)
 
