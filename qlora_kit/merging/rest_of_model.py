@@ -32,7 +32,7 @@ def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
     """Note what the adapters and the modules of the model and its ``face`` say of themselves (adapters, modes, hooks,
     biases), to be put back as it is now once the modules are."""
     held = [_held(adapted, name) for name in _RECORDS]
-    for module in (face, *adapted.root.modules()):
+    for module in ([face] if isinstance(face, nn.Module) else []) + list(adapted.root.modules()):
         held.append(_held(module, "training"))
         held += [_held(module, name) for name in _HOOKS if vars(module)[name]]  # none is added by a merge
         if isinstance(module, StandIn):

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora_config(method: str = "loftq", bits: int = 2, **options: Any) -> LoraConfig:
     calibration = torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     loftq = LoftQConfig(loftq_bits=bits, loftq_iter=2, method=method, calibration=calibration)
-    lora = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", **options}
+    lora = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "exclude_modules": ["experts"], **options}
     return LoraConfig(**lora, init_lora_weights="loftq", loftq_config=loftq)
 
 
