@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..layers import AdapterLayer, ModulesToSave, layer_family_for
+from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..naming import Tree, base_of, canonical, module_at, slot
 from .targets import resolve, resolve_saved
 
@@ -190,7 +190,7 @@ def inject_(
                 swap_(model, path, layer, injection)
         for path in plan.modules_to_save:
             module = module_at(model, path)
-            wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
+            wrapper = module if isinstance(module, ModulesToSave) else saved_module(module)
             wrapper.add_adapter(adapter_name, dtype or torch.float32, path)
             injection.on_undo(partial(wrapper.delete_adapter, adapter_name))
             swap_(model, path, wrapper, injection)

@@ -18,7 +18,7 @@ from torch import nn
 from ..codecs import codec_for, find_codec
 from ..config.lora import LoraConfig
 from ..errors import TargetError, closest
-from ..layers import LinearAdapter, find_layer_family, layer_family_for
+from ..layers import LinearAdapter, find_layer_family, layer_family_for, parts_to_save
 from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value, unwrapped
 from ..naming.suffixes import suffixes
 from .architectures import default_targets
@@ -107,6 +107,7 @@ def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[
     paths = tree.names.matching(names)
     inside = tuple(f"{path}." for path in paths)
     paths = [path for path in paths if not path.startswith(inside)]
+    paths = [part for path in paths for part in parts_to_save(tree.modules[path], path)]
     _check_tied(tree, paths)
     return paths
 
