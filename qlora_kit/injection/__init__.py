@@ -2,6 +2,7 @@
 
 The engine is shared by every adapter there is. It asks a module's codec and layer family, never how it stores a weight.
 
+- ``ties``: modules that hold one weight, and adapters that they share
 - ``targets``: from what a configuration says to an exact list of modules
 - ``architectures``: which modules, where the user names none
 - ``engine``: plan -> build -> swap, and the way back

@@ -24,13 +24,18 @@ from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..naming import Tree, base_of, canonical, module_at, slot
 from .targets import resolve, resolve_saved
+from .ties import refuse_tied, sharing, ties_among
 
 _QUICK_STARTS = (True, False, "gaussian")
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What one module will get. Bytes are those of the adapter (float32 factors) and of the base weight."""
+    """What one module will get. Bytes are those of the adapter (float32 factors) and of the base weight.
+
+    ``tied_to`` is the path of the module whose factors this one shares, if it does; ``shared`` says that another module
+    holds the base weight too.
+    """
 
     path: str
     aliases: tuple[str, ...]
@@ -42,14 +47,20 @@ class PlanEntry:
     trainable_parameters: int
     adapter_bytes: int
     base_bytes: int
+    tied_to: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that an injection will do. ``str(plan)`` is a table, ``to_dict()`` plain data."""
+    """All that an injection will do. ``str(plan)`` is a table, ``to_dict()`` plain data.
+
+    ``ties`` are pairs of a path in ``modules_to_save`` and of the one there whose copy's weight its copy shares.
+    """
 
     entries: tuple[PlanEntry, ...]
     modules_to_save: tuple[str, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
 
     @property
     def trainable_parameters(self) -> int:
@@ -134,13 +145,21 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
     """What ``config`` would do to ``model``; changes nothing. Works on the meta device.
 
     Raises:
-        TargetError, UnsupportedModuleError: see ``qlora_kit.injection.targets``.
+        TargetError: see ``qlora_kit.injection.targets``; or a tied weight would be quantized.
+        UnsupportedModuleError: see ``qlora_kit.injection.targets``.
     """
     entries, tree = [], Tree.of(model)
-    for target in resolve(tree, config):
+    targets = resolve(tree, config)
+    paths = [target.path for target in targets]
+    shared = sharing(tree, paths)
+    if config.loftq_config is not None:
+        refuse_tied(tree, paths)
+    for target in targets:
         module = base_of(tree.modules[target.path])
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)
-        trainable = target.rank * sum(codec.shape(module))
+        if target.path in shared and codec.quantizer(module) is not None:
+            refuse_tied(tree, [target.path])
+        trainable = 0 if target.tied_to else target.rank * sum(codec.shape(module))
         entries.append(
             PlanEntry(
                 path=target.path,
@@ -153,9 +172,13 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
                 trainable_parameters=trainable,
                 adapter_bytes=trainable * adapter_dtype(codec.compute_dtype(module)).itemsize,
                 base_bytes=codec.nbytes(module),
+                tied_to=target.tied_to,
+                shared=target.path in shared,
             )
         )
-    return Plan(tuple(entries), tuple(resolve_saved(tree, config.modules_to_save)))
+    saved = resolve_saved(tree, config.modules_to_save, tied=config.ensure_weight_tying)
+    ties = ties_among(tree, saved) if config.ensure_weight_tying else {}
+    return Plan(tuple(entries), tuple(saved), tuple(ties.items()))
 
 
 def adapter_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -181,17 +204,26 @@ def inject_(
     injection = Injection()
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
+        made: dict[str, AdapterLayer] = {}
         slow = config.init_lora_weights not in _QUICK_STARTS
         with nullcontext() if slow else uncollected():
-            for entry in tqdm(plan.entries, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
-                built.append((entry, _build(model, entry, config, adapter_name, start, dtype, injection)))
+            in_order = sorted(plan.entries, key=lambda entry: bool(entry.tied_to))  # what others share comes first
+            for entry in tqdm(in_order, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
+                source = made.get(entry.tied_to)
+                layer = _build(model, entry, config, adapter_name, start, dtype, injection, source)
+                built.append((entry, layer))
+                made[entry.path] = layer
         for entry, layer in built:
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, layer, injection)
+        ties = dict(plan.ties)
         for path in plan.modules_to_save:
             module = module_at(model, path)
             wrapper = module if isinstance(module, ModulesToSave) else saved_module(module)
-            wrapper.add_adapter(adapter_name, dtype or torch.float32, path)
+            tied_to = module_at(model, ties[path]).modules_to_save[adapter_name] if path in ties else None
+            wrapper.add_adapter(adapter_name, dtype or torch.float32, path, tied_to=tied_to)
+            if path in ties:
+                wrapper.tied_to[adapter_name] = ties[path]
             injection.on_undo(partial(wrapper.delete_adapter, adapter_name))
             swap_(model, path, wrapper, injection)
     except BaseException:
@@ -287,10 +319,13 @@ def _build(
     start: Callable[[Request], Start],
     dtype: torch.dtype | None,
     injection: Injection,
+    source: AdapterLayer | None = None,
 ) -> AdapterLayer:
     existing = module_at(model, entry.path)
     request = request_for(model, entry, config, dtype)
-    begun = start(request)
+    begun = start(request) if source is None else _start_of(source, name, entry)
+    if begun.base is not None and entry.shared:
+        refuse_tied(Tree(model), [entry.path])
     if begun.base is not None and isinstance(existing, AdapterLayer) and existing.adapter_names():
         raise AdapterError(
             f"{entry.path}: init_lora_weights={config.init_lora_weights!r} would requantize the weight under the "
@@ -309,10 +344,20 @@ def _build(
         alpha=entry.alpha,
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
+        tied_to=source,
     )
+    layer.shares_weight = entry.shared
+    if source is not None:
+        layer.tied_to[name] = entry.tied_to
     if begun.report is not None:
         layer.start_reports[name] = begun.report
     return layer
+
+
+def _start_of(source: AdapterLayer, name: str, entry: PlanEntry) -> Start:
+    """The factors of a module that shares those of ``source``: a linear layer's are an embedding's, transposed."""
+    A, B = source.factors(name)
+    return Start(A, B) if source.family == entry.family else Start(B.T, A.T)
 
 
 def _device(storage: torch.device, base: nn.Module) -> torch.device:

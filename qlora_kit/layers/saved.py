@@ -39,6 +39,7 @@ class ModulesToSave(StandIn):
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = NamedModules()
+        self.tied_to: dict[str, str] = {}  # by adapter, the path of the module whose copy's weight its copy shares
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self.training = original_module.training
@@ -63,7 +64,7 @@ class ModulesToSave(StandIn):
                     "(llm_int8_skip_modules) or adapt it through target_modules"
                 )
         tied = {} if tied_to is None else {id(base.weight): tied_to.weight}
-        module = copy.deepcopy(base, tied)  # type: ignore[arg-type]
+        module = copy.deepcopy(base, tied)
         if dtype is not None and any(p.dtype in _HALF for p in module.parameters()):
             module = module.to(dtype)
             for part in module.modules():
@@ -73,6 +74,7 @@ class ModulesToSave(StandIn):
     def delete_adapter(self, name: str) -> None:
         if name in self.modules_to_save:
             del self.modules_to_save[name]
+        self.tied_to.pop(name, None)
         self.active_adapters = [n for n in self.active_adapters if n != name]
 
     def adapter_names(self) -> list[str]:
@@ -136,10 +138,14 @@ def saved_module(module: nn.Module) -> ModulesToSave:
     return kind(module)
 
 
-def parts_to_save(module: nn.Module, path: str) -> Iterator[str]:
+def parts_to_save(module: nn.Module, path: str, *, whole: bool = False) -> Iterator[str]:
     """Where the copies go for ``module`` at ``path`` to be trained whole: there, or where it is only a container, whose
-    parts are taken from it by an index, a name or one after the other, at each part that has a state."""
-    if isinstance(module, StandIn) or not _is_container(module):
+    parts are taken from it by an index, a name or one after the other, at each part that has a state.
+
+    With ``whole`` there too if it can be called: it stands at other places, which its parts would be changed at.
+    """
+    called = type(module).forward is not nn.Module.forward
+    if isinstance(module, StandIn) or not _is_container(module) or (whole and called):
         yield path
         return
     for name, child in module._modules.items():

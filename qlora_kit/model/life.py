@@ -16,6 +16,7 @@ from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
 from ..injection.engine import Plan, inject_, make_plan, request_for
 from ..injection.targets import shortest_names
+from ..injection.ties import warn_of_ties
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
@@ -29,7 +30,13 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     tree = Tree(root)
     plan = make_plan(tree, config)
     recorded = _recorded(config, plan, tree)
-    requests = [request_for(root, entry, config, dtype) for entry in plan.entries]
+    warn_of_ties(
+        tree,
+        [*(entry.path for entry in plan.entries), *plan.modules_to_save],
+        ensured=config.ensure_weight_tying,
+        ties=bool(plan.ties) or any(entry.tied_to for entry in plan.entries),
+    )
+    requests = [request_for(root, entry, config, dtype) for entry in plan.entries if not entry.tied_to]
     start = prepared(root, requests)
     del requests, tree
     inject_(root, plan, config, name, start, dtype=dtype)

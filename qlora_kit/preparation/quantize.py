@@ -19,7 +19,8 @@ from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoraConfig
 from ..errors import CodecError, TargetError
 from ..injection.engine import Injection, make_plan, swap_, with_hooks_of
-from ..naming import module_at
+from ..injection.ties import refuse_tied
+from ..naming import Tree, module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
 DENSE_LINEARS = ("dense", "conv1d")
@@ -55,7 +56,9 @@ def quantize_(
     kind = quant_type or DEFAULT_TYPES[bits]
     undo = Injection()
     try:
-        for entry in make_plan(model, LoraConfig(r=1, target_modules=target_modules)).entries:
+        plan = make_plan(model, LoraConfig(r=1, target_modules=target_modules))
+        refuse_tied(Tree(model), [entry.path for entry in plan.entries])
+        for entry in plan.entries:
             base = module_at(model, entry.path)
             if entry.codec not in DENSE_LINEARS:
                 raise TargetError(

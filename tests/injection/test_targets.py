@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from qlora_kit import LoraConfig, TargetError, UnsupportedModuleError, apply_lora
+from qlora_kit import LoraConfig, TargetError, UnsupportedModuleError, apply_lora, make_plan, quantize_
 from qlora_kit.injection.targets import resolve, resolve_saved, shortest_names
 from qlora_kit.naming import pattern_value
 
@@ -196,15 +196,31 @@ def test_a_shared_module_is_one_target_with_aliases() -> None:
     assert lora.unload()["b"] is shared
 
 
-def test_a_tied_weight_is_refused_until_untied() -> None:
+def test_a_tied_weight_is_not_quantized_until_untied() -> None:
     model = llama(tie_word_embeddings=True)
-    for config in ({"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}):
+    for target in ("lm_head", "embed_tokens"):
         with pytest.raises(TargetError, match=r"tied to .*untie first"):
-            paths(model, **config)
-    with pytest.raises(TargetError, match="tied"):
-        resolve_saved(model, ["lm_head"])
+            make_plan(model, LoraConfig(target_modules=[target], init_lora_weights="loftq"))
+        with pytest.raises(TargetError, match=r"tied to .*untie first"):
+            quantize_(model, target_modules=["q_proj", target])
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert paths(model, target_modules=["lm_head"]) == ["lm_head"]
+    plan = make_plan(model, LoraConfig(target_modules=["lm_head"], init_lora_weights="loftq"))
+    assert [entry.path for entry in plan.entries] == ["lm_head"]
+
+
+@pytest.mark.parametrize("ensured", [False, True])
+def test_tied_tables_are_adapted_one_by_one_or_together(ensured: bool) -> None:
+    model = llama(tie_word_embeddings=True)
+    both = ["model.embed_tokens", "lm_head"]
+    for target, path in zip(("embed_tokens", "lm_head"), both, strict=True):
+        plan = make_plan(model, LoraConfig(target_modules=["q_proj", target], ensure_weight_tying=ensured))
+        tables = {entry.path: entry for entry in plan.entries if "q_proj" not in entry.path}
+        assert list(tables) == (both if ensured else [path])
+        assert all(entry.shared for entry in tables.values())
+        if ensured:
+            assert tables["lm_head"].tied_to == "model.embed_tokens"
+            assert tables["lm_head"].trainable_parameters == 0
+        assert resolve_saved(model, [target], tied=ensured) == (both if ensured else [path])
 
 
 def test_a_module_to_save_is_no_target() -> None:

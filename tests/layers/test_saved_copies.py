@@ -68,7 +68,8 @@ def test_a_float32_copy_speaks_the_dtype_of_its_half_precision_model(saved, dtyp
         first, logits = lora(IDS)
     logits.float().sum().backward()
     if not autocast:  # which has opinions of its own: torch's norms give float32 there
-        assert seen == [dtype] and first == logits.dtype == dtype
+        assert seen == [dtype]
+        assert first == logits.dtype == dtype
     reference = copy.deepcopy(lora)
     for tensor in [*reference.parameters(), *reference.buffers()]:
         tensor.data = tensor.data.float()
@@ -152,7 +153,8 @@ def test_a_container_in_modules_to_save_is_trained_stored_merged_and_switched_of
     again = LoraModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert torch.equal(again(x), after)
     merged = merge(lora).model
-    assert type(merged.heads) is nn.ModuleList and type(merged.row) is nn.Sequential
+    assert type(merged.heads) is nn.ModuleList
+    assert type(merged.row) is nn.Sequential
     assert set(merged.state_dict()) == set(plain.state_dict())
     tolerance = 1e-6 if dtype == torch.float32 else 0.1  # the copy's own rounding to the base's dtype
     assert (merged(x) - after).abs().max() <= tolerance * after.abs().max()

@@ -23,6 +23,7 @@ from ...errors import StorageError, TargetError, closest
 from ...injection.biases import bias_parameters
 from ...injection.engine import Plan, PlanEntry, make_plan
 from ...injection.targets import resolve_saved, shortest_names
+from ...injection.ties import refuse_tied, sharing
 from ...naming import Tree
 from .report import BIAS, LEFT, WHOLE, OtherTensor
 
@@ -243,17 +244,20 @@ class Contents:
 
 def _plan(model: nn.Module, config: LoraConfig, whole: Sequence[str]) -> Plan:
     """The modules to adapt and to store whole; what can't be whole is said in the user's words."""
+    tree = Tree(model)
     try:
-        resolve_saved(model, whole)
+        saved = resolve_saved(tree, whole)
     except TargetError as error:
         raise TargetError(str(error).replace("modules_to_save: ", "whole: ", 1)) from error
-    return make_plan(model, replace(config, modules_to_save=list(whole) or None))
+    plan = make_plan(tree, replace(config, modules_to_save=list(whole) or None))
+    refuse_tied(tree, [*saved, *(entry.path for entry in plan.entries)])
+    return plan
 
 
 def _may_be_whole(model: nn.Module, path: str) -> bool:
     """Not where a weight is tied to another module's, which a copy would part from it."""
     try:
-        return bool(resolve_saved(model, [path]))
+        return not sharing(Tree(model), resolve_saved(model, [path]))
     except TargetError:
         return False
 

@@ -28,7 +28,7 @@ from ...checkpoints.stored_model import StoredModel
 from ...codecs import codec_for, registered_codec
 from ...codecs.finite import all_finite
 from ...errors import MergeError, StorageError, closest
-from ...injection.targets import end_tables
+from ...injection.ties import end_tables
 from ..stored_adapter import StoredAdapter, parameter_name
 
 
