@@ -52,9 +52,7 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
     config = _with_tied_copies(config, state)
     stored = StoredAdapter(Path(folder), config, read_metadata(folder).get(METADATA_KEY))
     sides: dict[str, dict[str, str]] = {}
-    for key in sorted(state):
-        if ".original_module." in key and parameter_name(key) in {parameter_name(k) for k in state if k != key}:
-            continue  # of a module that the adapter has a copy of
+    for key in _once(state):
         match = _FACTOR.fullmatch(key)
         if match is None or (match["kind"] == "lora_") != (match["end"] is not None):
             stored.rest[key] = state[key]
@@ -96,6 +94,18 @@ def _with_tied_copies(config: LoraConfig, state: Mapping[str, Tensor]) -> LoraCo
         if path not in held and any(torch.equal(weight, weights[other]) for other in held)
     ]
     return replace(config, modules_to_save=[*config.modules_to_save, *tied]) if tied else config
+
+
+def _once(state: Mapping[str, Tensor]) -> list[str]:
+    """The keys, each parameter's once: PEFT may store a trained copy under two names, and beside it the table of the
+    base that it stands for."""
+    first: dict[str, str] = {}
+    kept = []
+    for key in sorted(state, key=lambda key: (".original_module." in key, len(key))):
+        other = first.setdefault(parameter_name(key), key)
+        if other == key or not (".original_module." in key or torch.equal(state[key], state[other])):
+            kept.append(key)
+    return sorted(kept)
 
 
 def _is_weight(key: str) -> bool:
