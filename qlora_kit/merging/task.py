@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import STORED_TYPES
 from ..codecs.quantized import Quantizer

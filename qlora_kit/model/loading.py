@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..adapter_files.backbone import METADATA_KEY, check_backbone
 from ..adapter_files.folder import PREFIX, read_adapter, read_metadata
 from ..adapter_files.tensors import load_adapter_state_
+from ..adapter_files.words import table_paths
 from ..config.lora import LoraConfig
 from ..errors import TargetError, UnsupportedModuleError
 from ..injection.adapted import Adapted
-from ..injection.engine import make_plan
+from ..injection.engine import Plan, make_plan
 from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
 
@@ -73,11 +74,13 @@ def _apart_if_stored_so(tree: Tree, config: LoraConfig, state: Mapping[str, Tens
         return config  # which is said where it is used
     branches = {entry.path: entry.tied_to for entry in plan.entries if entry.tied_to}
     ties = {**branches, **dict(plan.ties)}
-    if all(_stored_alike(state, path, source) for path, source in ties.items()):
-        return config
     paths = [*dict.fromkeys(ties.values()), *ties]
-    if plan.ties:
-        names = [*(config.modules_to_save or ()), *paths]
+    if not ties:  # the model's weights aren't tied
+        paths = _beside(tree, plan, state)
+    elif all(_stored_alike(state, path, source) for path, source in ties.items()):
+        return config
+    if plan.modules_to_save:
+        names = list(dict.fromkeys([*(config.modules_to_save or ()), *paths]))
         return dataclasses.replace(config, ensure_weight_tying=False, modules_to_save=names)
     targets: Any = config.target_modules
     if isinstance(targets, str):
@@ -85,6 +88,20 @@ def _apart_if_stored_so(tree: Tree, config: LoraConfig, state: Mapping[str, Tens
     else:
         targets = [*(targets or ()), *paths]
     return dataclasses.replace(config, ensure_weight_tying=False, target_modules=targets)
+
+
+def _beside(tree: Tree, plan: Plan, state: Mapping[str, Tensor]) -> list[str]:
+    """The modules that the file holds an adapter of, or a copy, as one with those in ``plan``."""
+    if plan.modules_to_save:
+        copies = [state.get(f"{PREFIX}{path}.weight") for path in plan.modules_to_save]
+        tables = {path: state.get(f"{PREFIX}{path}.weight") for path in table_paths(tree)}
+        return [
+            path
+            for path, table in tables.items()
+            if table is not None and any(copy is not None and torch.equal(copy, table) for copy in copies)
+        ]
+    held = {canonical(key).removeprefix(PREFIX).partition(".lora_")[0] for key in state if ".lora_" in key}
+    return sorted(held - {entry.path for entry in plan.entries})
 
 
 def _stored_alike(state: Mapping[str, Tensor], path: str, source: str) -> bool:

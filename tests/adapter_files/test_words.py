@@ -208,6 +208,16 @@ def test_a_second_adapter_brings_them_too(tmp_path: Path) -> None:
     assert torch.equal(logits(other), expected)
 
 
+def test_a_second_adapter_of_another_size_is_refused_and_leaves_all_as_it_was(tmp_path: Path) -> None:
+    adapted(resized(base(tmp_path))).save_pretrained(tmp_path / "adapter")
+    lora = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["o_proj"])
+    before = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    with pytest.raises(StorageError, match="resize_token_embeddings"):
+        lora.load_adapter(tmp_path / "adapter", "second")
+    assert list(lora.peft_config) == ["default"]
+    torch.testing.assert_close(lora.state_dict(), before, rtol=0, atol=0)
+
+
 def test_a_table_in_four_bit_models(tmp_path: Path) -> None:
     four = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
     source = base(tmp_path)

@@ -172,6 +172,36 @@ def test_factors_that_peft_trained_apart_are_loaded_apart(base: Path, tmp_path: 
         shared.load_adapter(tmp_path / "adapter", "default")
 
 
+@pytest.mark.parametrize("case", ["branch on the table", "branch on the head", "both saved", "head saved"])
+def test_what_was_trained_as_one_is_loaded_apart_on_an_untied_model(case: str, base: Path, tmp_path: Path):
+    theirs = peft_model(base, True, **copy.deepcopy(CASES[case]))
+    expected = logits(theirs)
+    quiet(theirs.save_pretrained, tmp_path / "adapter")
+    model = load(base)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    plain = logits(model)
+    ours = LoraModel.from_pretrained(model, tmp_path / "adapter")
+    assert close(logits(ours), expected)
+    with ours.disable_adapter():
+        assert torch.equal(logits(ours), plain)
+
+
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize("case", ["branch on the table", "branch on the head", "branch on both"])
+def test_a_merge_into_few_bits_is_the_same_on_disk(case: str, ensured: bool, base: Path, tmp_path: Path):
+    """The head is quantized then, and the table isn't, so they can't stay one."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, init_lora_weights=False, **CASES[case], ensure_weight_tying=ensured)
+    lora = quiet(apply_lora, load(base), config)
+    lora.save_pretrained(tmp_path / "adapter")
+    merge(lora, into="nf4").model.save_pretrained(tmp_path / "memory")
+    merge_folders(base, [tmp_path / "adapter"], tmp_path / "disk", into="nf4")
+    memory, disk = load(tmp_path / "memory"), load(tmp_path / "disk")
+    assert torch.equal(logits(memory), logits(disk))
+    assert memory.config.tie_word_embeddings == disk.config.tie_word_embeddings
+
+
 def test_other_architectures_tie_under_other_names(tmp_path: Path):
     sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     torch.manual_seed(0)

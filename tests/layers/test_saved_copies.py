@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tiny_llama import batch, llama, load
 from torch import nn
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, merge, prepare_model_for_kbit_training
@@ -169,3 +170,31 @@ def test_names_of_a_containers_tensors_in_a_file_are_those_in_the_model(tmp_path
     assert {n for n in names if "lora_" not in n} == {
         f"heads.{part}.{tensor}" for part in ("0", "2.0") for tensor in ("weight", "bias")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"]])
+def test_a_half_precision_llama_trains_stores_and_generates_with_copies(saved, dtype, bits, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    ids = batch()["input_ids"]
+    for prepared in (False, True):
+
+        def made(prepared=prepared):
+            model = load(tmp_path / "base", "4-bit" if bits else "dense", dtype)
+            return prepare_model_for_kbit_training(model) if prepared else model
+
+        lora = apply_lora(made(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=saved)).train()
+        seen = []
+        lora.model.model.layers[0].register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        for context in (nullcontext(), torch.autocast("cpu", dtype)):
+            with context:
+                loss = lora(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            assert loss.isfinite()
+        assert {hidden.dtype for hidden in seen} == {dtype}
+        lora.save_pretrained(tmp_path / "adapter")
+        again = LoraModel.from_pretrained(made(), tmp_path / "adapter")
+        assert torch.equal(again(input_ids=ids).logits, lora.eval()(input_ids=ids).logits)
+        assert again.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 14)
