@@ -62,6 +62,8 @@ def tables_to_store(adapted: Adapted, adapter_name: str, save: bool | str, tree:
         logger.warning("save_embedding_layers=True: the model has no tables of words that it tells, so none is stored")
     if save is True or not paths or _resized(adapted, adapter_name, tree):
         return paths
+    if adapter_name in adapted.backbones:  # its base, tables and all, is the one that it was started on
+        return []
     targets = adapted.configs[adapter_name].target_modules
     if isinstance(targets, list) and not set(targets) & set(_STORED_WITH_BRANCHES):
         return []

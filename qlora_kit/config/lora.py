@@ -90,7 +90,7 @@ class LoraConfig:
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
     peft_type: str = "LORA"
-    ensure_weight_tying: bool = False
+    ensure_weight_tying: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_numbers()

@@ -5,7 +5,9 @@ The engine is shared by every adapter there is. It asks a module's codec and lay
 - ``ties``: modules that hold one weight, and adapters that they share
 - ``targets``: from what a configuration says to an exact list of modules
 - ``architectures``: which modules, where the user names none
+- ``free``: whether modules are free for another adapter
 - ``engine``: plan -> build -> swap, and the way back
 - ``adapted``: the adapters on one model as a value, which all below its face is written over
+- ``uncollected``: a pause of the garbage collector, meanwhile
 - ``biases``: the base's own biases in training, and as they were before
 """

@@ -7,9 +7,8 @@ was. ``Injection.undo`` puts the original module objects back, with all that han
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -22,9 +21,11 @@ from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
-from ..naming import Tree, base_of, canonical, module_at, slot
+from ..naming import Tree, base_of, module_at, slot
+from .free import check_free
 from .targets import resolve, resolve_saved
 from .ties import refuse_tied, sharing, ties_among
+from .uncollected import uncollected
 
 _QUICK_STARTS = (True, False, "gaussian")
 
@@ -200,7 +201,7 @@ def inject_(
     ``start`` gives each adapter its first factors (``qlora_kit.initializers.start_for`` for those that
     ``config`` names). ``dtype`` is the dtype of the factors and saved copies (default: see ``adapter_dtype``).
     """
-    _check_free(model, plan, adapter_name)
+    check_free(model, [entry.path for entry in plan.entries], plan.modules_to_save, adapter_name)
     injection = Injection()
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
@@ -232,19 +233,6 @@ def inject_(
     return injection
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside the block Python looks for no garbage in cycles: where thousands of modules are made and all stay, looking
-    through them again and again takes as long as making them."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def swap_(
     model: nn.Module,
     path: str,
@@ -267,31 +255,6 @@ def _put_(holder: nn.Module, name: str, module: nn.Module) -> None:
     setattr(holder, name, module)
     if name == "_orig_mod":  # torch.compile's wrapper calls what it was made for, until it is told
         holder._initialize()  # type: ignore[operator]
-
-
-def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
-    """Refuse to write over an adapter that is there already, of this name or trained whole."""
-    for entry in plan.entries:
-        if isinstance(saved := module_at(model, entry.path), ModulesToSave):
-            raise AdapterError(
-                f"{entry.path}: expected a module that is free to be adapted by {name!r}, found one that is trained "
-                f"whole (modules_to_save) by {saved.adapter_names()}; leave it out of one of the configurations"
-            )
-    for path in plan.modules_to_save:
-        for inner, part in base_of(module_at(model, path)).named_modules():
-            if isinstance(part, (AdapterLayer, ModulesToSave)):
-                raise AdapterError(
-                    f"{path}: expected a module without adapters inside, to be copied and trained whole by {name!r}, "
-                    f"found {part.adapter_names()} at {path}.{canonical(inner)}; name in modules_to_save the parts of "
-                    "it that no adapter has, or delete those adapters first"
-                )
-    for path in (*(entry.path for entry in plan.entries), *plan.modules_to_save):
-        module = module_at(model, path)
-        if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():
-            raise AdapterError(
-                f"{path}: expected no adapter {name!r} yet, found one that an earlier wrapper of this model put "
-                "there; go on with that wrapper, unload() it first, or choose another name"
-            )
 
 
 def request_for(model: nn.Module, entry: PlanEntry, config: LoraConfig, dtype: torch.dtype | None = None) -> Request:

@@ -3,6 +3,7 @@
 A family knows nothing of storage: it asks the base module's codec. One is found by the module's type.
 
 - ``base``: ``AdapterLayer``, what every family shares, and the registry
+- ``unmerged``: a layer as it was before merging, for a moment
 - ``linear``: y = W x + b, however W is stored
 - ``conv1d``: transformers' ``Conv1D``, which is linear too
 - ``conv``: convolutions in one, two and three dimensions

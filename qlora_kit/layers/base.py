@@ -28,6 +28,7 @@ from ..errors import AdapterError, MergeError, TargetError, UnsupportedModuleErr
 from ..lowrank import add_product_, delta
 from ..naming import StandIn
 from .named import NamedModules
+from .unmerged import Unmerged
 
 
 class AdapterLayer(StandIn):
@@ -68,10 +69,7 @@ class AdapterLayer(StandIn):
 
     def tie_factors_(self, name: str, source: AdapterLayer) -> None:
         """Take the factors of ``source``, an embedding whose table is this layer's weight, for adapter ``name``."""
-        raise TargetError(
-            f"expected a linear layer or an embedding to share the adapter of a tied table, found "
-            f"{type(self).__name__}; leave ensure_weight_tying at False"
-        )
+        raise TargetError(f"{type(self).__name__}: it can't share an adapter; leave ensure_weight_tying at False")
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s * B (A dropout(x)) for adapter ``name``, in the adapter's dtype."""
@@ -92,8 +90,7 @@ class AdapterLayer(StandIn):
     ) -> None:
         """Register adapter ``name`` with canonical factors A (r, in) and B (out, r); it isn't active yet.
 
-        With ``tied_to`` the factors are that layer's own parameters, and A and B say only what they should look like.
-        """
+        With ``tied_to`` that layer's own parameters are its factors, which A and B are views of."""
         out_features, in_features = self.codec.shape(self.base_layer)
         rank = A.shape[0]
         if A.shape != (rank, in_features) or B.shape != (out_features, rank):
@@ -245,9 +242,9 @@ class AdapterLayer(StandIn):
             self._shared = (shared,)
             self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
-    def unmerged(self) -> _Unmerged:
+    def unmerged(self) -> Unmerged:
         """Context in which the base weight is the one from before ``merge_``."""
-        return _Unmerged(self)
+        return Unmerged(self)
 
     # -- standing in for the base module -----------------------------------------------------------------
 
@@ -301,24 +298,6 @@ class AdapterLayer(StandIn):
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
         return f"codec={self.codec.name}, {adapters}"
-
-
-class _Unmerged:
-    """Swap a layer's unmerged weight in for the duration of a ``with`` block."""
-
-    def __init__(self, layer: AdapterLayer) -> None:
-        self.layer = layer
-
-    def __enter__(self) -> None:
-        layer = self.layer
-        if layer._unmerged is not None:
-            self.merged = layer.codec.snapshot(layer.base_layer)
-            layer.codec.restore_(layer.base_layer, layer._unmerged)
-
-    def __exit__(self, *_: object) -> None:
-        layer = self.layer
-        if layer._unmerged is not None:
-            layer.codec.restore_(layer.base_layer, self.merged)
 
 
 _registry: dict[type[nn.Module], type[AdapterLayer]] = {}

@@ -20,8 +20,9 @@ from ..codecs import protect_storage_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
-from ..injection.engine import Plan, uncollected
+from ..injection.engine import Plan
 from ..injection.ties import end_tables
+from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
@@ -197,14 +198,8 @@ class LoraModel(ModelProxy):
         if is_main_process is not False:
             for_trainer = is_main_process is not None or state_dict is None
             given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
-            save_adapter(
-                self.adapted,
-                Path(save_directory),
-                selected_adapters,
-                state_dict=given,
-                resume_copy=for_trainer,
-                save_embedding_layers=save_embedding_layers,
-            )
+            options: Any = {"resume_copy": for_trainer, "save_embedding_layers": save_embedding_layers}
+            save_adapter(self.adapted, Path(save_directory), selected_adapters, state_dict=given, **options)
 
     push_to_hub = push_to_hub
 
