@@ -17,11 +17,13 @@ from .words import table_paths
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of the model, its key in an adapter's file, and its name in the wrapper's ``state_dict``."""
+    """A tensor of the model, its key in an adapter's file, and its name in the wrapper's ``state_dict``; whether it is
+    the base's own, and only goes along."""
 
     key: str
     name: str
     tensor: Tensor
+    of_base: bool = False
 
     @property
     def full_key(self) -> str:
@@ -71,7 +73,7 @@ def table_slots(adapted: Adapted, adapter_name: str, paths: list[str], tree: Tre
         within = ".base_layer" if parts else ""
         under = "".join(f".{link.holds}" for link in chain(tree.modules[path]) if isinstance(link, StandIn))
         for name, tensor in base_of(tree.modules[path]).named_parameters(recurse=False):
-            slots.append(Slot(f"{PREFIX}{path}{within}.{name}", f"model.{path}{under}.{name}", tensor))
+            slots.append(Slot(f"{PREFIX}{path}{within}.{name}", f"model.{path}{under}.{name}", tensor, of_base=True))
     return slots
 
 

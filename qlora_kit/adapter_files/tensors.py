@@ -168,7 +168,8 @@ def _given(state: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
     found = state.get(slot.name, state.get(slot.key))
     if found is None and (turned := state.get(f"{slot.name.removesuffix('weight')}transposed")) is not None:
         return turned.T
-    return found
+    # What trains may be all that was gathered; the base's own tensors are whole then.
+    return slot.tensor if found is None and slot.of_base and slot.tensor.numel() else found
 
 
 def _check_shared(adapter_name: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:

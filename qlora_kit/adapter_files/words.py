@@ -90,7 +90,7 @@ def words_of(model: nn.Module) -> int | None:
     """Rows of the model's input embeddings; None where they aren't a table of words."""
     table = end_tables(model)[0]
     base = None if table is None else base_of(table)
-    return base.weight.shape[0] if isinstance(base, nn.Embedding) else None
+    return base.num_embeddings if isinstance(base, nn.Embedding) else None  # a sharded weight has no rows to count
 
 
 def _resized(adapted: Adapted, adapter_name: str, tree: Tree) -> bool:

@@ -153,8 +153,9 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
     targets = resolve(tree, config)
     paths = [target.path for target in targets]
     shared = sharing(tree, paths)
-    if config.loftq_config is not None:
-        refuse_tied(tree, paths)
+    saved = resolve_saved(tree, config.modules_to_save, tied=config.ensure_weight_tying)
+    refuse_tied(tree, saved, but_tables=True)
+    refuse_tied(tree, paths, but_tables=config.loftq_config is None)
     for target in targets:
         module = base_of(tree.modules[target.path])
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)
@@ -177,7 +178,6 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
                 shared=target.path in shared,
             )
         )
-    saved = resolve_saved(tree, config.modules_to_save, tied=config.ensure_weight_tying)
     ties = ties_among(tree, saved) if config.ensure_weight_tying else {}
     return Plan(tuple(entries), tuple(saved), tuple(ties.items()))
 

@@ -51,11 +51,15 @@ def ties_among(tree: Tree, chosen: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(group[1:], group[0]) if group and set(group) & set(chosen) else {}
 
 
-def sharing(tree: Tree, paths: Iterable[str]) -> dict[str, str]:
-    """Those of ``paths`` whose module holds a parameter that another module holds too, and the path of that."""
+def sharing(tree: Tree, paths: Iterable[str], *, but_tables: bool = False) -> dict[str, str]:
+    """Those of ``paths`` whose module holds a parameter that another module holds too, and the path of that; with
+    ``but_tables`` only a matrix that is no embedding's."""
     owners: dict[int, dict[int, str]] = {}
+    tables: set[int] = set()
     for path, module in tree.modules.items():
         base = base_of(module)
+        if isinstance(base, nn.Embedding):
+            tables.add(id(base._parameters.get("weight")))
         for parameter in base._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), {}).setdefault(id(base), path)
@@ -64,19 +68,24 @@ def sharing(tree: Tree, paths: Iterable[str]) -> dict[str, str]:
         module = base_of(tree.modules[path])
         inside = {id(part) for part in module.modules()}  # wherever else it stands
         for parameter in module.parameters():
+            if but_tables and (parameter.dim() < 2 or id(parameter) in tables):
+                continue
             others = [p for i, p in owners.get(id(parameter), {}).items() if i not in inside]
             if others:
                 found.setdefault(path, others[0])
     return found
 
 
-def refuse_tied(tree: Tree, paths: Iterable[str]) -> None:
+def refuse_tied(tree: Tree, paths: Iterable[str], *, but_tables: bool = False) -> None:
     """Refuse modules whose weight another module holds too, where it would be quantized or stored for one of them only.
+
+    With ``but_tables`` tables of words pass: which of them are one is for the model's config to say, and can be
+    changed, while layers that share a matrix (Zamba's) are one in any model of their class: a merge can't part them.
 
     Raises:
         TargetError: names both modules.
     """
-    for path, other in sharing(tree, paths).items():
+    for path, other in sharing(tree, paths, but_tables=but_tables).items():
         raise TargetError(
             f"{path}: its weight is tied to {other}'s, and what is done to it here would break that module, or part "
             f"the two in silence; leave it out of the targets, or untie first: {path}.weight = "

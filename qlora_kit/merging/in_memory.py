@@ -45,7 +45,7 @@ from .rest_of_model import (
     put_trained_copies_,
 )
 from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
-from .ties import declare_untied_, tie_again_, tied_by_adapters
+from .ties import check_can_be_parted, declare_untied_, tie_again_, tied_by_adapters
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
 LEAST_RETAINED = 0.5
@@ -131,6 +131,7 @@ def merge(
         residual_dtype or adapted.adapter_dtype,
     )
     check_layers(adapted, task, force)
+    check_can_be_parted(adapted, parts)
     with Spill(scratch) as spill:
         undo = Injection()
         try:

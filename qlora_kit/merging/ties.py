@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection
+from ..injection.ties import tied_tables
 from ..naming import Tree, base_of, module_at
 
 
@@ -25,6 +27,27 @@ def tied_by_adapters(adapted: Adapted, names: Iterable[str]) -> dict[str, str]:
         if len(sources) == 1 and (source := sources.pop()) and held.get(source) == held[path]:
             found[path] = source
     return found
+
+
+def check_can_be_parted(adapted: Adapted, names: Iterable[str]) -> None:
+    """Refuse a merge that changes the table which others are tied to, where several of them stay one.
+
+    transformers stores these under one of their names, and on loading ties the rest to the changed table.
+
+    Raises:
+        MergeError: names the modules.
+    """
+    tree, names = Tree(adapted.root), set(names)
+    parts: dict[str, Any] = {**adapted.layers(tree), **adapted.saved_modules(tree)}
+    changed = {path for path, part in parts.items() if names & set(part.adapter_names())}
+    source, *others = tied_tables(tree) or [""]
+    left = [path for path in others if path not in changed]
+    if source in changed and len(left) > 1:
+        raise MergeError(
+            f"{source}: expected an adapter that leaves the tied {[source, *others]} alone, or is on all of them, "
+            f"found one that parts it from {left}, which can't be stored so; train it with ensure_weight_tying=True, or "
+            "take it out of the adapter's targets"
+        )
 
 
 def tie_again_(model: nn.Module, tied: Mapping[str, str], undo: Injection) -> None:

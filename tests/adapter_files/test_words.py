@@ -149,6 +149,16 @@ def test_more_or_fewer_may_be_asked_for(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_tables_are_taken_from_a_gathered_state_where_it_has_them(tmp_path: Path) -> None:
+    lora = adapted(resized(base(tmp_path)))
+    whole = lora.state_dict()
+    trained = {name: tensor for name, tensor in whole.items() if "lora_" in name}
+    doubled = {name: tensor * 2 for name, tensor in whole.items()}
+    table = lora.model.lm_head.weight
+    for state, factor in ((whole, 1), (trained, 1), (doubled, 2)):
+        assert torch.equal(adapter_state(lora, state_dict=state)[f"{PREFIX}lm_head.weight"], factor * table)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_base_without_a_name(when: str, tmp_path: Path) -> None:
     model = llama()

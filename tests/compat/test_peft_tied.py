@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from qlora_kit import LoraConfig, LoraModel, StorageError, apply_lora, merge
+from qlora_kit.folders.combine import combine_folders
 from qlora_kit.folders.merge.run import merge_folders
 
 IDS = batch()["input_ids"]
@@ -200,6 +201,23 @@ def test_a_merge_into_few_bits_is_the_same_on_disk(case: str, ensured: bool, bas
     memory, disk = load(tmp_path / "memory"), load(tmp_path / "disk")
     assert torch.equal(logits(memory), logits(disk))
     assert memory.config.tie_word_embeddings == disk.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("case", ["branch on the head", "head saved"])
+def test_adapters_that_train_tables_as_one_are_combined(case: str, base: Path, tmp_path: Path):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, init_lora_weights=False, **{"target_modules": ["q_proj"], **CASES[case]})
+    config.ensure_weight_tying = True
+    lora = quiet(apply_lora, load(base), config)
+    lora.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    lora.set_adapter(["default", "second"])
+    expected = logits(lora)
+    quiet(lora.add_weighted_adapter, ["default", "second"], [1.0, 1.0], "sum", "cat")
+    lora.set_adapter("sum")
+    assert close(logits(lora), expected)
+    combine_folders([tmp_path, tmp_path / "second"], [1.0, 1.0], tmp_path / "sum", "cat")
+    assert close(logits(quiet(LoraModel.from_pretrained, load(base), tmp_path / "sum")), expected)
 
 
 def test_other_architectures_tie_under_other_names(tmp_path: Path):
