@@ -45,7 +45,7 @@ def check_can_be_parted(adapted: Adapted, names: Iterable[str]) -> None:
     if source in changed and len(left) > 1:
         raise MergeError(
             f"{source}: expected an adapter that leaves the tied {[source, *others]} alone, or is on all of them, "
-            f"found one that parts it from {left}, which can't be stored so; train it with ensure_weight_tying=True, or "
+            f"found one that parts it from {left}, which can't be stored so; pass ensure_weight_tying=True, or "
             "take it out of the adapter's targets"
         )
 
