@@ -4,6 +4,8 @@ It knows which tensors an adapter has and what files call them; how the base kee
 computes, it must never ask.
 
 - ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder
+- ``slots``: which tensors of a model are an adapter's, and what its file calls each
+- ``words``: tables of words that go along, where some were added
 - ``tensors``: an adapter's tensors between a model and its file
 - ``backbone``: the fingerprint of the quantized base that a start belongs to
 - ``combined_config``: the configuration of an adapter that was computed from others

@@ -36,6 +36,7 @@ def combined_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> 
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         init_lora_weights=True,
         loftq_config=None,
+        ensure_weight_tying=False,  # all that shared one has its own now, and is named
     )
 
 
@@ -86,7 +87,8 @@ def _selection(configs: Sequence[LoraConfig], paths: list[str]) -> dict[str, Any
     """The fields that select exactly ``paths``."""
     fields = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
     each = [{field: getattr(config, field) for field in fields} for config in configs]
-    if all(one == each[0] for one in each):
+    ensured = any(config.ensure_weight_tying for config in configs)  # then names select more than what they mean
+    if not ensured and all(one == each[0] for one in each):
         return each[0]
     free: dict[str, Any] = dict.fromkeys(fields)
     targets: list[Any] = [one.pop("target_modules") for one in each]

@@ -127,6 +127,24 @@ def read_metadata(directory: str | Path) -> dict[str, str]:
         ) from error
 
 
+def read_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a stored adapter's tensors, from the header; empty where they are a pickle.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.exists():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StorageError(
+            f"{path}: expected a whole safetensors file, found another ({error}); save it again"
+        ) from error
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)

@@ -9,7 +9,7 @@ The keys of a file are the model's own parameter names with the adapter's name t
     base_model.model.<path>.bias                               trained biases of other layers (bias="all")
 
 Every one of these must be in a file, with the right shape, and nothing else may be, but for what PEFT adds: the
-tables of an adapted embedding or head (``...base_layer.weight``, loaded into the base as PEFT does), and with
+tables of words that were resized or adapted (``words``; they are loaded into the base, as PEFT does), and with
 bias="all" whatever else has "bias" in its name. Names of older releases are understood. Checks come before the
 first write, so a file that doesn't fit leaves the model as it was.
 
@@ -21,42 +21,30 @@ A Trainer's checkpoint needs all adapters in one file, so there the keys keep th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
-from ..injection.biases import bias_parameters, own_parts
-from ..injection.heads import end_tables
 from ..injection.stacks import why_no_branch
-from ..layers import AdapterLayer, ModulesToSave
-from ..naming import StandIn, Tree, base_of, canonical, chain
+from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
+from .slots import Slot, adapter_slots, extra_tensors, table_slots
+from .words import stored_words, table_paths, tables_to_store, words_of
 
 __all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A tensor of the model, its key in an adapter's file, and its name in the wrapper's ``state_dict``."""
-
-    key: str
-    name: str
-    tensor: Tensor
-
-    @property
-    def full_key(self) -> str:
-        """The key in a Trainer's checkpoint, with the adapter's name in it."""
-        return PREFIX + self.name.removeprefix("model.")
-
-
 def adapter_state(
-    model: Any, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
+    model: Any,
+    adapter_name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """The tensors of one adapter under the keys of its file: whole, contiguous copies on the CPU, dtypes kept.
 
@@ -64,17 +52,19 @@ def adapter_state(
         model: a ``LoraModel``, or the ``Adapted`` that it holds.
         state_dict: the wrapper's full state dict as a Trainer gathered it from shards; the tensors are taken
             from there, not from the model's own parameters.
+        save_embedding_layers: whether the base's tables of words go along; "auto" where they were resized or have
+            branches, see ``adapter_files.words``.
 
     Raises:
         AdapterError: no adapter has this name.
         StorageError: ``state_dict`` lacks tensors of the adapter, or holds empty shards of them.
     """
     adapted = adapted_of(model)
-    slots = adapter_slots(adapted, adapter_name)
+    slots = _file_slots(adapted, adapter_name, save_embedding_layers)
     if state_dict is None:
         return {slot.key: _copy(slot.tensor) for slot in slots}
     given = {canonical(name): tensor for name, tensor in state_dict.items()}
-    found = {s.key: given.get(s.name, given.get(s.key)) for s in slots}
+    found = {s.key: _given(given, s) for s in slots}
     bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]
     if bad:
         raise StorageError(
@@ -82,6 +72,15 @@ def adapter_state(
             f"or empty ({bad[:3]}); gather the shards first, or pass no state_dict"
         )
     return {key: _copy(tensor) for key, tensor in found.items() if tensor is not None}
+
+
+def _file_slots(adapted: Adapted, adapter_name: str, save: bool | str) -> list[Slot]:
+    """All that the file of an adapter holds, tables included."""
+    tree = Tree(adapted.root)
+    slots = {slot.key: slot for slot in adapter_slots(adapted, adapter_name, tree)}
+    for slot in table_slots(adapted, adapter_name, tables_to_store(adapted, adapter_name, save, tree), tree):
+        slots.setdefault(slot.key, slot)
+    return list(slots.values())
 
 
 def load_adapter_state_(model: Any, adapter_name: str, state: Mapping[str, Tensor]) -> None:
@@ -104,10 +103,13 @@ def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
     """
     adapted = adapted_of(model)
     tree = Tree(adapted.root)
-    places = {
-        slot.full_key: (name, slot.key) for name in adapted.configs for slot in adapter_slots(adapted, name, tree)
-    }
     in_use = dict.fromkeys([*adapted.active, *adapted.trainable])
+    # Tables are the base's, and are called the same for all adapters: one that is in use takes them in.
+    places = {
+        slot.full_key: (name, slot.key)
+        for name in sorted(adapted.configs, key=lambda name: name in in_use)
+        for slot in (*table_slots(adapted, name, table_paths(tree), tree), *adapter_slots(adapted, name, tree))
+    }
     state = {canonical(key): tensor for key, tensor in state.items()}
     if any(key not in places for key in state):
         if len(in_use) != 1:
@@ -132,8 +134,8 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
         raise AdapterError(
             f"adapters are merged (into {merged[0]}, ...), so none can be loaded; unmerge_adapter() first"
         )
-    extras = _extra_tensors(adapted, adapted.configs[adapter_name].bias, tree)
-    keys = _Keys(adapted, slots, tree)
+    places = {**extra_tensors(adapted, adapted.configs[adapter_name].bias, tree), **slots}
+    keys = _Keys(adapted, places, tree)
     state = {canonical(key): tensor for key, tensor in state.items()}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected: list[str] = []
@@ -141,9 +143,7 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
     for key in sorted(state, key=lambda key: key not in slots):
         target = keys.slot_of(key)
         if target is not None:
-            pairs.setdefault(target, (slots[target], state[key]))
-        elif key in extras:
-            pairs[key] = (extras[key], state[key])
+            pairs.setdefault(target, (places[target], state[key]))
         else:
             unexpected.append(key)
     missing = [key for key in slots if key not in pairs]
@@ -153,13 +153,45 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
         if old.shape != new.shape or old.is_floating_point() != new.is_floating_point() or new.is_complex()
     ]
     if missing or unexpected or unfit:
-        stacked = why_no_branch(tree, [key.removeprefix(PREFIX) for key in unexpected])
-        raise StorageError(_misfit(adapter_name, missing, unexpected, unfit, stacked))
+        words = stored_words(tree, {key: value.shape for key, value in state.items()})
+        if words is not None and words != words_of(tree.model):
+            why = f"Call resize_token_embeddings({words}) on the model first."
+        else:
+            why = why_no_branch(tree, [key.removeprefix(PREFIX) for key in unexpected])
+        raise StorageError(_misfit(adapter_name, missing, unexpected, unfit, why))
+    _check_shared(adapter_name, pairs)
     if meta := next((key for key, (old, _) in pairs.items() if old.is_meta), None):
         raise StorageError(
             f"{meta}: expected a parameter with memory, found one on the meta device; load the model first"
         )
     return list(pairs.values())
+
+
+def _given(state: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
+    """The tensor of ``slot`` in a wrapper's state dict; where its parameter is another layer's, transposed back."""
+    found = state.get(slot.name, state.get(slot.key))
+    if found is None and (turned := state.get(f"{slot.name.removesuffix('weight')}transposed")) is not None:
+        return turned.T
+    # What trains may be all that was gathered; the base's own tensors are whole then.
+    return slot.tensor if found is None and slot.of_base and slot.tensor.numel() else found
+
+
+def _check_shared(adapter_name: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Refuse two values for one tensor of the model: that of tied weights, say, or of factors that are shared."""
+    first: dict[int, str] = {}
+    for key, (old, new) in pairs.items():
+        if old.is_meta or not old.numel():
+            continue
+        other = first.setdefault(old.untyped_storage().data_ptr(), key)
+        same = pairs[other][1]
+        if other == key or pairs[other][0].numel() != old.numel():
+            continue
+        if not torch.equal(new, same if same.shape == new.shape else same.T):
+            raise StorageError(
+                f"adapter {adapter_name!r}: expected equal values for {other} and {key}, which are one tensor in this "
+                "model, found different ones; untie the model's weights first (give the second module a copy of its "
+                "own and set config.tie_word_embeddings = False), or load the adapter under another name"
+            )
 
 
 @torch.no_grad()
@@ -177,12 +209,13 @@ def save_adapter(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     resume_copy: bool = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Write adapters in PEFT's layout: "default" into ``directory``, others into subfolders of their names.
 
     Args:
         adapter_names: which ones; all by default.
-        state_dict: see ``adapter_state``.
+        state_dict, save_embedding_layers: see ``adapter_state``.
         resume_copy: write these adapters' tensors, all of them, as ``model.safetensors`` into ``directory`` too,
             where transformers' Trainer looks for what to resume from (``load_resume_state_``).
 
@@ -194,44 +227,16 @@ def save_adapter(
     directory = Path(directory)
     names = list(adapted.configs if adapter_names is None else adapter_names)
     # All states are taken before the first write: an error here leaves every file as it was.
-    states = {name: adapter_state(adapted, name, state_dict) for name in names}
+    save = save_embedding_layers
+    states = {name: adapter_state(adapted, name, state_dict, save_embedding_layers=save) for name in names}
     folders = {name: _folder(directory, name) for name in names}
     if resume_copy:
-        slots = [(name, slot) for name in names for slot in adapter_slots(adapted, name)]
+        slots = [(name, slot) for name in names for slot in _file_slots(adapted, name, save)]
         write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
     for name in names:
         backbone = adapted.backbones.get(name)
         metadata = {METADATA_KEY: backbone} if backbone else None
         write_adapter(folders[name], adapted.configs[name].as_stored(), states[name], metadata)
-
-
-def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None) -> list[Slot]:
-    """Every tensor that the file of ``adapter_name`` must hold."""
-    adapted.check_known(adapter_name)
-    tree = tree or adapted.tree()
-    slots = []
-    for path, layer in adapted.layers(tree).items():
-        if adapter_name in layer.adapter_names():
-            for suffix, tensor in layer.adapter_tensors(adapter_name).items():
-                container, dot, rest = suffix.partition(".")
-                under = "" if tree.modules[path] is layer else f".{ModulesToSave.holds}"
-                name = f"model.{path}{under}.{container}.{adapter_name}{dot}{rest}"
-                slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, tensor))
-    for path, module in adapted.saved_modules(tree).items():
-        if adapter_name in module.adapter_names():
-            for suffix, value in module.adapter_tensors(adapter_name).items():
-                name = f"model.{path}.modules_to_save.{adapter_name}.{suffix}"
-                slots.append(Slot(f"{PREFIX}{path}.{suffix}", name, value))
-    # While adapters are switched off the trained biases are the kept ones.
-    kept = adapted.kept_biases.values if adapted.disabled else {}
-    seen: set[int] = set()
-    for path, parameter in bias_parameters(tree, adapted.configs[adapter_name].bias, adapter_name).items():
-        if id(parameter) not in seen:  # a shared module's bias is stored once, under its first path
-            seen.add(id(parameter))
-            within = ".base_layer" if own_parts(tree.modules[path], adapter_name) else ""
-            under = "".join(f".{link.holds}" for link in chain(tree.modules[path]) if isinstance(link, StandIn))
-            slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{under}.bias", kept.get(path, parameter)))
-    return slots
 
 
 class _Keys:
@@ -268,22 +273,6 @@ class _Keys:
         return None
 
 
-def _extra_tensors(adapted: Adapted, bias: str, tree: Tree) -> dict[str, Tensor]:
-    """Tensors of the base model that PEFT may write into an adapter's file, by their keys there."""
-    extras: dict[str, Tensor] = {}
-    tables = {id(base_of(table)) for table in end_tables(adapted.root) if table is not None}
-    for path, module in tree.firsts():
-        base = base_of(module)
-        if id(base) in tables or (isinstance(base, nn.Embedding) and base is not module):
-            within = ".base_layer" if isinstance(module, AdapterLayer) else ""
-            for name, tensor in base.named_parameters(recurse=False):
-                extras[f"{PREFIX}{path}{within}.{name}"] = tensor
-    if bias == "all":
-        own = {canonical(name): tensor for name, tensor in adapted.root.state_dict(keep_vars=True).items()}
-        extras.update({PREFIX + name: tensor for name, tensor in own.items() if "bias" in name and "lora_" not in name})
-    return extras
-
-
 def _folder(directory: Path, adapter_name: str) -> Path:
     """Where an adapter is stored below ``directory``, and never outside it."""
     if adapter_name == "default":
@@ -302,7 +291,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return (tensor if whole is None else whole()).detach().to("cpu", copy=True).contiguous()
 
 
-_CHECK = "Check that this is its base model, and that its adapter_config.json (targets, ranks, ...) is its own."
+_CHECK = "Check that this is its base model, and that adapter_config.json (targets, ranks, modules) is its own."
 
 
 def _misfit(adapter_name: str, missing: list[str], unexpected: list[str], unfit: list[str], why: str) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
+from ..adapter_files.folder import read_shapes
+from ..adapter_files.words import stored_words, words_of
 from ..config import lora as core
 from ..errors import ConfigError
+from ..naming import Tree
 from .configs import PeftConfig
 from .hub import HUB_ARGUMENTS, adapter_folder
 from .tasks import (
@@ -66,12 +70,26 @@ class _AutoPeftModel:
             )
         auto_class = getattr(transformers, cls.auto_class)
         model = auto_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
-        if (folder / "tokenizer_config.json").is_file():
-            # An adapter saved with its tokenizer may have been trained with tokens added to the vocabulary.
-            tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
-            if tokens > model.get_input_embeddings().weight.shape[0]:
-                model.resize_token_embeddings(tokens)
+        _resize_(model, adapter, folder)
         return cls.peft_class.from_pretrained(model, adapter, adapter_name, is_trainable, config)
+
+
+def _resize_(model: Any, adapter: Path, folder: Path) -> None:
+    """Give ``model`` as many words as the stored adapter's own tables have, padding included; or, where it has none,
+    as the tokenizer beside it knows: they may have been added for the training."""
+    import transformers
+
+    present = words_of(model)
+    if present is None:
+        return
+    stored = stored_words(Tree(model), read_shapes(adapter))
+    if stored is not None:
+        if stored != present:
+            model.resize_token_embeddings(stored, mean_resizing=False)  # the new rows are in the file
+    elif (folder / "tokenizer_config.json").is_file():
+        tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
+        if tokens > present:
+            model.resize_token_embeddings(tokens)
 
 
 class AutoPeftModelForCausalLM(_AutoPeftModel):

@@ -46,7 +46,6 @@ from .tasks import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
-    check_embeddings,
     no_leftover_keys,
     peft_class_for,
 )
@@ -158,15 +157,14 @@ def get_peft_model_state_dict(
         model: wrapped, or bare with layers injected (then the keys lack "base_model.model.").
         state_dict: take the values from this state dict of ``model``, gathered from shards say.
         unwrap_compiled: accepted for PEFT's sake; a compiled model is looked into anyway.
-        save_embedding_layers: "auto" or False; see ``PeftModel.save_pretrained``.
+        save_embedding_layers: "auto", True or False; see ``LoraModel.save_pretrained``.
 
     Raises:
-        AdapterError: no adapter of this name, or the caller wants base embeddings too.
+        AdapterError: no adapter of this name.
     """
-    check_embeddings(save_embedding_layers)
     model = getattr(model, "_orig_mod", model)
     manager = _manager(model)
-    state = storage.adapter_state(manager, adapter_name, state_dict)
+    state = storage.adapter_state(manager, adapter_name, state_dict, save_embedding_layers=save_embedding_layers)
     return state if manager is model else {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 

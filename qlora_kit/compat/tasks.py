@@ -153,12 +153,11 @@ class PeftModel(LoraModel):
         path_initial_model_for_weight_conversion: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the adapters; see ``LoraModel.save_pretrained``. Embeddings are stored if an adapter trains them.
+        """Write the adapters; see ``LoraModel.save_pretrained``.
 
         Raises:
-            AdapterError: the caller wants base embeddings stored, or a start subtracted from the weights.
+            AdapterError: the caller wants a start subtracted from the weights.
         """
-        check_embeddings(save_embedding_layers)
         if path_initial_model_for_weight_conversion is not None:
             raise AdapterError(
                 "path_initial_model_for_weight_conversion: expected None, found "
@@ -170,6 +169,7 @@ class PeftModel(LoraModel):
             safe_serialization,
             selected_adapters,
             is_main_process=is_main_process,
+            save_embedding_layers=save_embedding_layers,
             **kwargs,
         )
 
@@ -228,15 +228,6 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 def peft_class_for(task_type: str | None) -> type[PeftModel]:
     """The class of a task; ``PeftModel`` where none is given."""
     return PeftModel if task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task_type]
-
-
-def check_embeddings(save_embedding_layers: bool | str) -> None:
-    """Refuse to store the base model's embeddings in an adapter's file."""
-    if save_embedding_layers not in ("auto", False):
-        raise AdapterError(
-            f"save_embedding_layers: expected 'auto' or False, found {save_embedding_layers!r}; list the embedding in "
-            "modules_to_save, and it is trained and stored with the adapter"
-        )
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -61,6 +61,8 @@ class LoraConfig:
         inference_mode: True in stored adapters: load them frozen.
         base_model_name_or_path, revision: the model that the adapter belongs to.
         auto_mapping: PEFT's record of a custom base class; kept as it is.
+        ensure_weight_tying: where the tables of words at a model's two ends are one weight, an adapter on one of them
+            (or a trained copy, in ``modules_to_save``) is on both, as one. Without it each has its own or none.
         peft_type: always "LORA".
 
     Raises:
@@ -90,6 +92,7 @@ class LoraConfig:
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
     peft_type: str = "LORA"
+    ensure_weight_tying: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -235,7 +238,7 @@ class LoraConfig:
             raise failure("loftq_config", f"None with init_lora_weights={init!r}", self.loftq_config, fix)
 
     def _check_labels(self) -> None:
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode", "ensure_weight_tying"):
             check_bool(name, getattr(self, name))
         check_choice("bias", self.bias, ("none", "all", "lora_only"), "pass bias='none'")
         # PEFT's own enumerations are strings with a value; only the string is kept.

@@ -21,7 +21,6 @@ FOREIGN_DEFAULTS: dict[str, Any] = {
     "arrow_config": None,
     "corda_config": None,
     "enable_lora": None,  # 0.2
-    "ensure_weight_tying": False,
     "kasa_config": None,
     "layer_replication": None,
     "lora_bias": False,
@@ -56,6 +55,7 @@ BASE_REWRITING_STARTS = ("corda", "lora_ga", "olora", "pissa")
 _NULL_IS_DEFAULT = {
     "alpha_pattern",
     "bias",
+    "ensure_weight_tying",
     "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",

@@ -9,9 +9,10 @@ that the adapters fit one another in shape, name one base model, and carry one f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapter_files.backbone import METADATA_KEY
@@ -19,7 +20,7 @@ from ..adapter_files.combined_config import check_apart, combined_config, holder
 from ..adapter_files.folder import PREFIX, write_adapter
 from ..algebra import Combined, CombineReport, Recipe, Weights, combine_layers
 from ..errors import AdapterError, ConfigError, StorageError
-from .stored_adapter import StoredAdapter, read_stored_adapter
+from .stored_adapter import StoredAdapter, parameter_name, read_stored_adapter
 
 
 def combine_folders(
@@ -63,6 +64,7 @@ def combine_folders(
         _check_same_module(path, [one for one in stored if path in one.shapes])
     backbone = _common_backbone(stored, check_backbone)
     rest, copied = _copies(stored)
+    rest |= _tables(stored, copied, paths)
     results, report = combine_layers(layers, names, weights, recipe)
     report.copied.update(copied)
     config = combined_config([one.config for one in stored], {path: r.rank for path, r in results.items()})
@@ -163,10 +165,7 @@ def _copies(stored: Sequence[StoredAdapter]) -> tuple[dict[str, Tensor], dict[st
         for key, tensor in one.rest.items():
             module = holder_of(key.removeprefix(PREFIX).rpartition(".")[0], one.config)
             if module is None:
-                raise StorageError(
-                    f"{one.folder}: expected low-rank factors and modules_to_save alone, found {key}; save the adapter "
-                    "again, without the base model's embeddings (save_embedding_layers=False)"
-                )
+                continue  # of the base, see ``_tables``
             if owners.setdefault(module, str(one.folder)) != str(one.folder):
                 raise StorageError(
                     f"{module}: expected at most one of the adapters to hold its own trained copy (modules_to_save), "
@@ -174,3 +173,32 @@ def _copies(stored: Sequence[StoredAdapter]) -> tuple[dict[str, Tensor], dict[st
                 )
             rest[key] = tensor
     return rest, owners
+
+
+def _tables(stored: Sequence[StoredAdapter], copied: Mapping[str, str], paths: Sequence[str]) -> dict[str, Tensor]:
+    """The base's own tables of words, which adapters bring along that were trained with more of them; not those of
+    which one of ``stored`` has a trained copy."""
+    found: dict[str, tuple[Tensor, Path]] = {}
+    for one in stored:
+        for key, tensor in one.rest.items():
+            name = parameter_name(key)
+            module, _, local = name.rpartition(".")
+            if holder_of(module, one.config) is not None or module in copied:
+                continue
+            if tensor.dim() > 2 or local not in ("weight", "bias"):
+                raise StorageError(
+                    f"{one.folder}: expected low-rank factors, modules_to_save and tables of words, found {key}; save "
+                    "the adapter again"
+                )
+            if name in found and not torch.equal(found[name][0], tensor):
+                raise StorageError(
+                    f"{name}: expected the base's own table in every adapter that holds it, found different ones in "
+                    f"{found[name][1]} and {one.folder}; combine adapters of one base, or save them without the tables "
+                    "(save_embedding_layers=False)"
+                )
+            found.setdefault(name, (tensor, one.folder))
+    rest = {}
+    for name, (tensor, _) in found.items():
+        module, _, local = name.rpartition(".")
+        rest[f"{PREFIX}{module}.{'base_layer.' if module in paths else ''}{local}"] = tensor
+    return rest

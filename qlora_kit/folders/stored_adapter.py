@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..adapter_files.backbone import METADATA_KEY
+from ..adapter_files.combined_config import holder_of
 from ..adapter_files.folder import PREFIX, read_adapter, read_metadata
 from ..algebra import Branch
 from ..config.lora import LoraConfig
@@ -47,9 +49,10 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
             rank than the config says.
     """
     config, state = read_adapter(folder, allow_pickle=allow_pickle)
+    config = _with_tied_copies(config, state)
     stored = StoredAdapter(Path(folder), config, read_metadata(folder).get(METADATA_KEY))
     sides: dict[str, dict[str, str]] = {}
-    for key in sorted(state):
+    for key in _once(state):
         match = _FACTOR.fullmatch(key)
         if match is None or (match["kind"] == "lora_") != (match["end"] is not None):
             stored.rest[key] = state[key]
@@ -76,6 +79,37 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
             f"{folder}: expected low-rank factors, found none among {sorted(state)[:3]}; pass an adapter"
         )
     return stored
+
+
+def _with_tied_copies(config: LoraConfig, state: Mapping[str, Tensor]) -> LoraConfig:
+    """``config``, also naming in ``modules_to_save`` what shares a trained copy by ``ensure_weight_tying``: PEFT's
+    files name only the one whose copy it is, and hold both."""
+    if not config.ensure_weight_tying or not config.modules_to_save:
+        return config
+    weights = {key.removeprefix(PREFIX).removesuffix(".weight"): state[key] for key in state if _is_weight(key)}
+    held = [path for path in weights if holder_of(path, config)]
+    tied = [
+        path
+        for path, weight in weights.items()
+        if path not in held and any(torch.equal(weight, weights[other]) for other in held)
+    ]
+    return replace(config, modules_to_save=[*config.modules_to_save, *tied]) if tied else config
+
+
+def _once(state: Mapping[str, Tensor]) -> list[str]:
+    """The keys, each parameter's once: PEFT may store a trained copy under two names, and beside it the table of the
+    base that it stands for."""
+    first: dict[str, str] = {}
+    kept = []
+    for key in sorted(state, key=lambda key: (".original_module." in key, len(key))):
+        other = first.setdefault(parameter_name(key), key)
+        if other == key or not (".original_module." in key or torch.equal(state[key], state[other])):
+            kept.append(key)
+    return sorted(kept)
+
+
+def _is_weight(key: str) -> bool:
+    return key.endswith(".weight") and ".lora_" not in key and ".base_layer." not in key
 
 
 def parameter_name(key: str) -> str:

@@ -2,6 +2,7 @@
 
 The engine is shared by every adapter there is. It asks a module's codec and layer family, never how it stores a weight.
 
+- ``ties``: modules that hold one weight, and adapters that they share
 - ``targets``: from what a configuration says to an exact list of modules
 - ``adaptable``: what can have a branch, and why other modules of such a type can't
 - ``architectures``: which modules, where the user names none
@@ -13,8 +14,10 @@ The engine is shared by every adapter there is. It asks a module's codec and lay
 - ``conditions``: what settings say of the source's conditions
 - ``left_out``: what a choice leaves without a branch, and how much of the model that is
 - ``plan``: what will be done, as a value to print
+- ``free``: whether modules are free for another adapter
 - ``engine``: plan -> build -> swap, and the way back
 - ``ranks``: ranks that a weight can't have, lowered to what it has
 - ``adapted``: the adapters on one model as a value, which all below its face is written over
+- ``uncollected``: a pause of the garbage collector, meanwhile
 - ``biases``: the base's own biases in training, and as they were before
 """

@@ -15,9 +15,10 @@ from torch import nn
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
-from ..naming import Tree, chain
+from ..naming import Tree, base_of, chain
 from .biases import KeptBiases, bias_parameters
 from .engine import Plan, swap_
+from .ties import end_tables
 
 
 class Adapted:
@@ -34,6 +35,7 @@ class Adapted:
         kept_biases: the base's biases from before an adapter trained them; while ``disabled``, the trained ones.
         backbones: fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
         plan: what was done for the adapter added last.
+        words: rows of the input embeddings when the model was wrapped; None where it has no such table.
         trained_before: names of the parameters that may be trained once no adapter is left.
     """
 
@@ -48,6 +50,8 @@ class Adapted:
         self.kept_biases = KeptBiases()
         self.backbones: dict[str, str] = {}
         self.plan: Plan | None = None
+        table = end_tables(root)[0]
+        self.words: int | None = getattr(None if table is None else base_of(table), "num_embeddings", None)
         self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
         self._tree: Tree | None = None
 

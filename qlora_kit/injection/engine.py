@@ -7,9 +7,8 @@ was. ``Injection.undo`` puts the original module objects back, with all that han
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +20,15 @@ from tqdm.auto import tqdm
 from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..layers import AdapterLayer, ModulesToSave, layer_family_for
-from ..naming import Tree, base_of, canonical, module_at, slot
+from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
+from ..naming import Tree, base_of, module_at, slot
+from .free import check_free
 from .heads import saved_names
 from .left_out import LeftOut, find_left_out
 from .plan import Plan, PlanEntry
 from .targets import named, resolve, resolve_saved
+from .ties import refuse_tied, sharing, ties_among
+from .uncollected import uncollected
 
 _QUICK_STARTS = (True, False, "gaussian")
 
@@ -91,13 +93,22 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
     """What ``config`` would do to ``model``; changes nothing. Works on the meta device.
 
     Raises:
-        TargetError, UnsupportedModuleError: see ``qlora_kit.injection.targets``.
+        TargetError: see ``qlora_kit.injection.targets``; or a tied weight would be quantized.
+        UnsupportedModuleError: see ``qlora_kit.injection.targets``.
     """
     entries, tree = [], Tree.of(model)
-    for target in resolve(tree, config):
+    targets = resolve(tree, config)
+    paths = [target.path for target in targets]
+    shared = sharing(tree, paths)
+    saved = resolve_saved(tree, saved_names(tree, config), tied=config.ensure_weight_tying)
+    refuse_tied(tree, saved, but_tables=True)
+    refuse_tied(tree, paths, but_tables=config.loftq_config is None)
+    for target in targets:
         module = base_of(tree.modules[target.path])
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)
-        trainable = target.rank * sum(codec.shape(module))
+        if target.path in shared and codec.quantizer(module) is not None:
+            refuse_tied(tree, [target.path])
+        trainable = 0 if target.tied_to else target.rank * sum(codec.shape(module))
         entries.append(
             PlanEntry(
                 path=target.path,
@@ -110,14 +121,16 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
                 trainable_parameters=trainable,
                 adapter_bytes=trainable * adapter_dtype(codec.compute_dtype(module)).itemsize,
                 base_bytes=codec.nbytes(module),
+                tied_to=target.tied_to,
+                shared=target.path in shared,
             )
         )
-    saved = resolve_saved(tree, saved_names(tree, config))
     left_out: tuple[LeftOut, ...] = ()
     if config.target_modules is None or config.target_modules == "all-linear":
         excluded = named(tree, config.exclude_modules)
         left_out = find_left_out(tree, [entry.path for entry in entries], [*saved, *excluded])
-    return Plan(tuple(entries), tuple(saved), left_out)
+    ties = ties_among(tree, saved) if config.ensure_weight_tying else {}
+    return Plan(tuple(entries), tuple(saved), left_out, tuple(ties.items()))
 
 
 def adapter_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -139,40 +152,36 @@ def inject_(
     ``start`` gives each adapter its first factors (``qlora_kit.initializers.start_for`` for those that
     ``config`` names). ``dtype`` is the dtype of the factors and saved copies (default: see ``adapter_dtype``).
     """
-    _check_free(model, plan, adapter_name)
+    check_free(model, [entry.path for entry in plan.entries], plan.modules_to_save, adapter_name)
     injection = Injection()
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
+        made: dict[str, AdapterLayer] = {}
         slow = config.init_lora_weights not in _QUICK_STARTS
         with nullcontext() if slow else uncollected():
-            for entry in tqdm(plan.entries, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
-                built.append((entry, _build(model, entry, config, adapter_name, start, dtype, injection)))
+            in_order = sorted(plan.entries, key=lambda entry: bool(entry.tied_to))  # what others share comes first
+            for entry in tqdm(in_order, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
+                source = made.get(entry.tied_to)
+                layer = _build(model, entry, config, adapter_name, start, dtype, injection, source)
+                built.append((entry, layer))
+                made[entry.path] = layer
         for entry, layer in built:
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, layer, injection)
+        ties = dict(plan.ties)
         for path in plan.modules_to_save:
             module = module_at(model, path)
-            wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
-            wrapper.add_adapter(adapter_name, dtype or torch.float32, path)
+            wrapper = module if isinstance(module, ModulesToSave) else saved_module(module)
+            tied_to = module_at(model, ties[path]).modules_to_save[adapter_name] if path in ties else None
+            wrapper.add_adapter(adapter_name, dtype or torch.float32, path, tied_to=tied_to)
+            if path in ties:
+                wrapper.tied_to[adapter_name] = ties[path]
             injection.on_undo(partial(wrapper.delete_adapter, adapter_name))
             swap_(model, path, wrapper, injection)
     except BaseException:
         injection.undo()
         raise
     return injection
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside the block Python looks for no garbage in cycles: where thousands of modules are made and all stay, looking
-    through them again and again takes as long as making them."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def swap_(
@@ -197,31 +206,6 @@ def _put_(holder: nn.Module, name: str, module: nn.Module) -> None:
     setattr(holder, name, module)
     if name == "_orig_mod":  # torch.compile's wrapper calls what it was made for, until it is told
         holder._initialize()  # type: ignore[operator]
-
-
-def _check_free(model: nn.Module, plan: Plan, name: str) -> None:
-    """Refuse to write over an adapter that is there already, of this name or trained whole."""
-    for entry in plan.entries:
-        if isinstance(saved := module_at(model, entry.path), ModulesToSave):
-            raise AdapterError(
-                f"{entry.path}: expected a module that is free to be adapted by {name!r}, found one that is trained "
-                f"whole (modules_to_save) by {saved.adapter_names()}; leave it out of one of the configurations"
-            )
-    for path in plan.modules_to_save:
-        for inner, part in base_of(module_at(model, path)).named_modules():
-            if isinstance(part, (AdapterLayer, ModulesToSave)):
-                raise AdapterError(
-                    f"{path}: expected a module without adapters inside, to be copied and trained whole by {name!r}, "
-                    f"found {part.adapter_names()} at {path}.{canonical(inner)}; name in modules_to_save the parts of "
-                    "it that no adapter has, or delete those adapters first"
-                )
-    for path in (*(entry.path for entry in plan.entries), *plan.modules_to_save):
-        module = module_at(model, path)
-        if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():
-            raise AdapterError(
-                f"{path}: expected no adapter {name!r} yet, found one that an earlier wrapper of this model put "
-                "there; go on with that wrapper, unload() it first, or choose another name"
-            )
 
 
 def request_for(model: nn.Module, entry: PlanEntry, config: LoraConfig, dtype: torch.dtype | None = None) -> Request:
@@ -249,10 +233,13 @@ def _build(
     start: Callable[[Request], Start],
     dtype: torch.dtype | None,
     injection: Injection,
+    source: AdapterLayer | None = None,
 ) -> AdapterLayer:
     existing = module_at(model, entry.path)
     request = request_for(model, entry, config, dtype)
-    begun = start(request)
+    begun = start(request) if source is None else _start_of(source, name, entry)
+    if begun.base is not None and entry.shared:
+        refuse_tied(Tree(model), [entry.path])
     if begun.base is not None and isinstance(existing, AdapterLayer) and existing.adapter_names():
         raise AdapterError(
             f"{entry.path}: init_lora_weights={config.init_lora_weights!r} would requantize the weight under the "
@@ -271,10 +258,20 @@ def _build(
         alpha=entry.alpha,
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
+        tied_to=source,
     )
+    layer.shares_weight = entry.shared
+    if source is not None:
+        layer.tied_to[name] = entry.tied_to
     if begun.report is not None:
         layer.start_reports[name] = begun.report
     return layer
+
+
+def _start_of(source: AdapterLayer, name: str, entry: PlanEntry) -> Start:
+    """The factors of a module that shares those of ``source``: a linear layer's are an embedding's, transposed."""
+    A, B = source.factors(name)
+    return Start(A, B) if source.family == entry.family else Start(B.T, A.T)
 
 
 def _device(storage: torch.device, base: nn.Module) -> torch.device:

@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from ..config.lora import LoraConfig
-from ..naming import Tree, base_of, unwrapped
+from ..naming import Tree, base_of
 from .adaptable import adaptable, is_linear
+from .ties import end_tables
 
 # What PEFT's classes train whole, by task type: modules whose paths end so.
 _PEFT_HEADS = {
@@ -32,18 +31,6 @@ _PEFT_HEADS = {
 #: A task whose adapters bring no head.
 HEADLESS = "FEATURE_EXTRACTION"
 _TASKS_OF_CLASSES = ("Classification", "QuestionAnswering")
-
-
-def end_tables(model: nn.Module) -> list[nn.Module | None]:
-    """The modules of words at both ends of ``model``, as transformers tells them: embedding and head."""
-    found: list[nn.Module | None] = []
-    for end in ("input", "output"):
-        try:
-            table = getattr(unwrapped(model), f"get_{end}_embeddings", lambda: None)()
-        except NotImplementedError:  # a model without any says so in this way
-            table = None
-        found.append(None if table is None else unwrapped(table))
-    return found
 
 
 def output_table(tree: Tree) -> list[str]:

@@ -11,7 +11,8 @@ from .left_out import LeftOut
 @dataclass(frozen=True)
 class PlanEntry:
     """What one module will get. Bytes are those of the adapter (float32 factors) and of the base weight;
-    ``asked_rank`` is the rank that was asked for, where the start can't have as many."""
+    ``asked_rank`` is the rank that was asked for, where the start can't have as many; ``tied_to`` the path of the
+    module whose factors this one shares, if it does; ``shared`` says that another module holds the base weight too."""
 
     path: str
     aliases: tuple[str, ...]
@@ -24,6 +25,8 @@ class PlanEntry:
     adapter_bytes: int
     base_bytes: int
     asked_rank: int | None = None
+    tied_to: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Plan:
         entries: the modules that get a branch.
         modules_to_save: paths of those that are copied and trained whole; the head that a task brings is among them.
         left_out: where the choice of modules was left to us, what gets neither, and why.
+        ties: pairs of a path in ``modules_to_save`` and of the one there whose copy's weight its copy shares.
     """
 
     entries: tuple[PlanEntry, ...]
     modules_to_save: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
 
     @property
     def trainable_parameters(self) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 from ..codecs import codec_for
 from ..config.lora import LoraConfig
 from ..errors import TargetError, closest
-from ..layers import layer_family_for
+from ..layers import layer_family_for, parts_to_save
 from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value
 from ..naming.suffixes import suffixes
 from .adaptable import adaptable, is_linear, refused
@@ -26,24 +26,27 @@ from .architectures import default_targets
 from .heads import head_of_task, new_head, output_table, saved_names
 from .hybrids import of_bare_layers
 from .read_past import ReadPast
+from .ties import ties_among
 
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt: its path, the paths where the same object stands again, rank and alpha."""
+    """One module to adapt: its path, the paths where the same object stands again, rank and alpha, and the path of the
+    module whose factors it shares, if it does."""
 
     path: str
     aliases: tuple[str, ...]
     rank: int
     alpha: float
+    tied_to: str = ""
 
 
 def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
     """The modules that ``config`` selects in ``model``, in the model's order.
 
     Raises:
-        TargetError: a name, regex, layer index, exclusion or pattern matches nothing; a tied weight, or one of few bits
-            whose codes the model reads past the module.
+        TargetError: a name, regex, layer index, exclusion or pattern matches nothing; or a weight of few bits whose
+            codes the model reads past the module.
         UnsupportedModuleError: a selected module's type can't be adapted; names path and type.
     """
     tree = Tree.of(model)
@@ -54,7 +57,9 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
     if not selected:
         raise TargetError("layers_to_transform and exclude_modules leave no module to adapt; loosen one of them")
     _check_patterns(selected, config)
-    _check_tied(tree, selected)
+    ties = ties_among(tree, selected) if config.ensure_weight_tying else {}
+    together = {*selected, *ties, *ties.values()}
+    selected = [path for path in candidates if path in together]
 
     ranks, alphas, past = Patterns(config.rank_pattern), Patterns(config.alpha_pattern), ReadPast(tree)
     targets: dict[int, Target] = {}
@@ -66,8 +71,9 @@ def resolve(model: nn.Module | Tree, config: LoraConfig) -> list[Target]:
         if (first := targets.get(id(module))) is not None:
             targets[id(module)] = Target(first.path, (*first.aliases, path), first.rank, first.alpha)
         else:
-            rank, alpha = ranks.value(path, config.r), alphas.value(path, config.lora_alpha)
-            targets[id(module)] = Target(path, (), rank, alpha)
+            named = ties.get(path, path)
+            rank, alpha = ranks.value(named, config.r), alphas.value(named, config.lora_alpha)
+            targets[id(module)] = Target(path, (), rank, alpha, ties.get(path, ""))
     return list(targets.values())
 
 
@@ -102,9 +108,9 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
     )
 
 
-def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[str]:
+def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None, *, tied: bool = False) -> list[str]:
     """Paths of the modules that ``modules_to_save`` names, without those inside another, which are trained with it;
-    every name must match."""
+    every name must match. With ``tied`` also of those that share a copy with one of them, see ``ties``."""
     if not names:
         return []
     tree = Tree.of(model)
@@ -113,8 +119,14 @@ def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None) -> list[
     paths = tree.names.matching(names)
     inside = tuple(f"{path}." for path in paths)
     paths = [path for path in paths if not path.startswith(inside)]
-    _check_tied(tree, paths)
-    return paths
+    paths = [
+        part
+        for path in paths
+        for module in [tree.modules[path]]
+        for part in parts_to_save(module, path, whole=len(tree.paths_of(module)) > 1)
+    ]
+    ties = ties_among(tree, paths) if tied else {}
+    return list(dict.fromkeys([*ties.values(), *paths, *ties]))
 
 
 def shortest_names(paths: Iterable[str], model: nn.Module | Tree) -> list[str]:
@@ -127,6 +139,8 @@ def shortest_names(paths: Iterable[str], model: nn.Module | Tree) -> list[str]:
 def _candidates(tree: Tree, config: LoraConfig) -> dict[str, nn.Module]:
     """The modules that may be adapted: all but those trained whole, and what is inside of them."""
     saved = set(tree.names.matching(saved_names(tree, config)))
+    if config.ensure_weight_tying and (ties := ties_among(tree, saved)):
+        saved |= {*ties, *ties.values()}
     inside_saved = tuple(f"{path}." for path in saved)
     return {
         path: module
@@ -251,27 +265,6 @@ def _check_patterns(selected: list[str], config: LoraConfig) -> None:
 def _is_live(pattern: str, selected: Suffixes) -> bool:
     """Whether a rank's or an alpha's ``pattern`` fits one of the ``selected`` paths."""
     return pattern in selected or any(pattern_value(path, {pattern: True}, False) for path in selected.paths)
-
-
-def _check_tied(tree: Tree, selected: list[str]) -> None:
-    """Refuse a module whose weight another module holds too: the delta would reach only one of them."""
-    owners: dict[int, dict[int, str]] = {}
-    for path, module in tree.modules.items():
-        base = base_of(module)
-        for parameter in base._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), {}).setdefault(id(base), path)
-    for path in selected:
-        module = base_of(tree.modules[path])
-        inside = {id(part) for part in module.modules()}  # wherever else it stands
-        for parameter in module.parameters():
-            others = [p for i, p in owners.get(id(parameter), {}).items() if i not in inside]
-            if others:
-                raise TargetError(
-                    f"{path}: its weight is tied to {others[0]}'s, so an adapter or a merge here would change or "
-                    f"break that module too; leave it out of the targets, or untie first: {path}.weight = "
-                    f"nn.Parameter({path}.weight.detach().clone()) and config.tie_word_embeddings = False"
-                )
 
 
 def _names_of(paths: Iterable[str]) -> set[str]:

@@ -17,7 +17,7 @@ from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
 from .linear import LinearAdapter
 from .named import RESERVED
-from .saved import ModulesToSave
+from .saved import ModulesToSave, parts_to_save, saved_module
 
 on_demand["transformers"] = f"{__name__}.conv1d"
 
@@ -30,5 +30,7 @@ __all__ = [
     "RESERVED",
     "find_layer_family",
     "layer_family_for",
+    "parts_to_save",
     "register_layer",
+    "saved_module",
 ]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
 from ..codecs.registry import load_on_demand
-from ..errors import AdapterError, MergeError, UnsupportedModuleError
+from ..errors import AdapterError, MergeError, TargetError, UnsupportedModuleError
 from ..lowrank import add_product_, delta
 from ..naming import StandIn
 from .named import NamedModules
@@ -57,6 +57,9 @@ class AdapterLayer(StandIn):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self.start_reports: dict[str, Any] = {}  # what an adapter's start measured, where it did
+        self.tied_to: dict[str, str] = {}  # by adapter, the path of the module whose factors its own are
+        self.shares_weight = False  # whether another module holds the base's weight parameter too
+        self._shared: tuple[nn.Parameter, ...] = ()  # that one, while the base has one of its own to merge into
         self._unmerged: Any = None  # the codec's snapshot of the weight from before merge_
         self._rescaled = 1.0  # by what model code has multiplied the weight, and so the branches
 
@@ -65,6 +68,10 @@ class AdapterLayer(StandIn):
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         """Store canonical A (r, in) and B (out, r) as the parameters of adapter ``name``."""
         raise NotImplementedError
+
+    def tie_factors_(self, name: str, source: AdapterLayer) -> None:
+        """Take the factors of ``source``, an embedding whose table is this layer's weight, for adapter ``name``."""
+        raise TargetError(f"{type(self).__name__}: it can't share an adapter; leave ensure_weight_tying at False")
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s * B (A dropout(x)) for adapter ``name``, in the adapter's dtype."""
@@ -81,8 +88,11 @@ class AdapterLayer(StandIn):
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        tied_to: AdapterLayer | None = None,
     ) -> None:
-        """Register adapter ``name`` with canonical factors A (r, in) and B (out, r); it isn't active yet."""
+        """Register adapter ``name`` with canonical factors A (r, in) and B (out, r); it isn't active yet.
+
+        With ``tied_to`` that layer's own parameters are its factors, which A and B are views of."""
         out_features, in_features = self.codec.shape(self.base_layer)
         rank = A.shape[0]
         if A.shape != (rank, in_features) or B.shape != (out_features, rank):
@@ -90,7 +100,10 @@ class AdapterLayer(StandIn):
                 f"adapter {name!r}: expected A ({rank}, {in_features}) and B ({out_features}, {rank}), "
                 f"found A {tuple(A.shape)} and B {tuple(B.shape)}"
             )
-        self.new_factors_(name, A, B)
+        if tied_to is None:
+            self.new_factors_(name, A, B)
+        else:
+            self.tie_factors_(name, tied_to)
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         for container in (*self.factor_names, "lora_dropout"):
             getattr(self, container).train(self.training)
@@ -105,7 +118,7 @@ class AdapterLayer(StandIn):
             entries = getattr(self, container)
             if name in entries:
                 del entries[name]
-        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.start_reports):
+        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.start_reports, self.tied_to):
             table.pop(name, None)
         self.active_adapters = [n for n in self.active_adapters if n != name]
 
@@ -195,7 +208,14 @@ class AdapterLayer(StandIn):
 
     def _write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
         """Store ``weight``, which is ``merged_weight(names)``, as the base's; on any error it is as it was."""
-        before = self.codec.exchange_(self.base_layer, weight)
+        shared = self._shared
+        self._separate_()
+        try:
+            before = self.codec.exchange_(self.base_layer, weight)
+        except BaseException:
+            if self._shared and not shared:
+                self.unmerge_()
+            raise
         if self._unmerged is None:
             self._unmerged = before
         self.merged_adapters = list(names)
@@ -207,6 +227,7 @@ class AdapterLayer(StandIn):
         merged, unmerged, names = self.codec.snapshot(self.base_layer), self._unmerged, self.merged_adapters
 
         def undo() -> None:
+            self._separate_()
             self.codec.restore_(self.base_layer, merged)
             self._unmerged, self.merged_adapters = unmerged, names
 
@@ -215,9 +236,18 @@ class AdapterLayer(StandIn):
     @torch.no_grad()
     def unmerge_(self) -> None:
         """Put the base weight back as it was before ``merge_``, bit for bit."""
-        if self._unmerged is not None:
+        if self._shared:
+            (self.base_layer.weight,) = self._shared
+        elif self._unmerged is not None:
             self.codec.restore_(self.base_layer, self._unmerged)
-        self._unmerged, self.merged_adapters = None, []
+        self._unmerged, self.merged_adapters, self._shared = None, [], ()
+
+    def _separate_(self) -> None:
+        """Where another module holds the base's weight too, give the base one of its own: merges are this layer's."""
+        if self.shares_weight and not self._shared:
+            shared = self.base_layer.weight
+            self._shared = (shared,)
+            self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:

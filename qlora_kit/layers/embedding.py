@@ -30,6 +30,10 @@ class EmbeddingAdapter(AdapterLayer):
         self.lora_embedding_A[name] = nn.Parameter(A)
         self.lora_embedding_B[name] = nn.Parameter(B)
 
+    def tie_factors_(self, name: str, source: AdapterLayer) -> None:
+        A, B = source.adapter_tensors(name).values()
+        self.lora_embedding_A[name], self.lora_embedding_B[name] = A, B
+
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
         rows = F.embedding(x, A.T, padding_idx=self.base_layer.padding_idx)

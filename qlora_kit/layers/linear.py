@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec
@@ -19,6 +20,21 @@ def factor_module(weight: Tensor) -> nn.Linear:
     return module
 
 
+class TiedFactor(nn.Module):
+    """A factor that is another layer's, transposed: B of an embedding is A of the head that shares its table."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.transposed = parameter
+
+    @property
+    def weight(self) -> Tensor:
+        return self.transposed.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
 @register_layer(nn.Linear)
 class LinearAdapter(AdapterLayer):
     """``lora_A[name].weight`` is (r, in), ``lora_B[name].weight`` is (out, r)."""
@@ -33,6 +49,10 @@ class LinearAdapter(AdapterLayer):
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         self.lora_A[name] = factor_module(A)
         self.lora_B[name] = factor_module(B)
+
+    def tie_factors_(self, name: str, source: AdapterLayer) -> None:
+        A, B = source.adapter_tensors(name).values()
+        self.lora_A[name], self.lora_B[name] = TiedFactor(B), TiedFactor(A)
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name], self.lora_B[name]

@@ -2,19 +2,29 @@
 
 The module named stays untouched as ``original_module``; each adapter trains its own copy, and forward goes
 to the active adapter's copy, or to the original where none has one. Attribute names are PEFT's.
+
+A copy of half-precision weights is float32, since small updates vanish in a half. It computes in its own dtype, and
+what comes before and after it in the model must not notice: floating inputs are widened, and outputs get the dtype that
+the original would have given (the inputs', or for a table, whose inputs are whole numbers, its weights'). What autocast
+computes in a dtype of its own stays as it comes out.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import TargetError
-from ..naming import StandIn, base_of
+from ..naming import StandIn, base_of, unwrapped
 from .named import NamedModules
+
+_HALF = (torch.float16, torch.bfloat16)
+_WHOLE = "_dtype_of_whole_copy"
 
 
 class ModulesToSave(StandIn):
@@ -29,12 +39,18 @@ class ModulesToSave(StandIn):
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = NamedModules()
+        self.tied_to: dict[str, str] = {}  # by adapter, the path of the module whose copy's weight its copy shares
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self.training = original_module.training
 
-    def add_adapter(self, name: str, dtype: torch.dtype | None, path: str = "") -> None:
+    def add_adapter(
+        self, name: str, dtype: torch.dtype | None, path: str = "", *, tied_to: nn.Module | None = None
+    ) -> None:
         """Copy the original for adapter ``name``; half-precision weights become ``dtype`` where given.
+
+        Args:
+            tied_to: another module's copy, whose weight parameter this copy's is to be.
 
         Raises:
             TargetError: the module holds quantized weights, which can't be trained.
@@ -47,14 +63,18 @@ class ModulesToSave(StandIn):
                     f"{parameter.dtype} quantized storage; keep the module out of quantization "
                     "(llm_int8_skip_modules) or adapt it through target_modules"
                 )
-        module = copy.deepcopy(base)
-        if dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
+        tied = {} if tied_to is None else {id(base.weight): tied_to.weight}
+        module = copy.deepcopy(base, tied)
+        if dtype is not None and any(p.dtype in _HALF for p in module.parameters()):
             module = module.to(dtype)
+            for part in module.modules():
+                vars(part)[_WHOLE] = dtype
         self.modules_to_save[name] = module
 
     def delete_adapter(self, name: str) -> None:
         if name in self.modules_to_save:
             del self.modules_to_save[name]
+        self.tied_to.pop(name, None)
         self.active_adapters = [n for n in self.active_adapters if n != name]
 
     def adapter_names(self) -> list[str]:
@@ -78,19 +98,13 @@ class ModulesToSave(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self.current
-        inputs = next((a for a in args if torch.is_tensor(a)), None)
-        weight = next(module.parameters(), None)
-        # A float32 copy of a half-precision head gets the half-precision activations of the model before it.
-        if (
-            inputs is not None
-            and weight is not None
-            and inputs.is_floating_point()
-            and inputs.dtype != weight.dtype
-            and not torch.is_autocast_enabled(inputs.device.type)
-        ):
-            args = tuple(a.to(weight.dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
-            return module(*args, **kwargs).to(inputs.dtype)
-        return module(*args, **kwargs)
+        expected, own = weights_dtype(base_of(self.original_module)), weights_dtype(module)
+        if expected is None or own is None or expected is own:
+            return module(*args, **kwargs)
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if _is_floating(leaf)]
+        result = inputs[0].dtype if inputs else expected
+        args, kwargs = _cast((args, kwargs), {expected, result}, own)
+        return _cast(module(*args, **kwargs), {own}, result)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and "original_module" in vars(self).get("_modules", {}):
@@ -105,3 +119,74 @@ class ModulesToSave(StandIn):
             if attribute in ("original_module", "modules_to_save") or attribute.startswith("_"):
                 raise
             return getattr(self.current, attribute)
+
+
+class IndexedToSave(ModulesToSave):
+    """The same for a module whose parts are read by an index or a name too (``nn.ParameterList``, a ``Sequential`` with
+    a forward of its own). Apart, since a module that has a length counts as false where that is 0."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.current[key]  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return len(self.current)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.current)  # type: ignore[call-overload]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.current  # type: ignore[operator]
+
+
+def saved_module(module: nn.Module) -> ModulesToSave:
+    """``module`` ready for trained copies."""
+    kind = IndexedToSave if hasattr(type(base_of(module)), "__getitem__") else ModulesToSave
+    return kind(module)
+
+
+def parts_to_save(module: nn.Module, path: str, *, whole: bool = False) -> Iterator[str]:
+    """Where the copies go for ``module`` at ``path`` to be trained whole: there, or where it is only a container, whose
+    parts are taken from it by an index, a name or one after the other, at each part that has a state.
+
+    With ``whole`` there too if it can be called: it stands at other places, which its parts would be changed at.
+    """
+    called = type(module).forward is not nn.Module.forward
+    if isinstance(module, StandIn) or not _is_container(module) or (whole and called):
+        yield path
+        return
+    for name, child in module._modules.items():
+        if child is not None and base_of(child).state_dict():
+            yield from parts_to_save(unwrapped(child), f"{path}.{name}")
+
+
+def _is_container(module: nn.Module) -> bool:
+    forward = type(module).forward
+    plain = forward is nn.Module.forward or forward is nn.Sequential.forward
+    return plain and bool(module._modules) and not module._parameters and not module._buffers
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype | None:
+    """The floating dtype of ``module``'s parameters, a half where some of them are; None where it has none."""
+    found = None
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            found = found or parameter.dtype
+            if parameter.dtype in _HALF:
+                return parameter.dtype
+    return found
+
+
+def whole_copy_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a trained copy was brought to as a whole, if ``module`` is one or a part of one: what casts within
+    the model would cast there has it already, and must keep it."""
+    found: torch.dtype | None = vars(module).get(_WHOLE)
+    return found
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cast(values: Any, of: set[torch.dtype], dtype: torch.dtype) -> Any:
+    """``values`` with their tensors of a dtype in ``of`` brought to ``dtype``, however they are nested."""
+    return tree_map(lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.dtype in of else leaf, values)

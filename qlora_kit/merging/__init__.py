@@ -8,6 +8,7 @@ It works on ``injection.adapted.Adapted`` and must never know the wrapper that u
 - ``task``: what it is asked for, checked before anything is written
 - ``layer``: one layer at a time
 - ``rest_of_model``: what changes beside the adapted layers: trained copies, dtypes, what the config says
+- ``ties``: tied weights, one again or said to be two
 - ``unsaved_buffers``: those that follow the model's dtype
 - ``requantize``: from an ideal weight back to few bits
 - ``base_choice``: dequantized or original weights to add to, measured

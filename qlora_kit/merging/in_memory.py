@@ -40,13 +40,13 @@ from .residual import attach_residual_
 from .rest_of_model import (
     cast_rest_,
     declare_storage_,
-    declare_untied_,
     forget_loading_,
     keep_state_,
     narrow_held_,
     put_trained_copies_,
 )
 from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
+from .ties import check_can_be_parted, declare_untied_, tie_again_, tied_by_adapters
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
 LEAST_RETAINED = 0.5
@@ -137,6 +137,7 @@ def merge(
             account,
         )
         check_layers(adapted, task, force)
+        check_can_be_parted(adapted, parts)
     with uncollected(), Spill(scratch) as spill:
         undo = Injection()
         try:
@@ -208,6 +209,7 @@ def _carried_out(
     )
     del saved
     merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo, dense)
+    tied = tied_by_adapters(adapted, task.parts)
     paths = list(layers)
     for path in tqdm(paths, desc="merging", disable=not progressbar):
         report.layers += merger.adapted(path, layers.pop(path))
@@ -222,6 +224,7 @@ def _carried_out(
     forget_loading_(unwrapped(root), undo)
     if task.into != "same":
         declare_storage_(unwrapped(root), task, undo)
+    tie_again_(root, tied, undo)
     declare_untied_(unwrapped(root), undo)
     residual = attach_residual_(adapted, merger.residuals, task.residual_dtype, undo)
     if task.dtype is None:

@@ -72,6 +72,7 @@ class Merger:
         if not any(name in layer.r for name in self.task.parts):
             self._put(layer, base)
             return []
+        self._separate(codec, base)
         weight, base_error = base_weight(path, codec, base, self.original)
         delta = layer.stacked(self.task.parts)
         norms = norms_of(weight, *delta) if self._measured(path, layer) else None
@@ -195,6 +196,16 @@ class Merger:
                     like = tensor.data.to("meta")  # its strides; the memory is freed before it is taken again
                     tensor.data = tensor.data.new_empty(0)
                     tensor.data = torch.empty_like(like, dtype=dtype, device=tensor.device)
+
+    def _separate(self, codec: Codec, base: nn.Module) -> None:
+        """Give ``base`` a weight of its own where another module holds it too: the deltas are for ``base`` alone."""
+        shared: Any = base._parameters.get("weight")
+        if shared is not None and self._holders[id(shared)] > 1 and codec.quantizer(base) is None:
+            own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+            self.undo.on_undo(partial(setattr, base, "weight", shared))
+            base.weight = own
+            self._holders[id(shared)] -= 1
+            self._holders[id(own)] = 1
 
     def _keep(self, codec: Codec, base: nn.Module) -> None:
         """Note what ``base`` stores, to be put back on an error."""

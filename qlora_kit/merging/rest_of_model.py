@@ -149,34 +149,6 @@ def declare_storage_(model: nn.Module, task: MergeTask, undo: Injection) -> None
         record_quantization_(model)
 
 
-def declare_untied_(model: nn.Module, undo: Injection) -> None:
-    """Make the config say that tables aren't tied where it says they are and the merge has left two different ones.
-
-    The one flag is about all pairs of a model (an encoder's and a decoder's tables, BERT's biases), and where it is
-    false what is one tensor still would be stored under one of its names and looked for under both. So it stays while
-    any pair is tied; two tensors that differ are then stored, and loaded, under a name each.
-    """
-    config, tied = getattr(model, "config", None), getattr(model, "get_expanded_tied_weights_keys", None)
-    if config is None or tied is None:
-        return
-    modules = Tree(model).modules.items()
-    held = {f"{path}.{name}": tensor for path, m in modules for name, tensor in base_of(m)._parameters.items()}
-    pairs = [(held.get(name), held.get(source)) for name, source in tied(all_submodels=True).items()]
-    found = [(one, other) for one, other in pairs if one is not None and other is not None]
-    if any(one is other for one, other in found) or not any(_differ(one, other) for one, other in found):
-        return
-    for part in (config, *vars(config).values()):
-        if getattr(part, "tie_word_embeddings", None):
-            undo.on_undo(partial(setattr, part, "tie_word_embeddings", part.tie_word_embeddings))
-            part.tie_word_embeddings = False
-
-
-def _differ(one: Tensor, other: Tensor) -> bool:
-    if one.is_meta or other.is_meta:
-        return False
-    return one.dtype != other.dtype or one.device != other.device or not torch.equal(one, other)
-
-
 def _put_back_(holder: Any, before: Mapping[str, Any]) -> None:
     vars(holder).clear()
     vars(holder).update(before)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import STORED_TYPES
@@ -205,11 +205,16 @@ def check_consumed(
     for name in parts:
         held: list[Any] = [layer for layer in layers.values() if name in layer.r]
         held += [saved for saved in copies.values() if name in saved.modules_to_save]
-        taken = {id(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
+        taken = {_whose(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
         taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias, name).values()}
-        left = [slot.key for slot in adapter_slots(adapted, name) if id(slot.tensor) not in taken]
+        left = [slot.key for slot in adapter_slots(adapted, name) if _whose(slot.tensor) not in taken]
         if left:
             raise MergeError(
                 f"adapter {name!r}: expected every tensor of it to go into the merged model, found {len(left)} that "
                 f"wouldn't, {left[0]} for one; unload() other wrappers of this model first"
             )
+
+
+def _whose(tensor: Tensor) -> int:
+    """What tells a parameter, also by the view that another layer has of it."""
+    return id(tensor if tensor._base is None else tensor._base)

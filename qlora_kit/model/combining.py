@@ -7,12 +7,13 @@ base that LoftQ quantized for the sources stays as it is. The arithmetic is ``al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from ..adapter_files.backbone import fingerprint
-from ..adapter_files.combined_config import check_apart, combined_config
+from ..adapter_files.combined_config import check_apart, combined_config, holder_of
 from ..algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_layers, distance
 from ..config.checks import check_bool, check_choice
 from ..config.lora import LoraConfig
@@ -112,6 +113,9 @@ def _combined_(
     config = combined_config(
         [adapted.configs[source] for source in names], {path: found.rank for path, found in results.items()}
     )
+    shared = [path for path in copies if holder_of(path, config) is None]  # by ensure_weight_tying, without their name
+    if shared:
+        config = replace(config, modules_to_save=[*(config.modules_to_save or ()), *shared])
     plan = make_plan(adapted.root, without_new_head(config))
     _check_plan(plan, results, copies)
 

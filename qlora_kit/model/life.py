@@ -18,6 +18,7 @@ from ..injection.engine import Plan, inject_, request_for
 from ..injection.heads import saved_names
 from ..injection.left_out import warn_of_left_out
 from ..injection.targets import shortest_names
+from ..injection.ties import warn_of_ties
 from ..layers import RESERVED
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
@@ -33,7 +34,13 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     config, plan = planned(tree, config)
     warn_of_left_out(f"target_modules={config.target_modules!r}", plan.left_out)
     recorded = _recorded(config, plan, tree)
-    requests = [request_for(root, entry, config, dtype) for entry in plan.entries]
+    warn_of_ties(
+        tree,
+        [*(entry.path for entry in plan.entries), *plan.modules_to_save],
+        ensured=config.ensure_weight_tying,
+        ties=bool(plan.ties) or any(entry.tied_to for entry in plan.entries),
+    )
+    requests = [request_for(root, entry, config, dtype) for entry in plan.entries if not entry.tied_to]
     start = prepared(root, requests)
     del requests, tree
     inject_(root, plan, config, name, start, dtype=dtype)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter_files.backbone import METADATA_KEY, check_backbone
 from ..adapter_files.folder import PREFIX, read_adapter, read_metadata
 from ..adapter_files.tensors import load_adapter_state_
+from ..adapter_files.words import table_paths
 from ..config.lora import LoraConfig
-from ..errors import TargetError
+from ..errors import TargetError, UnsupportedModuleError
 from ..injection.adapted import Adapted
+from ..injection.engine import Plan, make_plan
 from ..injection.heads import without_new_head
 from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
@@ -55,6 +59,8 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
         inference_mode=not trainable,
     )
     config = without_new_head(config)
+    if config.ensure_weight_tying:
+        config = _apart_if_stored_so(tree, config, state)
     renamed = _renamed(tree, state)
     if any(old != new for old, new in renamed.items()):
         return _under_new_names(config, tree, renamed)
@@ -68,6 +74,57 @@ def _saved_names(tree: Tree, names: Sequence[str], state: Mapping[str, Tensor]) 
     meant = set(tree.names.matching(known))
     ends = [path for path in tree.modules if path and path not in meant and path.endswith(tuple(names))]
     return [*known, *(path for path in ends if any(key.startswith(f"{PREFIX}{path}.") for key in state))]
+
+
+def _apart_if_stored_so(tree: Tree, config: LoraConfig, state: Mapping[str, Tensor]) -> LoraConfig:
+    """``config``, or where what tied modules should share differs in the file (PEFT loses the tie where it brings
+    factors of a half to float32, and trains them apart), the same with an adapter of its own for each of them."""
+    try:
+        plan = make_plan(tree, without_idle(tree, config))
+    except (TargetError, UnsupportedModuleError):
+        return config  # which is said where it is used
+    branches = {entry.path: entry.tied_to for entry in plan.entries if entry.tied_to}
+    ties = {**branches, **dict(plan.ties)}
+    paths = [*dict.fromkeys(ties.values()), *ties]
+    if not ties:  # the model's weights aren't tied
+        paths = _beside(tree, plan, state)
+    elif all(_stored_alike(state, path, source) for path, source in ties.items()):
+        return config
+    if plan.modules_to_save:
+        names = list(dict.fromkeys([*(config.modules_to_save or ()), *paths]))
+        return dataclasses.replace(config, ensure_weight_tying=False, modules_to_save=names)
+    targets: Any = config.target_modules
+    if isinstance(targets, str):
+        targets = "|".join([f"(?:{targets})", *map(re.escape, paths)])
+    else:
+        targets = [*(targets or ()), *paths]
+    return dataclasses.replace(config, ensure_weight_tying=False, target_modules=targets)
+
+
+def _beside(tree: Tree, plan: Plan, state: Mapping[str, Tensor]) -> list[str]:
+    """The modules that the file holds an adapter of, or a copy, as one with those in ``plan``."""
+    if plan.modules_to_save:
+        copies = [state.get(f"{PREFIX}{path}.weight") for path in plan.modules_to_save]
+        tables = {path: state.get(f"{PREFIX}{path}.weight") for path in table_paths(tree)}
+        return [
+            path
+            for path, table in tables.items()
+            if table is not None and any(copy is not None and torch.equal(copy, table) for copy in copies)
+        ]
+    held = {canonical(key).removeprefix(PREFIX).partition(".lora_")[0] for key in state if ".lora_" in key}
+    return sorted(held - {entry.path for entry in plan.entries})
+
+
+def _stored_alike(state: Mapping[str, Tensor], path: str, source: str) -> bool:
+    """Whether the file holds the same for the tied modules at ``path`` and ``source``, as far as it holds them."""
+    pairs = [("weight", "weight", False)]
+    pairs += [("lora_A.weight", "lora_embedding_B", True), ("lora_B.weight", "lora_embedding_A", True)]
+    pairs += [(name, name, False) for name in ("lora_embedding_A", "lora_embedding_B")]
+    for own, other, turned in pairs:
+        one, two = state.get(f"{PREFIX}{path}.{own}"), state.get(f"{PREFIX}{source}.{other}")
+        if one is not None and two is not None and not torch.equal(one, two.T if turned else two):
+            return False
+    return True
 
 
 def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -20,8 +20,9 @@ from ..codecs import protect_storage_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
-from ..injection.engine import Plan, uncollected
-from ..injection.heads import end_tables
+from ..injection.engine import Plan
+from ..injection.ties import end_tables
+from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
@@ -177,6 +178,7 @@ class LoraModel(ModelProxy):
         *,
         state_dict: Mapping[str, Tensor] | object | None = _NOT_GIVEN,
         is_main_process: bool | None = None,
+        save_embedding_layers: bool | str = "auto",
         push_to_hub: bool = False,
         **_: Any,
     ) -> None:
@@ -185,6 +187,9 @@ class LoraModel(ModelProxy):
         A call that says ``is_main_process`` or ``state_dict=None`` comes from a Trainer (a newer or an older
         one), which resumes from ``model.safetensors``; all adapters are then written into a file of that name
         as well, so that a stock resume finds them.
+
+        ``save_embedding_layers`` says whether the base's tables of words go along (PEFT's argument): "auto" where the
+        model has other words than its base, or the adapter has branches on them; True or False in any case.
         """
         if push_to_hub:
             raise AdapterError("push_to_hub=True: save_pretrained writes to a folder only; call push_to_hub(repo_id)")
@@ -198,9 +203,8 @@ class LoraModel(ModelProxy):
         if is_main_process is not False:
             for_trainer = is_main_process is not None or state_dict is None
             given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
-            save_adapter(
-                self.adapted, Path(save_directory), selected_adapters, state_dict=given, resume_copy=for_trainer
-            )
+            options: Any = {"resume_copy": for_trainer, "save_embedding_layers": save_embedding_layers}
+            save_adapter(self.adapted, Path(save_directory), selected_adapters, state_dict=given, **options)
 
     push_to_hub = push_to_hub
 

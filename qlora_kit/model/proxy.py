@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..codecs import shielded_storage
 from ..errors import AdapterError
-from ..injection.heads import end_tables
+from ..injection.ties import end_tables
 from ..layers import AdapterLayer
 from .keywords import without_peft_keywords
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import registered_codec
+from ..layers.saved import whole_copy_dtype
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -86,4 +87,4 @@ def _widened(value: Any) -> Any:
 
 
 def _cast_output(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, dtype: torch.dtype) -> Tensor:
-    return output.to(dtype)
+    return output.to(whole_copy_dtype(module) or dtype)

@@ -20,6 +20,7 @@ from ..config.lora import LoraConfig
 from ..errors import CodecError, TargetError
 from ..injection.engine import Injection, PlanEntry, make_plan, swap_, with_hooks_of
 from ..injection.read_past import ReadPast
+from ..injection.ties import refuse_tied
 from ..naming import Tree, module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
@@ -86,6 +87,7 @@ def _entries(model: nn.Module, targets: list[str] | str) -> list[PlanEntry]:
     """What ``targets`` select of ``model`` and few bits leave working."""
     tree = Tree(model)
     entries, past = make_plan(tree, LoraConfig(r=1, target_modules=targets)).entries, ReadPast(tree)
+    refuse_tied(tree, [entry.path for entry in entries])
     if targets == "all-linear":
         found = [entry for entry in entries if past.get(entry.path) is None]
         if not found:

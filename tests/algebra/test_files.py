@@ -166,8 +166,8 @@ def test_files_that_cannot_be_combined_leave_the_old_result_whole(tmp_path: Path
         (transposed, r"conv: expected adapters of one module"),
         (lambda s: s.update({A: s[A] * float("nan")}), r"fc: adapter '.*bad': expected finite factors and scaling"),
         (
-            lambda s: s.update({"base_model.model.emb.weight": s[A].clone()}),
-            "expected low-rank factors and modules",
+            lambda s: s.update({"base_model.model.emb.scale": s[A].clone()}),
+            "expected low-rank factors, modules_to_save and tables",
         ),
         (lambda s: [s.pop(key) for key in list(s) if "lora" in key] and s.update({PLAIN: torch.ones(1)}), "found none"),
     ]

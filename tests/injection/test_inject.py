@@ -124,7 +124,7 @@ def test_a_module_that_is_trained_whole_is_not_adapted_too() -> None:
 def test_a_failing_saved_module_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     modules = list(model.children())
-    monkeypatch.setattr("qlora_kit.injection.engine.ModulesToSave.add_adapter", lambda *_: 1 / 0)
+    monkeypatch.setattr("qlora_kit.injection.engine.ModulesToSave.add_adapter", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         apply_lora(model, LoraConfig(target_modules=["0"], modules_to_save=["2"]))
     assert all(now is then for now, then in zip(model.children(), modules, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft
 import pytest
+import torch
 from torch import nn
 from transformers import (
     BertConfig,
@@ -14,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from qlora_kit import LoraConfig, TargetError, UnsupportedModuleError, apply_lora
+from qlora_kit import LoraConfig, TargetError, UnsupportedModuleError, apply_lora, make_plan, merge, quantize_
 from qlora_kit.injection.targets import resolve, resolve_saved, shortest_names
 from qlora_kit.naming import pattern_value
 
@@ -196,15 +197,52 @@ def test_a_shared_module_is_one_target_with_aliases() -> None:
     assert lora.unload()["b"] is shared
 
 
-def test_a_tied_weight_is_refused_until_untied() -> None:
+def test_a_tied_weight_is_not_quantized_until_untied() -> None:
     model = llama(tie_word_embeddings=True)
-    for config in ({"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}):
+    for target in ("lm_head", "embed_tokens"):
         with pytest.raises(TargetError, match=r"tied to .*untie first"):
-            paths(model, **config)
-    with pytest.raises(TargetError, match="tied"):
-        resolve_saved(model, ["lm_head"])
+            make_plan(model, LoraConfig(target_modules=[target], init_lora_weights="loftq"))
+        with pytest.raises(TargetError, match=r"tied to .*untie first"):
+            quantize_(model, target_modules=["q_proj", target])
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert paths(model, target_modules=["lm_head"]) == ["lm_head"]
+    plan = make_plan(model, LoraConfig(target_modules=["lm_head"], init_lora_weights="loftq"))
+    assert [entry.path for entry in plan.entries] == ["lm_head"]
+
+
+def test_layers_that_share_a_matrix_are_refused() -> None:
+    """Their class makes them one, whatever a merge makes of them."""
+    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4), "three": nn.Linear(4, 4)})
+    model["two"].weight = model["one"].weight
+    for config in ({"target_modules": ["two"]}, {"target_modules": ["three"], "modules_to_save": ["two"]}):
+        with pytest.raises(TargetError, match=r"two: its weight is tied to one's.*untie first"):
+            make_plan(model, LoraConfig(**config))
+
+
+def test_a_table_and_a_head_of_any_model_may_be_parted() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+    model["head"].weight = model["table"].weight
+    with pytest.warns(UserWarning, match="tied"):
+        lora = apply_lora(model, LoraConfig(r=2, target_modules=["head"], init_lora_weights=False))
+    expected = lora.model["head"](torch.ones(4))
+    table = model["table"].weight.detach().clone()
+    merged = merge(lora).model
+    torch.testing.assert_close(merged["head"](torch.ones(4)), expected)
+    assert torch.equal(merged["table"].weight, table)
+
+
+@pytest.mark.parametrize("ensured", [False, True])
+def test_tied_tables_are_adapted_one_by_one_or_together(ensured: bool) -> None:
+    model = llama(tie_word_embeddings=True)
+    both = ["model.embed_tokens", "lm_head"]
+    for target, path in zip(("embed_tokens", "lm_head"), both, strict=True):
+        plan = make_plan(model, LoraConfig(target_modules=["q_proj", target], ensure_weight_tying=ensured))
+        tables = {entry.path: entry for entry in plan.entries if "q_proj" not in entry.path}
+        assert list(tables) == (both if ensured else [path])
+        assert all(entry.shared for entry in tables.values())
+        if ensured:
+            assert tables["lm_head"].tied_to == "model.embed_tokens"
+            assert tables["lm_head"].trainable_parameters == 0
+        assert resolve_saved(model, [target], tied=ensured) == (both if ensured else [path])
 
 
 def test_a_module_to_save_is_no_target() -> None:

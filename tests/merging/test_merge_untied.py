@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
+from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.merging import in_memory
 
 IDS = batch()["input_ids"]
@@ -111,3 +112,35 @@ def test_after_an_error_it_says_what_it_said(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         merge(lora)
     assert lora.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_table_that_several_are_tied_to_is_changed_with_them_or_not_at_all(
+    tmp_path: Path, ensured: bool, whole: bool
+) -> None:
+    """Of an encoder's, a decoder's and a head's that stay one, transformers stores one, and ties the rest anew."""
+    sizes = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)).eval()
+    plain = logits(model)
+    names = {"modules_to_save": ["shared"]} if whole else {"target_modules": ["q", "shared"]}
+    config = LoraConfig(**{"r": 2, "target_modules": ["q"], **names}, ensure_weight_tying=ensured)
+    with nullcontext() if ensured else pytest.warns(UserWarning, match="tied"):
+        lora = apply_lora(model, config).eval()
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    if not ensured:
+        with pytest.raises(MergeError, match=r"shared: .*parts it from .*ensure_weight_tying=True"):
+            merge(lora)
+        assert torch.equal(logits(lora.unload()), plain)
+        return
+    expected = logits(lora)
+    merged = merge(lora).model
+    merged.save_pretrained(tmp_path)
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+    assert again.lm_head.weight is again.shared.weight

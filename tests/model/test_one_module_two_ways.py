@@ -113,13 +113,13 @@ def test_trained_biases_are_those_of_one_alone(tmp_path: Path) -> None:
 
 def test_a_module_with_adapters_inside_is_not_copied_whole() -> None:
     """The copy would hold them too, and neither adapter could be told from its file."""
-    model = nn.Sequential(net(), nn.Linear(2, 2))
-    lora = apply_lora(model, LoraConfig(r=2, target_modules=["0.0"]), "a")
+    model = nn.Sequential(Twice(), nn.Linear(4, 2))
+    lora = apply_lora(model, LoraConfig(r=2, target_modules=["0.first"]), "a")
     with pytest.raises(
-        AdapterError, match=r"^0: expected a module without adapters inside.*'b', found \['a'\] at 0\.0;"
+        AdapterError, match=r"^0: expected a module without adapters inside.*'b', found \['a'\] at 0\.first;"
     ):
         lora.add_adapter("b", LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"]))
-    assert list(lora.adapter_layers()) == ["0.0"]
+    assert list(lora.adapter_layers()) == ["0.first"]
     assert not lora.saved_modules()
 
 

@@ -24,6 +24,7 @@ from ...injection.biases import bias_parameters
 from ...injection.engine import Plan, PlanEntry, make_plan
 from ...injection.heads import fitting_task
 from ...injection.targets import resolve_saved, shortest_names
+from ...injection.ties import refuse_tied, sharing, tied_tables, ties_among
 from ...naming import Tree
 from .report import BIAS, LEFT, WHOLE, OtherTensor
 
@@ -72,7 +73,7 @@ class Contents:
         self._check_targets(plan.entries)
         if self.changed and (owners := self._owners_of_changes(plan.entries)):
             plan = _plan(pair.model, config, owners)
-        self.entries, self.saved = plan.entries, plan.modules_to_save
+        self.entries, self.saved, self._tied_as_one = plan.entries, plan.modules_to_save, bool(plan.ties)
         self._check_saved()
         self._measure(self.entries)
 
@@ -114,6 +115,7 @@ class Contents:
         return LoraConfig(
             target_modules=shortest_names([p for e in entries for p in (e.path, *e.aliases)], self.pair.model),
             modules_to_save=_saved_names(self.saved, self.pair.model) or None,
+            ensure_weight_tying=self._tied_as_one,
             bias=self._bias_mode(),
             fan_in_fan_out=bool(linears) and all(entry.codec == "conv1d" for entry in linears),
             task_type=fitting_task(Tree(self.pair.model), task_type(self.pair.model), self.saved),
@@ -244,17 +246,25 @@ class Contents:
 
 def _plan(model: nn.Module, config: LoraConfig, whole: Sequence[str]) -> Plan:
     """The modules to adapt and to store whole; what can't be whole is said in the user's words."""
+    tree = Tree(model)
     try:
-        resolve_saved(model, whole)
+        saved = resolve_saved(tree, whole)
     except TargetError as error:
         raise TargetError(str(error).replace("modules_to_save: ", "whole: ", 1)) from error
-    return make_plan(model, replace(config, modules_to_save=list(whole) or None))
+    ensured = bool(ties_among(tree, saved))  # tables that are tied are stored as one
+    plan = make_plan(tree, replace(config, modules_to_save=list(whole) or None, ensure_weight_tying=ensured))
+    tables = tied_tables(tree)
+    refuse_tied(tree, [path for path in saved if path not in tables])
+    refuse_tied(tree, [entry.path for entry in plan.entries])
+    return plan
 
 
 def _may_be_whole(model: nn.Module, path: str) -> bool:
-    """Not where a weight is tied to another module's, which a copy would part from it."""
+    """Not where a weight is tied to another module's, which a copy would part from it; but for tables of words."""
+    tree = Tree(model)
     try:
-        return bool(resolve_saved(model, [path]))
+        tables = tied_tables(tree)
+        return not sharing(tree, [saved for saved in resolve_saved(tree, [path]) if saved not in tables])
     except TargetError:
         return False
 

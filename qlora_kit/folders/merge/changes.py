@@ -28,8 +28,8 @@ from ...checkpoints.stored_model import StoredModel
 from ...codecs import codec_for, registered_codec
 from ...codecs.finite import all_finite
 from ...errors import MergeError, StorageError, closest
-from ...injection.heads import end_tables
 from ...injection.stacks import why_no_branch
+from ...injection.ties import end_tables
 from ...naming import Tree
 from ..stored_adapter import StoredAdapter, parameter_name
 

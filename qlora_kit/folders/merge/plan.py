@@ -81,7 +81,8 @@ class MergePlan:
         self.base, self.task = base, task
         self.quantized: dict[str, Quantizer] = {}
         changes, sources = dict(changes), dict(base.names.stored)
-        self.untied = [group for group in base.names.ties() if not settle(base, group, changes, sources)]
+        dense = not isinstance(task.target(None, linear=True), Quantizer)
+        self.untied = [g for g in base.names.ties() if not settle(base, g, changes, sources, dense=dense)]
         for name in base.outgrown:
             if changes.get(name, Change()).value is None:
                 rows = base.types[base.names.stored[name]][1][0]

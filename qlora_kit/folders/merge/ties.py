@@ -15,8 +15,12 @@ from ...errors import MergeError
 from .changes import Change
 
 
-def settle(base: StoredModel, group: list[str], changes: dict[str, Change], sources: dict[str, str]) -> bool:
+def settle(
+    base: StoredModel, group: list[str], changes: dict[str, Change], sources: dict[str, str], *, dense: bool
+) -> bool:
     """Decide whether the parameters of ``group`` stay tied; False if they don't.
+
+    ``dense`` says that all of them are stored alike: adapters that are the same on all then leave them one.
 
     ``changes`` and ``sources`` (stored names, by those in the model) then say what each name of the output becomes: one
     that stays tied and isn't stored is in neither.
@@ -31,7 +35,8 @@ def settle(base: StoredModel, group: list[str], changes: dict[str, Change], sour
     found = [changes.get(name, Change()) for name in group]
     copies = [change.value for change in found if change.kind == "copy" and change.value is not None]
     alike = len(copies) == len(group) and all(torch.equal(copies[0], copy) for copy in copies[1:])
-    if not any(change.branches for change in found) and (alike or not copies):
+    branched = any(change.branches for change in found)
+    if (not branched or (dense and _branches_alike(found))) and (alike or not copies):
         for name in group:
             if name not in sources:
                 changes.pop(name, None)
@@ -44,6 +49,23 @@ def settle(base: StoredModel, group: list[str], changes: dict[str, Change], sour
     for name in group:
         sources.setdefault(name, sources[stored[0]])
     return False
+
+
+def _branches_alike(changes: list[Change]) -> bool:
+    """Whether the same is added to all: one pair of factors for an embedding and, transposed, a linear layer."""
+    first, *others = changes
+    return all(
+        len(other.branches) == len(first.branches)
+        and all(
+            scale == own[2] and any(_equal_factors((A, B), pair) for pair in (own[:2], (own[1].T, own[0].T)))
+            for (A, B, scale), own in zip(other.branches, first.branches, strict=True)
+        )
+        for other in others
+    )
+
+
+def _equal_factors(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _share(group: list[str], changes: dict[str, Change]) -> None:

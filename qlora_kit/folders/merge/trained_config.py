@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.model_folder import skeleton, task_of
 from ...checkpoints.stored_names import StoredNames
-from ...injection.heads import end_tables
+from ...injection.ties import end_tables
 from ..stored_adapter import StoredAdapter, parameter_name
 
 # transformers' tables from a config's class to a model's, by PEFT's name of the task.

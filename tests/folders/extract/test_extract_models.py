@@ -132,13 +132,17 @@ def test_embeddings_and_a_resized_vocabulary(tmp_path: Path) -> None:
 
 
 def test_tied_weights_count_once(tmp_path: Path) -> None:
-    base, tuned = pair(llama(tied=True), tmp_path, low_rank(2))
+    model = llama(tied=True)
+    base, tuned = pair(model, tmp_path, low_rank(2))
     report = extract_folders(base, tuned, tmp_path / "out", 2)
     assert [(t.name, t.stored) for t in report.others] == [("model.embed_tokens.weight", "left")]
-    assert extract_folders(base, tuned, tmp_path / "out", 2, whole="changed") == report
-    for field in ({"target_modules": ["embed_tokens"]}, {"whole": ["lm_head"]}):
-        with pytest.raises(TargetError, match="tied"):
-            extract_folders(base, tuned, tmp_path / "none", 2, **field)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="tied"):
+        extract_folders(base, tuned, tmp_path / "none", 2, target_modules=["embed_tokens"])
+    for number, whole in enumerate(("changed", ["lm_head"], ["embed_tokens"])):
+        found = extract_folders(base, tuned, tmp_path / f"whole{number}", 2, whole=whole)
+        assert [(t.name, t.stored) for t in found.others] == [("model.embed_tokens.weight", "whole")]
+        assert LoraConfig.from_pretrained(tmp_path / f"whole{number}").ensure_weight_tying
+        assert_reproduces(loader(LlamaForCausalLM, base), tmp_path / f"whole{number}", model, inputs())
     # An old file may hold both names of the one tensor.
     state = load_file(tuned / "model.safetensors")
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, tuned / "model.safetensors")
