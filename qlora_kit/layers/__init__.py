@@ -2,7 +2,8 @@
 
 A family knows nothing of storage: it asks the base module's codec. One is found by the module's type.
 
-- ``base``: ``AdapterLayer``, what every family shares, and the registry
+- ``base``: ``AdapterLayer``, what every family shares
+- ``registry``: from a module's type to its family
 - ``weight_in_effect``: what a layer answers when its weight is read
 - ``linear``: y = W x + b, however W is stored
 - ``conv1d``: transformers' ``Conv1D``, which is linear too
@@ -12,11 +13,12 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``named``: containers of what each adapter has, under any name
 """
 
-from .base import AdapterLayer, find_layer_family, layer_family_for, on_demand, register_layer
+from .base import AdapterLayer
 from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
 from .linear import LinearAdapter
 from .named import RESERVED
+from .registry import find_layer_family, layer_family_for, on_demand, register_layer
 from .saved import ModulesToSave, parts_to_save, saved_module
 
 on_demand["transformers"] = f"{__name__}.conv1d"

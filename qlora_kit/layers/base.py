@@ -1,4 +1,4 @@
-"""How a low-rank branch is applied: what every adapter layer shares, and the registry from type to family.
+"""How a low-rank branch is applied: what every adapter layer shares.
 
 An adapter layer takes a base module's place in the tree and holds it as ``base_layer``. It computes
 
@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
-from ..codecs.registry import load_on_demand
-from ..errors import AdapterError, MergeError, TargetError, UnsupportedModuleError
+from ..errors import AdapterError, MergeError, TargetError
 from ..lowrank import add_product_, delta
 from ..naming import StandIn
 from .named import NamedModules
@@ -329,43 +328,3 @@ class AdapterLayer(StandIn):
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={r}, alpha={self.lora_alpha[name]:g}" for name, r in self.r.items())
         return f"codec={self.codec.name}, {adapters}"
-
-
-_registry: dict[type[nn.Module], type[AdapterLayer]] = {}
-#: By the name of an optional library, the module that registers families for its types, imported at need.
-on_demand: dict[str, str] = {}
-
-
-def register_layer(*types: type[nn.Module]) -> Callable[[type[AdapterLayer]], type[AdapterLayer]]:
-    """Class decorator: adapt modules of ``types`` with this family. A later registration replaces an earlier."""
-
-    def register(family: type[AdapterLayer]) -> type[AdapterLayer]:
-        for kind in types:
-            _registry[kind] = family
-        return family
-
-    return register
-
-
-def find_layer_family(module: nn.Module) -> type[AdapterLayer] | None:
-    """The layer family of ``module``'s type, most specific registration first, or None."""
-    kind = type(module)
-    load_on_demand(kind, on_demand)
-    return next((_registry[base] for base in kind.__mro__ if base in _registry), None)
-
-
-def layer_family_for(module: nn.Module, path: str = "") -> type[AdapterLayer]:
-    """The layer family of ``module``'s type.
-
-    Raises:
-        UnsupportedModuleError: none is registered for it; names ``path`` and the type.
-    """
-    family = find_layer_family(module)
-    if family is None:
-        raise UnsupportedModuleError(
-            f"{path or 'module'}: expected a module type that can be adapted "
-            f"({', '.join(sorted(kind.__name__ for kind in _registry))}), found "
-            f"{type(module).__module__}.{type(module).__qualname__}; leave it out of the targets or register "
-            "a family with qlora_kit.layers.register_layer"
-        )
-    return family

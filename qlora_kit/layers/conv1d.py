@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.pytorch_utils import Conv1D
 
-from .base import register_layer
 from .linear import LinearAdapter
+from .registry import register_layer
 
 register_layer(Conv1D)(LinearAdapter)

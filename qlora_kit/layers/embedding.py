@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from .base import AdapterLayer, register_layer
+from .base import AdapterLayer
 from .named import NamedParameters
+from .registry import register_layer
 
 
 @register_layer(nn.Embedding)

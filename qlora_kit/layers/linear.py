@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from .base import AdapterLayer, register_layer
+from .base import AdapterLayer
 from .named import NamedModules
+from .registry import register_layer
 
 
 def factor_module(weight: Tensor) -> nn.Linear:

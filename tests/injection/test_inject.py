@@ -27,7 +27,7 @@ from qlora_kit.codecs.registry import _registry as codecs
 from qlora_kit.initializers import start_for
 from qlora_kit.injection.engine import Request, Start, inject_
 from qlora_kit.layers import LinearAdapter
-from qlora_kit.layers.base import _registry as families
+from qlora_kit.layers.registry import _registry as families
 
 
 def mlp() -> nn.Sequential:
