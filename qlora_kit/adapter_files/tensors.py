@@ -7,8 +7,10 @@ The keys of a file are the model's own parameter names with the adapter's name t
     base_model.model.<path>.<parameter or buffer>              modules_to_save
     base_model.model.<path>.base_layer.bias                    trained biases of adapted layers
     base_model.model.<path>.bias                               trained biases of other layers (bias="all")
+    base_model.model.<path>.<buffer>                           running statistics and the like that training moved
 
-Every one of these must be in a file, with the right shape, and nothing else may be, but for what PEFT adds: the
+Every one of these must be in a file, with the right shape (a buffer that isn't there is the base's), and nothing else
+may be, but for what PEFT adds: the
 tables of an adapted embedding or head (``...base_layer.weight``, loaded into the base as PEFT does), and with
 bias="all" whatever else has "bias" in its name. Names of older releases are understood. Checks come before the
 first write, so a file that doesn't fit leaves the model as it was.
@@ -37,6 +39,8 @@ from ..naming import StandIn, Tree, base_of, canonical, chain
 from .backbone import METADATA_KEY
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
 
+_MOVED_BY = "moved_by"
+
 __all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
 
 
@@ -47,11 +51,12 @@ class Slot:
     key: str
     name: str
     tensor: Tensor
+    moved_by: str = ""  # for a buffer: the adapter
 
     @property
     def full_key(self) -> str:
         """The key in a Trainer's checkpoint, with the adapter's name in it."""
-        return PREFIX + self.name.removeprefix("model.")
+        return f"{self.key}.{_MOVED_BY}.{self.moved_by}" if self.moved_by else PREFIX + self.name.removeprefix("model.")
 
 
 def adapter_state(
@@ -73,7 +78,8 @@ def adapter_state(
     if state_dict is None:
         return {slot.key: _copy(slot.tensor) for slot in slots}
     given = {canonical(name): tensor for name, tensor in state_dict.items()}
-    found = {s.key: given.get(s.name, given.get(s.key)) for s in slots}
+    # Every process has buffers whole, and those of an adapter that isn't active are in no state.
+    found = {s.key: s.tensor if s.moved_by else given.get(s.name, given.get(s.key)) for s in slots}
     bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]
     if bad:
         raise StorageError(
@@ -94,17 +100,20 @@ def load_adapter_state_(model: Any, adapter_name: str, state: Mapping[str, Tenso
     _write_(_matched(adapted, adapter_name, state))
 
 
-def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it.
+def load_resume_state_(model: Any, state: Mapping[str, Tensor], *, others: bool = True) -> None:
+    """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it, and
+    with ``others`` those that aren't come back too.
 
     A state with the keys of an adapter's own file goes into the one active adapter.
 
     Raises: as ``load_adapter_state_``; on any error nothing is changed.
     """
     adapted = adapted_of(model)
-    tree = Tree(adapted.root)
+    tree, known = Tree(adapted.root), adapted.buffers.base
     places = {
-        slot.full_key: (name, slot.key) for name in adapted.configs for slot in adapter_slots(adapted, name, tree)
+        slot.full_key: (name, slot.key)
+        for name in adapted.configs
+        for slot in (*adapter_slots(adapted, name, tree), *(_buffer_slot(b, t, name) for b, t in known.items()))
     }
     in_use = dict.fromkeys([*adapted.active, *adapted.trainable])
     state = {canonical(key): tensor for key, tensor in state.items()}
@@ -119,32 +128,41 @@ def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
     states: dict[str, dict[str, Tensor]] = {name: {} for name in in_use}
     for key, tensor in state.items():
         name, own_key = places[key]
-        states.setdefault(name, {})[own_key] = tensor
+        if others or name in states:
+            states.setdefault(name, {})[own_key] = tensor
     _write_([pair for name, part in states.items() for pair in _matched(adapted, name, part)])
 
 
 def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a tensor of the model and its new value, after every check."""
     tree = Tree(adapted.root)
-    slots = {slot.key: slot.tensor for slot in adapter_slots(adapted, adapter_name, tree)}
+    own = adapter_slots(adapted, adapter_name, tree)
+    slots, moved = {s.key: s.tensor for s in own if not s.moved_by}, {s.key for s in own if s.moved_by}
+    buffers = {PREFIX + name: name for name in adapted.buffers.base}
     if merged := [path for path, layer in adapted.layers(tree).items() if layer.merged_adapters]:
         raise AdapterError(
             f"adapters are merged (into {merged[0]}, ...), so none can be loaded; unmerge_adapter() first"
         )
     extras = _extra_tensors(adapted, adapted.configs[adapter_name].bias, tree)
-    keys = _Keys(adapted, slots, tree)
+    keys = _Keys(adapted, [*slots, *buffers], tree)
     state = {canonical(key): tensor for key, tensor in state.items()}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected: list[str] = []
     # A key's own name goes before the older names of the same tensor, whatever the order of the file.
-    for key in sorted(state, key=lambda key: key not in slots):
+    for key in sorted(state, key=lambda key: key not in slots and key not in buffers):
         target = keys.slot_of(key)
-        if target is not None:
+        if target in slots:
             pairs.setdefault(target, (slots[target], state[key]))
+        elif target is not None:
+            place = adapted.buffers.place(adapted.root, adapter_name, buffers[target])
+            pairs.setdefault(target, (place, state[key]))
         elif key in extras:
             pairs[key] = (extras[key], state[key])
         else:
             unexpected.append(key)
+    for key in moved - pairs.keys():  # the file's adapter left it as it was
+        name = buffers[key]
+        pairs[key] = adapted.buffers.place(adapted.root, adapter_name, name), adapted.buffers.base[name]
     missing = [key for key in slots if key not in pairs]
     unfit = [
         f"{key}: expected {tuple(old.shape)} {old.dtype}, found {tuple(new.shape)} {new.dtype}"
@@ -229,7 +247,12 @@ def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None)
             within = ".base_layer" if own_parts(tree.modules[path], adapter_name) else ""
             under = "".join(f".{link.holds}" for link in chain(tree.modules[path]) if isinstance(link, StandIn))
             slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{under}.bias", kept.get(path, parameter)))
-    return slots
+    buffers = adapted.buffers.of(adapted.root, adapter_name)
+    return slots + [_buffer_slot(name, tensor, adapter_name) for name, tensor in buffers.items()]
+
+
+def _buffer_slot(name: str, tensor: Tensor, adapter_name: str) -> Slot:
+    return Slot(PREFIX + name, f"model.{name}", tensor, adapter_name)
 
 
 class _Keys:

@@ -16,6 +16,7 @@ from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import Tree, chain
 from .biases import KeptBiases, bias_parameters
+from .buffers import MovedBuffers
 from .engine import Plan, swap_
 
 
@@ -31,8 +32,10 @@ class Adapted:
         disabled: whether the model computes as its base does.
         set_aside: what was merged when adapters were switched off, by path.
         kept_biases: the base's biases from before an adapter trained them; while ``disabled``, the trained ones.
+        buffers: those that training moves, such as running statistics, by adapter.
         backbones: fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
         plan: what was done for the adapter added last.
+        marks: what trainers had put on the model before the adapters came; see ``preparation.trainers``.
         trained_before: names of the parameters that may be trained once no adapter is left.
     """
 
@@ -45,8 +48,10 @@ class Adapted:
         self.disabled = False
         self.set_aside: dict[str, list[str]] = {}
         self.kept_biases = KeptBiases()
+        self.buffers = MovedBuffers(root)
         self.backbones: dict[str, str] = {}
         self.plan: Plan | None = None
+        self.marks: Any = None
         self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     # -- looking at it -------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class Adapted:
         self.apply_state_()
 
     def apply_state_(self) -> None:
-        """Make every layer and every ``requires_grad`` say what the adapters' state is."""
+        """Make every layer, every ``requires_grad`` and every buffer say what the adapters' state is."""
         for parameter in self.root.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.requires_grad_(False)
@@ -124,6 +129,7 @@ class Adapted:
         for name in training:
             for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
                 parameter.requires_grad_(True)
+        self.buffers.show_(self.root, [] if self.disabled else self.active)
 
     def drop_(self, *, empty: bool) -> None:
         """Give modules back to the model: those that no adapter uses any more (``empty``), or all."""
@@ -138,6 +144,7 @@ class Adapted:
         self.active, self.trainable = [], []
         self.kept_biases.values.clear()
         self.set_aside.clear()
+        self.buffers = MovedBuffers(self.root)
         self.backbones.clear()
         self.disabled = False
         for name, parameter in self.root.named_parameters(remove_duplicate=False):

@@ -25,7 +25,8 @@ from ..layers import AdapterLayer, ModulesToSave, layer_family_for
 from ..naming import Tree, base_of, canonical, module_at, slot
 from .targets import resolve, resolve_saved
 
-_QUICK_STARTS = (True, False, "gaussian")
+#: Values of ``init_lora_weights`` that only draw random numbers.
+QUICK_STARTS = (True, False, "gaussian")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def inject_(
     injection = Injection()
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
-        slow = config.init_lora_weights not in _QUICK_STARTS
+        slow = config.init_lora_weights not in QUICK_STARTS
         with nullcontext() if slow else uncollected():
             for entry in tqdm(plan.entries, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):
                 built.append((entry, _build(model, entry, config, adapter_name, start, dtype, injection)))

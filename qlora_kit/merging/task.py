@@ -194,6 +194,7 @@ def check_consumed(adapted: Adapted, parts: Mapping[str, float], layers: Mapping
         held += [saved for saved in adapted.saved_modules().values() if name in saved.modules_to_save]
         taken = {id(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
         taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias, name).values()}
+        taken |= {id(buffer) for buffer in adapted.buffers.of(adapted.root, name).values()}  # which are shown by now
         left = [slot.key for slot in adapter_slots(adapted, name) if id(slot.tensor) not in taken]
         if left:
             raise MergeError(

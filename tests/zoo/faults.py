@@ -86,14 +86,6 @@ FAULTS: tuple[Fault, ...] = (
         "in eval, nn.TransformerEncoderLayer reads linear1's and linear2's weights past their adapters",
         "the adapters take part in eval as they do in training",
     ),
-    # -- what training moves beside the adapter
-    Fault(
-        ("two steps", "save and reload"),
-        ("cnn", "resnet", "segformer"),
-        AssertionError,
-        "batch norm's statistics move with training, stay when adapters are off, and aren't stored",
-        "buffers that training moved belong to the adapter: switched, stored, restored; or a warning says so",
-    ),
     # -- few bits in memory
     Fault(
         IN_MEMORY,
