@@ -22,7 +22,7 @@ from .layers import AdapterLayer, register_layer
 from .merging.in_memory import merge
 from .merging.report import MergeReport
 from .model.lora_model import LoraModel, apply_lora
-from .on_import import import_after
+from .neighbours.on_import import import_after
 from .preparation.gradients import check_gradients
 from .preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .preparation.quantize import quantize_
@@ -31,6 +31,8 @@ __version__ = "0.1.0"
 
 # transformers learns to load packed models when it is imported, before or after this package.
 import_after("transformers.quantizers.auto", "qlora_kit.hf_quantizer")
+# And peft to make our adapters of our configurations, where a trainer hands it one.
+import_after("peft", "qlora_kit.compat.in_peft")
 
 __all__ = [
     "AdapterError",

@@ -275,7 +275,7 @@ def test_peft_runs_the_adapter_on_the_reloaded_base(tmp_path: Path, bits: int) -
 # -- registration ----------------------------------------------------------------------------------------------
 
 KNOWN = "import transformers.quantizers.auto as auto; print('qlora_kit' in auto.AUTO_QUANTIZER_MAPPING)"
-WAITING = "print(any(type(f).__module__ == 'qlora_kit.on_import' for f in sys.meta_path))"
+WAITING = "print(any(getattr(f, 'awaited', '') == 'transformers.quantizers.auto' for f in sys.meta_path))"
 
 
 REGISTRATIONS = [

@@ -18,7 +18,7 @@ PACKAGES = ("qlora_kit", "loftq")
 
 # A room is a folder or a single module. Rooms of one line don't know each other.
 FLOORS = """
-errors on_import
+errors neighbours
 codecs naming
 checkpoints lowrank
 config layers

@@ -27,6 +27,7 @@ from ..errors import StorageError
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 RESUME_NAME = "model.safetensors"  # where transformers' Trainer looks when it resumes
+TRAINER_STATE = "trainer_state.json"  # tells its checkpoints
 PREFIX = "base_model.model."  # what every key of an adapter file starts with
 
 
@@ -66,6 +67,14 @@ def write_resume_file(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write what transformers' Trainer resumes from beside the adapters of its checkpoint."""
     check_is_folder(folder)
     write_atomically(folder / RESUME_NAME, safetensors.torch.save(dict(state), {"format": "pt"}))
+
+
+def read_resume_file(folder: Path) -> dict[str, Tensor] | None:
+    """What ``write_resume_file`` wrote; None if ``folder`` isn't a Trainer's checkpoint of adapters."""
+    if not (folder / TRAINER_STATE).is_file() or not (folder / RESUME_NAME).is_file():
+        return None
+    state = safetensors.torch.load_file(folder / RESUME_NAME)
+    return state if state and all(key.startswith(PREFIX) for key in state) else None
 
 
 def check_is_folder(folder: Path) -> None:

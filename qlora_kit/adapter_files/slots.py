@@ -14,27 +14,30 @@ from ..naming import StandIn, Tree, base_of, canonical, chain
 from .folder import PREFIX
 from .words import table_paths
 
+_MOVED_BY = "moved_by"
+
 
 @dataclass(frozen=True)
 class Slot:
     """A tensor of the model, its key in an adapter's file, and its name in the wrapper's ``state_dict``; whether it is
-    the base's own, and only goes along."""
+    the base's own, and only goes along; for a buffer, the adapter that moved it."""
 
     key: str
     name: str
     tensor: Tensor
     of_base: bool = False
+    moved_by: str = ""
 
     @property
     def full_key(self) -> str:
         """The key in a Trainer's checkpoint, with the adapter's name in it."""
-        return PREFIX + self.name.removeprefix("model.")
+        return f"{self.key}.{_MOVED_BY}.{self.moved_by}" if self.moved_by else PREFIX + self.name.removeprefix("model.")
 
 
 def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None) -> list[Slot]:
     """Every tensor that the file of ``adapter_name`` must hold."""
     adapted.check_known(adapter_name)
-    tree = tree or Tree(adapted.root)
+    tree = tree or adapted.tree()
     slots = []
     for path, layer in adapted.layers(tree).items():
         if adapter_name in layer.adapter_names():
@@ -57,7 +60,13 @@ def adapter_slots(adapted: Adapted, adapter_name: str, tree: Tree | None = None)
             within = ".base_layer" if own_parts(tree.modules[path], adapter_name) else ""
             under = "".join(f".{link.holds}" for link in chain(tree.modules[path]) if isinstance(link, StandIn))
             slots.append(Slot(f"{PREFIX}{path}{within}.bias", f"model.{path}{under}.bias", kept.get(path, parameter)))
-    return slots
+    buffers = adapted.buffers.of(adapted.root, adapter_name)
+    return slots + [buffer_slot(name, tensor, adapter_name) for name, tensor in buffers.items()]
+
+
+def buffer_slot(name: str, tensor: Tensor, adapter_name: str) -> Slot:
+    """The place of buffer ``name``, as ``adapter_name`` has it."""
+    return Slot(PREFIX + name, f"model.{name}", tensor, moved_by=adapter_name)
 
 
 def table_slots(adapted: Adapted, adapter_name: str, paths: list[str], tree: Tree) -> list[Slot]:

@@ -7,8 +7,10 @@ The keys of a file are the model's own parameter names with the adapter's name t
     base_model.model.<path>.<parameter or buffer>              modules_to_save
     base_model.model.<path>.base_layer.bias                    trained biases of adapted layers
     base_model.model.<path>.bias                               trained biases of other layers (bias="all")
+    base_model.model.<path>.<buffer>                           running statistics and the like that training moved
 
-Every one of these must be in a file, with the right shape, and nothing else may be, but for what PEFT adds: the
+Every one of these must be in a file, with the right shape (a buffer that isn't there is the base's), and nothing else
+may be, but for what PEFT adds: the
 tables of words that were resized or adapted (``words``; they are loaded into the base, as PEFT does), and with
 bias="all" whatever else has "bias" in its name. Names of older releases are understood. Checks come before the
 first write, so a file that doesn't fit leaves the model as it was.
@@ -33,7 +35,7 @@ from ..injection.stacks import why_no_branch
 from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
-from .slots import Slot, adapter_slots, extra_tensors, table_slots
+from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store, words_of
 
 __all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
@@ -94,8 +96,9 @@ def load_adapter_state_(model: Any, adapter_name: str, state: Mapping[str, Tenso
     _write_(_matched(adapted, adapter_name, state))
 
 
-def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it.
+def load_resume_state_(model: Any, state: Mapping[str, Tensor], *, others: bool = True) -> None:
+    """Overwrite the adapters that a Trainer's checkpoint holds; every one that is active or trains must be in it, and
+    with ``others`` those that aren't come back too.
 
     A state with the keys of an adapter's own file goes into the one active adapter.
 
@@ -108,7 +111,11 @@ def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
     places = {
         slot.full_key: (name, slot.key)
         for name in sorted(adapted.configs, key=lambda name: name in in_use)
-        for slot in (*table_slots(adapted, name, table_paths(tree), tree), *adapter_slots(adapted, name, tree))
+        for slot in (
+            *table_slots(adapted, name, table_paths(tree), tree),
+            *adapter_slots(adapted, name, tree),
+            *(buffer_slot(buffer, value, name) for buffer, value in adapted.buffers.base.items()),
+        )
     }
     state = {canonical(key): tensor for key, tensor in state.items()}
     if any(key not in places for key in state):
@@ -122,30 +129,41 @@ def load_resume_state_(model: Any, state: Mapping[str, Tensor]) -> None:
     states: dict[str, dict[str, Tensor]] = {name: {} for name in in_use}
     for key, tensor in state.items():
         name, own_key = places[key]
-        states.setdefault(name, {})[own_key] = tensor
+        if others or name in states:
+            states.setdefault(name, {})[own_key] = tensor
     _write_([pair for name, part in states.items() for pair in _matched(adapted, name, part)])
 
 
 def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a tensor of the model and its new value, after every check."""
     tree = Tree(adapted.root)
-    slots = {slot.key: slot.tensor for slot in adapter_slots(adapted, adapter_name, tree)}
+    own = adapter_slots(adapted, adapter_name, tree)
+    slots, moved = {s.key: s.tensor for s in own if not s.moved_by}, {s.key for s in own if s.moved_by}
+    buffers = {PREFIX + name: name for name in adapted.buffers.base}
     if merged := [path for path, layer in adapted.layers(tree).items() if layer.merged_adapters]:
         raise AdapterError(
             f"adapters are merged (into {merged[0]}, ...), so none can be loaded; unmerge_adapter() first"
         )
-    places = {**extra_tensors(adapted, adapted.configs[adapter_name].bias, tree), **slots}
-    keys = _Keys(adapted, places, tree)
+    extras = extra_tensors(adapted, adapted.configs[adapter_name].bias, tree)
+    keys = _Keys(adapted, [*extras, *slots, *buffers], tree)
     state = {canonical(key): tensor for key, tensor in state.items()}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected: list[str] = []
     # A key's own name goes before the older names of the same tensor, whatever the order of the file.
-    for key in sorted(state, key=lambda key: key not in slots):
+    for key in sorted(state, key=lambda key: key not in slots and key not in buffers):
         target = keys.slot_of(key)
-        if target is not None:
-            pairs.setdefault(target, (places[target], state[key]))
+        if target in slots:
+            pairs.setdefault(target, (slots[target], state[key]))
+        elif target in buffers:
+            place = adapted.buffers.place(adapted.root, adapter_name, buffers[target])
+            pairs.setdefault(target, (place, state[key]))
+        elif target is not None:
+            pairs.setdefault(target, (extras[target], state[key]))
         else:
             unexpected.append(key)
+    for key in moved - pairs.keys():  # the file's adapter left it as it was
+        name = buffers[key]
+        pairs[key] = adapted.buffers.place(adapted.root, adapter_name, name), adapted.buffers.base[name]
     missing = [key for key in slots if key not in pairs]
     unfit = [
         f"{key}: expected {tuple(old.shape)} {old.dtype}, found {tuple(new.shape)} {new.dtype}"
@@ -169,6 +187,8 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
 
 def _given(state: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
     """The tensor of ``slot`` in a wrapper's state dict; where its parameter is another layer's, transposed back."""
+    if slot.moved_by:  # every process has buffers whole, and those of an adapter that isn't active are in no state
+        return slot.tensor
     found = state.get(slot.name, state.get(slot.key))
     if found is None and (turned := state.get(f"{slot.name.removesuffix('weight')}transposed")) is not None:
         return turned.T

@@ -136,6 +136,14 @@ class Codec:
         """Put back what ``snapshot`` copied, bit for bit."""
         module.weight.copy_(snapshot)  # type: ignore[operator]
 
+    def load_(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Take from ``state``, a state dict that torch is about to load, what the module keeps of its weight beside
+        parameters and buffers (under keys that begin with ``prefix``), and remove that from it. By default nothing.
+
+        Raises:
+            CodecError: it is of another format; the module is as it was.
+        """
+
     def protect_(self, module: nn.Module) -> None:
         """Keep the platform from rewriting the stored weight behind our back; idempotent."""
 

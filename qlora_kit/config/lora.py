@@ -18,6 +18,7 @@ from typing import Any
 
 from ..checkpoints.files import write_atomically
 from ..errors import ConfigError, closest
+from ..neighbours.passing import blank, loaded, standing_for
 from .checks import check_bool, check_choice, check_int, check_names, check_positive, check_regex, failure
 from .loftq import LoftQConfig
 from .peft_json import fields_from_json
@@ -99,6 +100,20 @@ class LoraConfig:
         self._check_targets()
         self._check_start()
         self._check_labels()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # Trainers take a configuration that is one of PEFT's, where that is there to ask.
+        theirs = loaded("peft", "LoraConfig")
+        return standing_for(type(self), theirs) if theirs else type(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return blank, (type(self),), vars(self)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """PEFT's question; never."""
+        return False
 
     def scaling_of(self, rank: int, alpha: float) -> float:
         """The factor on B @ A: alpha / rank, or alpha / sqrt(rank) with ``use_rslora``."""

@@ -17,6 +17,7 @@ from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import Tree, base_of, chain
 from .biases import KeptBiases, bias_parameters
+from .buffers import MovedBuffers
 from .engine import Plan, swap_
 from .ties import end_tables
 
@@ -33,9 +34,11 @@ class Adapted:
         disabled: whether the model computes as its base does.
         set_aside: what was merged when adapters were switched off, by path.
         kept_biases: the base's biases from before an adapter trained them; while ``disabled``, the trained ones.
+        buffers: those that training moves, such as running statistics, by adapter.
         backbones: fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
         plan: what was done for the adapter added last.
         words: rows of the input embeddings when the model was wrapped; None where it has no such table.
+        marks: what trainers had put on the model before the adapters came; see ``preparation.trainers``.
         trained_before: names of the parameters that may be trained once no adapter is left.
     """
 
@@ -48,10 +51,12 @@ class Adapted:
         self.disabled = False
         self.set_aside: dict[str, list[str]] = {}
         self.kept_biases = KeptBiases()
+        self.buffers = MovedBuffers(root)
         self.backbones: dict[str, str] = {}
         self.plan: Plan | None = None
         table = end_tables(root)[0]
         self.words: int | None = getattr(None if table is None else base_of(table), "num_embeddings", None)
+        self.marks: Any = None
         self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
         self._tree: Tree | None = None
 
@@ -128,7 +133,7 @@ class Adapted:
         self.apply_state_()
 
     def apply_state_(self) -> None:
-        """Make every layer and every ``requires_grad`` say what the adapters' state is."""
+        """Make every layer, every ``requires_grad`` and every buffer say what the adapters' state is."""
         for parameter in self.root.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.requires_grad_(False)
@@ -144,6 +149,7 @@ class Adapted:
         for name in training:
             for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
                 parameter.requires_grad_(True)
+        self.buffers.show_(self.root, [] if self.disabled else self.active)
 
     def drop_(self, *, empty: bool) -> None:
         """Give modules back to the model: those that no adapter uses any more (``empty``), or all."""
@@ -158,6 +164,7 @@ class Adapted:
         self.active, self.trainable = [], []
         self.kept_biases.values.clear()
         self.set_aside.clear()
+        self.buffers = MovedBuffers(self.root)
         self.backbones.clear()
         self.disabled = False
         for module in self.root.modules():  # what was put in the place of its own method while adapters were on it

@@ -30,7 +30,8 @@ from .targets import named, resolve, resolve_saved
 from .ties import refuse_tied, sharing, ties_among
 from .uncollected import uncollected
 
-_QUICK_STARTS = (True, False, "gaussian")
+#: Values of ``init_lora_weights`` that only draw random numbers.
+QUICK_STARTS = (True, False, "gaussian")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def inject_(
     try:
         built: list[tuple[PlanEntry, AdapterLayer]] = []
         made: dict[str, AdapterLayer] = {}
-        slow = config.init_lora_weights not in _QUICK_STARTS
+        slow = config.init_lora_weights not in QUICK_STARTS
         with nullcontext() if slow else uncollected():
             in_order = sorted(plan.entries, key=lambda entry: bool(entry.tied_to))  # what others share comes first
             for entry in tqdm(in_order, desc=f"{config.init_lora_weights} start", disable=not slow, leave=False):

@@ -27,7 +27,7 @@ from ..injection.read_past import ReadPast
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import unwrapped
 from ..preparation.float32 import release_from_float32_
-from ..preparation.kbit import leave_preparation_
+from ..preparation.trainers import leave_training_
 from .advice import refusal
 from .agreement import record
 from .base_choice import base_losses, quantized_modules
@@ -167,12 +167,14 @@ def _carried_out(
     if that is too little; and the moments of the inputs that were looked at, by path."""
     root = adapted.root
     keep_state_(face, adapted, undo)
+    _show_buffers_(adapted, task.parts, undo)
     with adapted.mapped():
         layers, saved = adapted.layers(), adapted.saved_modules()
         if adapted.disabled:
             for path in adapted.set_aside:
                 undo.on_undo(layers[path].way_back())
             switch_on_(adapted)
+            adapted.buffers.show_(root, list(task.parts))
         check_consumed(adapted, task.parts, layers, saved)
     for layer in layers.values():
         _set_aside_(layer, spill, undo)
@@ -232,12 +234,38 @@ def _carried_out(
     release_from_float32_(root)
     if compare is not None:
         report.agreement = compare(root)
-    adapted.trained_before |= leave_preparation_(root)
+    adapted.trained_before |= leave_training_(adapted)
     adapted.forget_()
     if residual is not None:
         residual.adopt_(adapted)
         report.model = face
     return report, kept, moments
+
+
+def _show_buffers_(adapted: Adapted, parts: Mapping[str, float], undo: Injection) -> None:
+    """Put the buffers that the merged adapters moved (running statistics, say) into the model.
+
+    Raises:
+        MergeError: two of them moved the same one, each its own way.
+    """
+    root, buffers, shown = adapted.root, adapted.buffers, list(adapted.buffers.shown)
+
+    def back() -> None:
+        adapted.buffers = buffers
+        buffers.show_(root, shown)
+
+    undo.on_undo(back)
+    buffers.show_(root, [])
+    holders: dict[str, str] = {}
+    for name in parts if len(parts) > 1 else ():
+        for key, tensor in buffers.of(root, name).items():
+            other = holders.setdefault(key, name)
+            if other != name and not torch.equal(tensor, buffers.of(root, other)[key]):
+                raise MergeError(
+                    f"{key}: expected at most one of the adapters to have moved this buffer in training, found "
+                    f"{other!r} and {name!r}; merge one of them, or train both from the same statistics in eval mode"
+                )
+    buffers.show_(root, list(parts))
 
 
 def _set_aside_(layer: AdapterLayer, spill: Spill, undo: Injection) -> None:

@@ -207,6 +207,9 @@ def check_consumed(
         held += [saved for saved in copies.values() if name in saved.modules_to_save]
         taken = {_whose(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
         taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias, name).values()}
+        taken |= {
+            _whose(buffer) for buffer in adapted.buffers.of(adapted.root, name).values()
+        }
         left = [slot.key for slot in adapter_slots(adapted, name) if _whose(slot.tensor) not in taken]
         if left:
             raise MergeError(

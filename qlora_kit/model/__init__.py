@@ -5,6 +5,7 @@ over that. Nothing below imports it; it must not hold state of its own, or walk 
 
 - ``lora_model``: ``LoraModel`` and ``apply_lora``
 - ``proxy``: how the wrapper passes for the model that it wraps
+- ``replaced``: what trainers put around a forward, as data
 - ``keywords``: what PEFT's models are called with and these can't be
 - ``life``: adapters come and go
 - ``base_files``: the base under its adapters, saved

@@ -6,6 +6,7 @@ base that LoftQ quantized for the sources stays as it is. The arithmetic is ``al
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -131,6 +132,7 @@ def _combined_(
             for key, tensor in wrapper.adapter_tensors(name).items():
                 tensor.copy_(trained[key])
             report.copied[path] = source
+        _combine_buffers_(adapted, names, name)
         layers = adapted.layers()
         for path, found in results.items():
             _check_registered(path, layers[path], name, found)
@@ -142,6 +144,21 @@ def _combined_(
     adapted.configs[name], adapted.plan = config, plan
     adapted.apply_state_()
     return report
+
+
+def _combine_buffers_(adapted: Adapted, names: Sequence[str], name: str) -> None:
+    """Give adapter ``name`` the buffers (running statistics, say) that one of its sources ``names`` moved."""
+    moved = {source: found for source in names if (found := adapted.buffers.of(adapted.root, source))}
+    if len(moved) > 1:
+        warnings.warn(
+            f"adapter {name!r}: {sorted(moved)} were each trained with running statistics of their own "
+            f"({next(iter(moved[min(moved)]))}, ...), which can't be combined; it has the base model's, so train it a "
+            "little, or run a few batches in training mode",
+            stacklevel=4,
+        )
+    elif moved:
+        (found,) = moved.values()
+        adapted.buffers.moved[name] = {key: tensor.detach().clone() for key, tensor in found.items()}
 
 
 def _branches(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> dict[str, dict[int, Branch]]:

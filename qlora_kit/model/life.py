@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,15 +14,15 @@ from ..errors import AdapterError
 from ..initializers import planned, prepared
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
-from ..injection.engine import Plan, inject_, request_for
+from ..injection.engine import QUICK_STARTS, Plan, Request, Start, inject_, request_for
 from ..injection.heads import saved_names
 from ..injection.left_out import warn_of_left_out
 from ..injection.targets import shortest_names
 from ..injection.ties import warn_of_ties
-from ..layers import RESERVED
+from ..layers import RESERVED, AdapterLayer
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
-from ..preparation.kbit import leave_preparation_
+from ..preparation.trainers import leave_training_
 from .base_files import guard_saving_, record_start_
 
 
@@ -31,6 +31,7 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     check_new(adapted, name, config)
     root, dtype = adapted.root, adapted.adapter_dtype
     tree = Tree(root)
+    twin = _made_by(adapted, config)
     config, plan = planned(tree, config)
     warn_of_left_out(f"target_modules={config.target_modules!r}", plan.left_out)
     recorded = _recorded(config, plan, tree)
@@ -40,18 +41,43 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
         ensured=config.ensure_weight_tying,
         ties=bool(plan.ties) or any(entry.tied_to for entry in plan.entries),
     )
-    requests = [request_for(root, entry, config, dtype) for entry in plan.entries if not entry.tied_to]
-    start = prepared(root, requests)
-    del requests, tree
+    if twin is None:
+        requests = [request_for(root, entry, config, dtype) for entry in plan.entries if not entry.tied_to]
+        start = prepared(root, requests)
+        del requests
+    else:
+        start = _as_it_is(adapted.layers(tree), twin)
+    del tree
     inject_(root, plan, config, name, start, dtype=dtype)
     adapted.configs[name], adapted.plan = recorded, plan
-    if config.init_lora_weights == "loftq":  # taken at once, before shards or merges hide the codes
+    if twin in adapted.backbones:
+        adapted.backbones[name] = adapted.backbones[twin]
+    elif config.init_lora_weights == "loftq":  # taken at once, before shards or merges hide the codes
         adapted.backbones[name] = fingerprint(adapted.bases_of(name))
     adapted.kept_biases.keep(bias_parameters(root, config.bias, name))
     adapted.apply_state_()
     record_start_(adapted, name)
     guard_saving_(adapted)
     return plan
+
+
+def _made_by(adapted: Adapted, config: LoraConfig) -> str | None:
+    """The adapter whose own configuration ``config`` is, if its start can't be had again: it looked at the weights from
+    before, and may have put others there. Trainers ask so for a copy of an adapter, as the reference of its training.
+    """
+    if config.init_lora_weights in QUICK_STARTS:
+        return None
+    return next((name for name, own in adapted.configs.items() if own is config), None)
+
+
+def _as_it_is(layers: Mapping[str, AdapterLayer], name: str) -> Callable[[Request], Start]:
+    """A start that gives each layer the factors that adapter ``name`` has there now."""
+
+    def start(request: Request) -> Start:
+        A, B = layers[request.path].factors(name)
+        return Start(A.detach().clone(), B.detach().clone())
+
+    return start
 
 
 def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
@@ -114,15 +140,17 @@ def delete_(adapted: Adapted, name: str) -> None:
     adapted.active = [other for other in adapted.active if other != name] or list(adapted.configs)[:1]
     adapted.drop_(empty=True)
     adapted.apply_state_()
+    adapted.buffers.forget_(name)
 
 
 def take_out_(adapted: Adapted) -> nn.Module:
     """The base model as it was before the first adapter, and before it was prepared: its own module objects, biases,
     dtypes and flags."""
     unmerge_(adapted)
+    adapted.buffers.show_(adapted.root, [])
     if not adapted.disabled:
         adapted.kept_biases.swap_(adapted.root)
     adapted.drop_(empty=False)
-    adapted.trained_before |= leave_preparation_(adapted.root)
+    adapted.trained_before |= leave_training_(adapted)
     adapted.forget_()
     return adapted.root

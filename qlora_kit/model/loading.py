@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_files.backbone import METADATA_KEY, check_backbone
-from ..adapter_files.folder import PREFIX, read_adapter, read_metadata
-from ..adapter_files.tensors import load_adapter_state_
+from ..adapter_files.folder import PREFIX, read_adapter, read_metadata, read_resume_file
+from ..adapter_files.tensors import load_adapter_state_, load_resume_state_
 from ..adapter_files.words import table_paths
 from ..config.lora import LoraConfig
 from ..errors import TargetError, UnsupportedModuleError
@@ -202,6 +202,14 @@ def load_(
         delete(name)
         raise
     record_(adapted, name, stored.config, stored.backbone)
+
+
+def resumed_(adapted: Adapted, name: str, folder: Path) -> bool:
+    """Bring back all adapters in use from ``folder``, if it is a Trainer's checkpoint and ``name`` one of several."""
+    state = read_resume_file(folder) if name in adapted.active and len(adapted.configs) > 1 else None
+    if state is not None:
+        load_resume_state_(adapted, state, others=False)
+    return state is not None
 
 
 def record_(adapted: Adapted, name: str, config: LoraConfig, backbone: str | None) -> None:

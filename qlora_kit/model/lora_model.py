@@ -28,10 +28,11 @@ from ..merging.in_memory import merge
 from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
 from ..preparation.kbit import count_parameters
+from ..preparation.trainers import marks_of
 from .combining import add_weighted_adapter
 from .hub import push_to_hub
 from .life import add_, delete_, take_out_, train_
-from .loading import AdapterContents, config_for, fill_, load_, record_
+from .loading import AdapterContents, config_for, fill_, load_, record_, resumed_
 from .proxy import ModelProxy
 
 L = TypeVar("L", bound="LoraModel")
@@ -67,6 +68,7 @@ class LoraModel(ModelProxy):
     ) -> None:
         super().__init__(model)
         self.adapted = Adapted(model, adapter_dtype)
+        self.adapted.marks = marks_of(model)
         self.add_adapter(adapter_name, config)
         protect_storage_(model)  # what isn't adapted too
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
@@ -76,6 +78,9 @@ class LoraModel(ModelProxy):
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> Plan:
         """Inject another adapter, neither active nor trainable yet; all of it, or on any error nothing.
+
+        With one of the model's own configurations (``peft_config[other]``) and a start that can't be made twice, such
+        as LoftQ's, which looks at weights that are gone, the new adapter begins as a copy of the other.
 
         Raises:
             AdapterError: the name is taken or can't be one, or two adapters would train the base's biases.
@@ -249,8 +254,11 @@ class LoraModel(ModelProxy):
         allow_pickle: bool = False,
         check_backbone: bool = True,
     ) -> None:
-        """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it."""
+        """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it; from a Trainer's
+        checkpoint of several adapters, all that are in use come back (by one name it asks for its best checkpoint)."""
         new = adapter_name not in self.peft_config
+        if resumed_(self.adapted, adapter_name, Path(model_id)):
+            return
         load_(
             self.adapted,
             adapter_name,

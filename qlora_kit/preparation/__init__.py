@@ -5,5 +5,6 @@ It works on a bare model and must not need a wrapper: what it does for training 
 - ``kbit``: ``prepare_model_for_kbit_training``, with a bill of what memory holds
 - ``float32``: modules held in float32 while they are trained around, and their way back
 - ``quantize``: ``quantize_``, linear layers from dense storage to few bits
+- ``trainers``: what trainers put on the model below the adapters, and its way off
 - ``gradients``: ``check_gradients``
 """

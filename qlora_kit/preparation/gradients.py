@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..injection.buffers import buffers_kept
 from ..layers import AdapterLayer, ModulesToSave
 
 
@@ -37,8 +38,8 @@ def check_gradients(model: nn.Module, **inputs: Any) -> GradientReport:
     """Make sure that gradients reach every trainable adapter of ``model``.
 
     ``check_gradients(model)`` reads the gradients that a backward pass has left. ``check_gradients(model,
-    **batch)`` runs one of its own, in training mode, and leaves gradients, modes and random state as they were.
-    At the usual start B = 0 and A's gradient is exactly zero, so an adapter is judged by its tensors together.
+    **batch)`` runs one of its own, in training mode, and leaves gradients, modes, buffers and random state as they
+    were. At the usual start B = 0 and A's gradient is exactly zero, so an adapter is judged by its tensors together.
 
     Args:
         inputs: keyword arguments of the forward. The loss is the output's ``loss`` where it has one (give
@@ -130,11 +131,11 @@ def _loss(output: Any) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode and empty gradients inside; modes, gradients and random state as before afterwards."""
+    """Training mode and empty gradients inside; modes, gradients, buffers and random state as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index for p, _ in gradients if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
+    with torch.random.fork_rng(sorted(d for d in devices if d is not None)), buffers_kept(model):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None

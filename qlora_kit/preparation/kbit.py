@@ -159,7 +159,7 @@ def leave_preparation_(model: nn.Module) -> set[str]:
         if changed is not None:
             trained.update(f"{path}.{name}".lstrip(".") for name in changed.trained)
             vars(module).pop("memory_bill", None)
-            _stop_checkpointing_(module, changed)
+            stop_checkpointing_(module, recomputing=changed.checkpointing, input_gradients=changed.input_gradients)
     return trained
 
 
@@ -265,7 +265,7 @@ def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any], changed: 
     kwargs.setdefault("use_reentrant", False)
     if not getattr(model, "supports_gradient_checkpointing", True):
         return NOT_OFFERED
-    had_input_grads, was_on = _asks_input_gradients(model), _checkpoints(model)
+    had_input_grads, was_on = asks_input_gradients(model), checkpoints(model)
     if had_input_grads and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # type: ignore[operator]  # enabling would forget these hooks, not drop them
     if hasattr(model, "activation_checkpointing_enable"):
@@ -275,7 +275,7 @@ def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any], changed: 
     else:
         return NOT_OFFERED
     changed.checkpointing |= not was_on
-    asked = _asks_input_gradients(model)
+    asked = asks_input_gradients(model)
     if kwargs["use_reentrant"]:
         changed.input_gradients |= asked and not had_input_grads
     elif asked and not had_input_grads and hasattr(model, "disable_input_require_grads"):
@@ -285,18 +285,21 @@ def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any], changed: 
     return "reentrant" if kwargs["use_reentrant"] else "non-reentrant"
 
 
-def _stop_checkpointing_(model: nn.Module, changed: Preparation) -> None:
+def stop_checkpointing_(model: nn.Module, *, recomputing: bool, input_gradients: bool) -> None:
+    """Turn off the recomputing of activations, and the gradients of the embeddings' output, where asked for."""
     stops = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
     stop: Any = next((getattr(model, name) for name in stops if hasattr(model, name)), None)
-    if changed.checkpointing and stop is not None:
+    if recomputing and stop is not None:
         stop()
-    if changed.input_gradients and hasattr(model, "disable_input_require_grads"):
+    if input_gradients and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # type: ignore[operator]
 
 
-def _checkpoints(model: nn.Module) -> bool:
+def checkpoints(model: nn.Module) -> bool:
+    """Whether activations of any module are recomputed."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _asks_input_gradients(model: nn.Module) -> bool:
+def asks_input_gradients(model: nn.Module) -> bool:
+    """Whether the embeddings' output is made to require a gradient."""
     return hasattr(model, "_require_grads_hook") or bool(getattr(model, "_require_grads_hooks", None))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,3 +39,14 @@ for kind in ("Trainer", "SFTTrainer"):  # in this order: what the second one loa
     assert_same(resumed.adapters, whole.adapters)
     assert not any(name == "peft" or name.startswith("peft.") for name, module in sys.modules.items() if module)
     print(f"{kind}: resumed as uninterrupted, without peft")
+
+# Nobody can tell then that the model is its own reference, but it can be asked before training begins.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # TRL reads it
+from preference_runs import losses, trainer_of  # noqa: E402 -- after what has to do without TRL
+
+preferences = trainer_of(
+    "DPO", wrapped(load_storage(lm, "4-bit")), lm, folder / "DPO", precompute_ref_log_probs=True, save_strategy="no"
+)
+preferences.train()
+assert preferences.ref_model is None
+assert abs(losses(preferences)[0] - math.log(2)) < 1e-6

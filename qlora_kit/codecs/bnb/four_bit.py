@@ -37,7 +37,17 @@ from ..quantized import BNB_BLOCKSIZES, Quantized, Quantizer, Scales, quantize_m
 from ..registry import codec_for, register_codec
 from .common import stock_forward
 from .layout import is_repacked, scales_of, standard_bytes
-from .quant_state import adopt_, as_data, as_state, new_state, packed_codes, state_of, store_scales_
+from .quant_state import (
+    adopt_,
+    as_data,
+    as_state,
+    loaded_state,
+    new_state,
+    packed_codes,
+    state_of,
+    store_scales_,
+    stored_state,
+)
 
 
 def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
@@ -153,6 +163,24 @@ class Codec4bit(DenseCodec):
             state.__dict__.update(as_state(saved).__dict__)
             state.to(device)
             adopt_(module, state)
+
+    @torch.no_grad()
+    def load_(self, module: Any, state: dict[str, Any], prefix: str) -> None:
+        found, old = stored_state(state, f"{prefix}weight"), state_of(module)
+        if not found or old is None:
+            return
+        self.protect_(module)
+        new = loaded_state(found, old, module.weight.device, f"{prefix}weight")
+        codes = state[f"{prefix}weight"]
+        if codes.shape != module.weight.shape or codes.dtype != module.weight.dtype:
+            raise CodecError(
+                f"{prefix}weight: expected packed codes {tuple(module.weight.shape)} {module.weight.dtype}, found "
+                f"{tuple(codes.shape)} {codes.dtype}; load a state of this model"
+            )
+        self.restore_(module, (codes, as_data(new)))
+        for part in found:
+            del state[f"{prefix}weight.{part}"]
+        state[f"{prefix}weight"] = module.weight
 
     @torch.no_grad()
     def protect_(self, module: Any) -> None:

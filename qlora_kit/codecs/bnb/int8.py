@@ -106,6 +106,22 @@ class CodecInt8(DenseCodec):
             module.weight.data = data.to(device, copy=True)
             module.state.reset_grads()
 
+    @torch.no_grad()
+    def load_(self, module: Any, state: dict[str, Any], prefix: str) -> None:
+        scales, codes = state.get(f"{prefix}SCB"), state.get(f"{prefix}weight")
+        if scales is None or codes is None or not _is_int8(module):
+            return
+        own, own_scales = _int8_parts(module)
+        if codes.shape != own.shape or codes.dtype != own.dtype or scales.numel() != own_scales.numel():
+            raise CodecError(
+                f"{prefix}weight: expected int8 codes {tuple(own.shape)} with {own_scales.numel()} row scales, found "
+                f"{tuple(codes.shape)} {codes.dtype} with {scales.numel()}; load a state of this model"
+            )
+        self.restore_(module, (codes, scales.reshape(own_scales.shape)))
+        for part in ("SCB", "weight_format"):
+            state.pop(prefix + part, None)
+        state[f"{prefix}weight"] = module.weight
+
     def forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return stock_forward(module, x, x.dtype, *args, **kwargs)
 

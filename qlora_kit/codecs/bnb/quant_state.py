@@ -14,6 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type, quantize_blockwise
 from torch import Tensor
 
+from ...errors import CodecError
 from ..blockwise import search_codes
 from ..packing import pack
 from ..quantized import SCALES_BLOCKSIZE, Quantized
@@ -88,6 +89,31 @@ def packed_codes(quantized: Quantized, last: Tensor | None = None) -> Tensor:
         zero = torch.zeros(1, device=packed.device)
         packed[-1:] |= search_codes(zero, quantized.table()) if last is None else last & 0xF
     return packed
+
+
+def stored_state(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a state dict holds of the 4-bit state of weight ``name``, by the name of the part; empty without scales."""
+    found = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    return found if "absmax" in found and name in state else {}
+
+
+def loaded_state(found: dict[str, Any], old: Any, device: torch.device, name: str) -> QuantState:
+    """The state that a state dict holds of weight ``name``, in the format of the ``old`` one, on ``device``.
+
+    Look-up tables that it lacks are the old ones: all weights share them, and files keep one of equal names.
+
+    Raises:
+        CodecError: it is in another format.
+    """
+    tables = {part: value for part, value in old.as_dict(packed=True).items() if part.endswith("quant_map")}
+    new: Any = QuantState.from_dict({**tables, **found}, device=device)
+    wanted, given = ((s.quant_type, s.blocksize, tuple(s.shape), bool(s.nested)) for s in (old, new))
+    if wanted != given:
+        raise CodecError(
+            f"{name}: expected (type, blocksize, shape, double quantization) {wanted}, found {given}; load the state "
+            "into a model that was quantized in the same way"
+        )
+    return new
 
 
 def as_data(state: QuantState | None) -> dict[str, Any] | None:

@@ -1,13 +1,14 @@
 """What stored adapters change in a stored model: branches to add and tensors to put in the place of others, by name.
 
-An adapter's file holds low-rank factors and, beside them, whole tensors of three kinds, which a merge treats apart:
+An adapter's file holds low-rank factors and, beside them, whole tensors of four kinds, which a merge treats apart:
 
 - "copy": of a module that the adapter trained whole (``modules_to_save``). It replaces that module's tensor and no
   other's, also where the base ties them: the adapter's model computed with both.
 - "bias": one of the base's own biases, trained in place.
 - "table": the base's own embedding or head, which PEFT stores along when it was resized or on request.
+- "buffer": running statistics and the like, which training moved.
 
-The last two are the base's own parameter, so they count for every name that is tied to it. Every tensor of every
+All but the first are the base's own tensor, so they count for every name that is tied to it. Every tensor of every
 adapter finds its place here, or an error names it.
 """
 
@@ -40,7 +41,7 @@ class Change:
 
     Attributes:
         branches: A (rank, in) and B (out, rank) of each branch, and what their product is multiplied by.
-        value: the tensor in the parameter's place, if there is one, of ``kind`` "copy", "bias" or "table".
+        value: the tensor in the parameter's place, if there is one, of ``kind`` "copy", "bias", "table" or "buffer".
         owner: whose value it is.
     """
 
@@ -128,13 +129,15 @@ def _add_values(
             )
         if not all_finite(value):
             raise MergeError(f"{place}: adapter {name} holds NaN or infinite values; train it again")
-        if kind != "table" and weights[name] != 1:
+        if kind not in ("table", "buffer") and weights[name] != 1:
             raise MergeError(
                 f"{place}: expected weight 1 for an adapter that trained this tensor whole, found {weights[name]:g} "
                 f"for {name}; leave its weight at 1, since there is no delta of it to weigh"
             )
         change = changes.setdefault(place, Change())
-        if change.value is not None and not (kind == change.kind == "table" and torch.equal(change.value, value)):
+        if change.value is not None and not (
+            kind == change.kind in ("table", "buffer") and torch.equal(change.value, value)
+        ):
             raise MergeError(
                 f"{place}: expected at most one adapter with its own tensor here, found {change.owner} and {name}; "
                 "merge one of them"
@@ -150,6 +153,8 @@ def _kind(base: StoredModel, place: str, name: str, one: StoredAdapter) -> str:
         return "bias"
     heads = end_tables(base.model)
     module = base.modules[place.rpartition(".")[0]]
+    if place.rpartition(".")[2] in module._buffers and registered_codec(module) is None:
+        return "buffer"
     if isinstance(module, nn.Embedding) or any(module is head for head in heads):
         return "table"
     return ""
