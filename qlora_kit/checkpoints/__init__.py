@@ -5,6 +5,7 @@ Everything here goes a tensor at a time and knows nothing of adapters or of what
 Files and runs:
 
 - ``files``: a write is whole or absent
+- ``checksums``: a checksum of each tensor that a run writes
 - ``shards``: shards read a tensor at a time
 - ``growing_file``: one shard written a tensor at a time
 - ``growing_model``: a model's shards while they grow, and how they come to their places

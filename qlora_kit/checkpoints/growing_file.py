@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StorageError
+from .checksums import KEY, checksum
 from .shards import FORMAT_NAMES
 
 # A header entry beside its name: dtype, shape of a few dimensions, two offsets.
@@ -69,7 +70,7 @@ class GrowingFile:
         self._file.seek(begin + self.size)
 
     def append(self, name: str, tensor: Tensor) -> dict[str, Any]:
-        """Write one tensor after the others; its header entry.
+        """Write one tensor after the others; its header entry, with a checksum of its bytes.
 
         Raises:
             StorageError: the name is there already, or safetensors has no such dtype.
@@ -82,7 +83,8 @@ class GrowingFile:
         if count:
             self._file.write(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.size = start + count
-        entry = {"dtype": FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self.size]}
+        place = {"dtype": FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self.size]}
+        entry = {**place, KEY: checksum(data)}
         self.entries[name] = entry
         return entry
 
@@ -93,7 +95,8 @@ class GrowingFile:
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header and close; the file is whole after this."""
-        header = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **self.entries}).encode()
+        entries = {name: {k: v for k, v in e.items() if k != KEY} for name, e in self.entries.items()}
+        header = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **entries}).encode()
         if len(header) > self.room:
             raise StorageError(f"{self.path}: expected a header of at most {self.room} bytes, found {len(header)}")
         self._file.seek(0)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import StorageError
+from .checksums import checksums_in
 from .files import publish, write_text_atomically
 from .growing_file import GrowingFile, header_room
 from .shards import INDEX_SUFFIX
@@ -69,6 +70,10 @@ class GrowingModel:
         total = sum(e["data_offsets"][1] - e["data_offsets"][0] for held in self.placed.values() for e in held.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text_atomically(out / f"model{INDEX_SUFFIX}", json.dumps(index, indent=2) + "\n")
+
+    def checksums(self) -> dict[str, str]:
+        """Of all tensors that were written, by name; see ``checksums``."""
+        return {name: value for held in self.placed.values() for name, value in checksums_in(held).items()}
 
     def close(self) -> None:
         """Leave the parts as they are, to be gone on with."""
