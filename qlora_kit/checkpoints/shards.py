@@ -19,16 +19,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import StorageError, closest
+from .files import json_object
 
 # The format's names of the types that torch has.
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"C64": torch.complex64, "BOOL": torch.bool},
 }
 FORMAT_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 INDEX_SUFFIX = ".safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
 
 
 class ShardReader:
@@ -119,9 +123,9 @@ class ShardReader:
 
     def _from_index(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = json_object(index.read_bytes())["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(
                 f"{index}: expected JSON with a 'weight_map' from tensor to file, found something else "
                 f"({error!r}); download or save the checkpoint again"
@@ -141,7 +145,7 @@ class ShardReader:
 
     def _from_headers(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in self._shards():
             with _opened(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     if name in files:
@@ -157,6 +161,11 @@ class ShardReader:
                 "weights, and convert .bin checkpoints to safetensors first"
             )
         return files
+
+    def _shards(self) -> list[Path]:
+        """The folder's files; an adapter that lies beside a model isn't a part of it."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        return [file for file in files if file.name != _ADAPTER] or files
 
 
 def _header(file: Path) -> dict[str, Any]:

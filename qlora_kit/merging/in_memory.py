@@ -124,7 +124,7 @@ def merge(
         parts = chosen_parts(adapted, adapters, weights)
         task = MergeTask(
             parts,
-            into,
+            storage_name(into),
             rounding,
             residual_rank,
             base,

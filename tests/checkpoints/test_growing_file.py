@@ -102,8 +102,8 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
 
 def test_a_dtype_that_the_format_lacks_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     writer = GrowingFile(tmp_path / "model.safetensors", header_room("ab"))
-    with pytest.raises(StorageError, match=r"a: expected one of .*torch.bfloat16.*found .* torch.complex64"):
-        writer.append("a", torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(StorageError, match=r"a: expected one of .*torch.bfloat16.*found .* torch.complex128"):
+        writer.append("a", torch.ones(2, dtype=torch.complex128))
     writer.append("b", torch.ones(2))
     writer.finish()
     assert load_file(tmp_path / "model.safetensors").keys() == {"b"}

@@ -78,13 +78,6 @@ FAULTS: tuple[Fault, ...] = (
     ),
     # -- from folder to folder
     Fault(
-        ("files on disk",),
-        ("qwen2-vl", "qwen2.5-vl", "llava", "gemma3"),
-        AssertionError,
-        "some tensors are written under the modules' names, where the base and transformers have older ones",
-        "all under the names that save_pretrained writes",
-    ),
-    Fault(
         (LOFTQ_4, LOFTQ_2),
         ("roberta", "electra", "ast", "qwen2-moe"),
         ConfigError,
