@@ -58,7 +58,7 @@ class Journal:
                 _check_same(lines[0], head, out)
             for line in lines[1:]:
                 check_line(line)
-        except ValueError as error:  # an error of ours is one too
+        except (OSError, ValueError) as error:  # an error of ours is a ValueError too
             self._lock.close()
             raise error if isinstance(error, StorageError) else self._damaged(error) from error
         # What a killed run kept there of activations, which can be large.
@@ -113,7 +113,7 @@ class Journal:
         except ValueError as error:
             raise self._damaged(error) from error
 
-    def _damaged(self, error: ValueError) -> StorageError:
+    def _damaged(self, error: Exception) -> StorageError:
         return StorageError(
             f"{self.path}: expected a journal of JSON lines, found a damaged one ({error}); remove the output "
             "folder and begin again"

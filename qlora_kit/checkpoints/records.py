@@ -16,7 +16,7 @@ from .shards import FORMAT_NAMES
 
 T = TypeVar("T")
 
-_BITS = {name: dtype.itemsize for dtype, name in FORMAT_NAMES.items()}
+_BYTES = {name: dtype.itemsize for dtype, name in FORMAT_NAMES.items()}
 # Of fields whose type is one of these words, whatever else it may be.
 _KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
@@ -35,6 +35,8 @@ def check_line(line: Mapping[str, Any]) -> None:
     _expect(isinstance(line.get("unit"), str), "a unit's name")
     _expect(_is_count(line.get("shard")) and line["shard"] < 1_000_000, "a shard's number")
     _expect("row" in line and isinstance(line["row"], (dict, type(None))), "a row or null")
+    _expect(line["row"] is None or isinstance(line["row"].get("path"), str), "the path of its row")
+    _expect(("digest" in line) == ("adapter" in line), "an adapter's tensors and the digest of their base together")
     _expect(isinstance(line.get("digest"), (str, type(None))), "a digest or null")
     for key in ("base", "adapter"):
         entries: Any = line.get(key, {} if key == "adapter" else None)
@@ -69,14 +71,14 @@ def _is_of(value: object, annotation: str) -> bool:
 
 
 def _is_place(entry: object) -> bool:
-    if not isinstance(entry, dict) or entry.get("dtype") not in _BITS:
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in _BYTES:
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         return False
     if not all(map(_is_count, (*shape, *offsets))):
         return False
-    return bool(offsets[1] - offsets[0] == prod(shape) * _BITS[entry["dtype"]])
+    return bool(offsets[1] - offsets[0] == prod(shape) * _BYTES[str(entry["dtype"])])
 
 
 def _is_count(value: object) -> bool:

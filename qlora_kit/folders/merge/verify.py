@@ -52,6 +52,11 @@ def verify_output(
     if len(known := checksums_in(written)) == len(written):
         check_tensors(reader, known, fix="the disk or the memory is faulty: remove the output and merge again")
     types = reader.types()
+    if lacking := [unit.name for unit in plan.units if unit.name not in types]:
+        raise StorageError(
+            f"{out}: expected a tensor {lacking[0]!r}, found none: the journal names others; remove the output and "
+            "merge again"
+        )
     for name, entry in written.items():
         dtype, shape = types[name]
         if (list(shape), FORMAT_NAMES[dtype]) != (entry["shape"], entry["dtype"]):
