@@ -8,10 +8,15 @@ from typing import Annotated, Optional
 import typer
 
 from qlora_kit.cli.group import command_group, in_words_of, names_or_pattern
+from qlora_kit.cli.numbers import gigabytes, parse_bytes, size_or_word, whole_numbers
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
 
-app = command_group("Quantize a model and start its adapters together, a tensor at a time, from folder to folder.")
+app = command_group(
+    "loftq",
+    "Quantize a model and start its adapters together, a tensor at a time, from folder to folder.",
+    resumed={"init": "what is finished is kept: the same command goes on from there"},
+)
 OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_default=False)]
 
 
@@ -56,7 +61,7 @@ def init(
     """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on."""
     from qlora_kit.checkpoints.model_folder import locate
 
-    from .bits.budget import Budget, parse_bytes
+    from .bits.budget import Budget
     from .disk.progress import bar
     from .disk.stream import Task, stream
 
@@ -69,7 +74,7 @@ def init(
         "loftq_bits": "bits",
         "loftq_iter": "steps",
         "rule": "allocation",
-        "shard_bytes": "shard_size",
+        "shard_bytes": "GB shard_size",
         "activation_bytes": "activations",
     }
     with in_words_of("loftq init", context, Task, LoraConfig, LoftQConfig, Budget, **renamed) as words:
@@ -79,9 +84,9 @@ def init(
             )
         budget = None
         if memory is not None:
-            budget = Budget(bits, parse_bytes(memory, "--memory"), _numbers(ranks), allocation)
+            budget = Budget(bits, parse_bytes(memory, "--memory"), whole_numbers(ranks, "--ranks"), allocation)
         elif ranks is not None or allocation != "milp" or bits not in (None, 2, 3, 4, 8):
-            budget = Budget(4 if bits is None else bits, None, _numbers(ranks), allocation)
+            budget = Budget(4 if bits is None else bits, None, whole_numbers(ranks, "--ranks"), allocation)
         lora = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,
@@ -92,7 +97,7 @@ def init(
                 loftq_bits=4 if budget is not None or bits is None else int(bits),
                 loftq_iter=steps,
                 quant_type=quant_type,
-                blocksize=int(blocksize) if blocksize.isdigit() else blocksize,
+                blocksize=size_or_word(blocksize) or "",
                 double_quant=double_quant,
                 method=method,
                 seed=seed,
@@ -106,7 +111,7 @@ def init(
             locate(model),
             out,
             lora,
-            int(shard_size * 1e9),
+            gigabytes(shard_size, "--shard-size"),
             _device(device),
             workers,
             outputs=calibration is not None,
@@ -143,16 +148,6 @@ def verify(
     with in_words_of("loftq verify", context, check, LoraConfig, LoftQConfig):
         for line in check(out, against, layers=layers, load=load):
             typer.echo(line)
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    """``"8,16,32"`` as numbers."""
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() for part in parts):
-        raise ConfigError(f"--ranks: expected whole numbers with commas between, found {text!r}; pass --ranks 8,16,32")
-    return tuple(int(part) for part in parts)
 
 
 def _device(name: str) -> str:

@@ -38,6 +38,7 @@ loftq
 demo
 cli
 loftq.cli
+__main__ loftq.__main__
 """
 MOST_FILES = 20
 

@@ -13,17 +13,14 @@ adapters.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qlora_kit.errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Seconds after which the best solution so far is taken; a model of hundreds of layers needs about one.
 _SECONDS = 120.0
 _GAP = 1e-4
@@ -90,21 +87,6 @@ class Budget:
 
     def to_dict(self) -> dict[str, object]:
         return {**asdict(self), "ranks": list(self.ranks)}
-
-
-def parse_bytes(text: str, what: str = "size") -> int:
-    """``"4GiB"``, ``"500MB"`` or plain bytes as a number, parts of a byte cut off.
-
-    Args:
-        what: begins the message.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in _UNITS:
-        raise ConfigError(f"{what}: expected a number with B, KB, MB, GB, KiB, MiB or GiB, found {text!r}; pass 4GiB")
-    return int(Fraction(found[1]) * _UNITS[found[2].upper()])  # in floats, 1.005KB would be 1004 bytes
 
 
 def choose(

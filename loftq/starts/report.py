@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoints.files import write_text_atomically
+from qlora_kit.checkpoints.files import json_object, write_text_atomically
+from qlora_kit.checkpoints.records import read_record
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import AdapterError, StorageError
 from qlora_kit.injection.ranks import lowered
@@ -193,9 +194,10 @@ class Report:
         if not path.is_file():
             raise StorageError(f"{path}: expected the report of a finished run, found none; run loftq init to its end")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json_object(path.read_bytes())
             derived = ("captured", "note")
-            rows = [LayerReport(**{k: v for k, v in row.items() if k not in derived}) for row in data["layers"]]
+            kept = [{k: v for k, v in row.items() if k not in derived} for row in data["layers"]]
+            rows = [read_record(LayerReport, row, path) for row in kept]
             left_out = {name: (int(count), int(size)) for name, (count, size) in data["left_out"].items()}
             return cls(
                 data["source"],
@@ -207,7 +209,7 @@ class Report:
                 data.get("checksums", {}),
                 int(data.get("source_bytes", 0)),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(
                 f"{path}: expected a report, found something else ({error!r}); run loftq init again"
             ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..naming import ends_with, pattern_value
+from ..naming import Expression, ends_with, pattern_value
 
 
 def combined_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
@@ -99,6 +99,6 @@ def _selection(configs: Sequence[LoraConfig], paths: list[str]) -> dict[str, Any
                 return {**free, "target_modules": names}
         if all(isinstance(target, str) and target != "all-linear" for target in targets):
             regex = "|".join(f"({target})" for target in dict.fromkeys(targets))
-            if all(re.fullmatch(regex, path) for path in paths):
+            if all(map(Expression(regex, "target_modules").fullmatch, paths)):
                 return {**free, "target_modules": regex}
     return {**free, "target_modules": "|".join(re.escape(path) for path in paths)}

@@ -10,7 +10,6 @@ warns about.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoints.files import publish, stage, sync_folder, withdraw, write_atomically
+from ..codecs.finite import all_finite
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import StorageError
 
@@ -82,16 +82,20 @@ def check_is_folder(folder: Path) -> None:
         raise StorageError(f"{folder}: expected a folder to save to, found a file; choose another path")
 
 
-def read_adapter(directory: str | Path, *, allow_pickle: bool = False) -> tuple[LoraConfig, dict[str, Tensor]]:
+def read_adapter(
+    directory: str | Path, *, allow_pickle: bool = False, check_finite: bool = True
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapter in a local folder: its config, and its tensors (on the CPU) under the keys of the file.
 
     Args:
         directory: the folder that holds ``adapter_config.json``.
         allow_pickle: read ``adapter_model.bin`` where there are no safetensors; with ``weights_only=True``, so
             that nothing in it is executed.
+        check_finite: refuse tensors that hold NaN or infinity.
 
     Raises:
-        StorageError: a file is missing, damaged, foreign, or a link that leaves the folder.
+        StorageError: a file is missing, damaged, foreign, or a link that leaves the folder; or factors that are no
+            floating-point numbers, or tensors with NaN or infinity.
         ConfigError: the config can't be understood.
     """
     folder = Path(directory)
@@ -119,7 +123,24 @@ def read_adapter(directory: str | Path, *, allow_pickle: bool = False) -> tuple[
             f"{weights}: expected an adapter, with keys that start with {PREFIX!r}, found "
             f"{sorted(state)[:3] or 'no tensors'}; pass the folder of an adapter that PEFT or this toolkit saved"
         )
+    _check_values(weights, state, check_finite=check_finite)
     return config, state
+
+
+def _check_values(weights: Path, state: Mapping[str, Tensor], *, check_finite: bool) -> None:
+    odd = [f"{key} ({t.dtype})" for key, t in state.items() if ".lora_" in key and not t.is_floating_point()]
+    if odd:
+        raise StorageError(
+            f"{weights}: expected factors of floating-point numbers, found {len(odd)} others: {', '.join(odd[:4])}; "
+            "save the adapter again"
+        )
+    bad = [key for key, tensor in state.items() if not all_finite(tensor)] if check_finite else []
+    if bad:
+        raise StorageError(
+            f"{weights}: expected finite values, found NaN or infinity in {len(bad)} of {len(state)} tensors "
+            f"({', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}); train it again, or pass check_finite=False to "
+            "load it all the same"
+        )
 
 
 def read_metadata(directory: str | Path) -> dict[str, str]:
@@ -157,7 +178,7 @@ def read_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise StorageError(
             f"{path}: expected a whole safetensors file, found a truncated or foreign one ({error}); copy or save "
             "the adapter again"
@@ -167,7 +188,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a pickle of unknown origin can have any
         raise StorageError(
             f"{path}: expected a pickle of tensors only, found another or a truncated one "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); get the adapter as safetensors"

@@ -14,7 +14,7 @@ which of the two it works for, nor what the branches stand beside.
 
 from .combination import combine
 from .exact import core_svd, distance, exact_rank, weighted_stack
-from .records import Branch, Combined
+from .records import Branch, Combined, one_rank
 from .registry import Recipe, combination_types, register_combination
 from .walk import CombineReport, LayerCombination, Weights, combine_layers
 
@@ -31,6 +31,7 @@ __all__ = [
     "core_svd",
     "distance",
     "exact_rank",
+    "one_rank",
     "register_combination",
     "weighted_stack",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,29 @@ class Combined:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+
+#: What a report says of ``one_rank``.
+FILLED_UP = (
+    "all factors filled up with zeros to rank {}, since servers know one scale for all modules; own_ranks=True leaves "
+    "each its own"
+)
+
+
+def one_rank(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """``pairs`` of A (rank, in) and B (out, rank) by path, all with the largest of their ranks: zeros are added.
+
+    PEFT reads a rank and an alpha for each module. Servers don't: vLLM takes one alpha / r for all modules, llama.cpp
+    divides one alpha by the rank of each tensor. Where all ranks are one, all of them compute the same.
+    """
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    return {path: (_filled(A, 0, rank), _filled(B, 1, rank)) for path, (A, B) in pairs.items()}
+
+
+def _filled(factor: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(factor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim) if shape[dim] else factor
 
 
 def result_dtype(branches: list[Branch]) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import AdapterError, closest
 from ..naming import pattern_value
 from .combination import combine
-from .records import Branch, Combined
+from .records import FILLED_UP, Branch, Combined, one_rank
 from .registry import Recipe, check_together, check_weights
 
 #: One weight an adapter, for all modules or by module.
@@ -49,6 +49,7 @@ class CombineReport:
     adapters: tuple[str, ...]
     layers: tuple[LayerCombination, ...]
     copied: dict[str, str] = field(default_factory=dict)  # modules trained whole, and the adapter each is from
+    filled_to: int | None = None  # the rank that all factors were given by zeros, if they had several
 
     def mean(self, attribute: str) -> float:
         """The mean of a ``LayerCombination`` attribute over the modules."""
@@ -66,6 +67,8 @@ class CombineReport:
             for layer in self.layers
         ]
         lines += [f"{path:{width}}  copied whole from {name}" for path, name in self.copied.items()]
+        if self.filled_to is not None:
+            lines.append(FILLED_UP.format(self.filled_to))
         lines.append(
             f"{len(self.layers)} modules, {self.combination_type} of {', '.join(self.adapters)}: mean captured "
             f"{self.mean('captured'):.4%}, mean error {self.mean('error'):.2e}, mean distance from the weighted sum "
@@ -75,7 +78,12 @@ class CombineReport:
 
 
 def combine_layers(
-    layers: Mapping[str, Mapping[int, Branch]], names: Sequence[str], weights: Weights, recipe: Recipe
+    layers: Mapping[str, Mapping[int, Branch]],
+    names: Sequence[str],
+    weights: Weights,
+    recipe: Recipe,
+    *,
+    own_ranks: bool = False,
 ) -> tuple[dict[str, Combined], CombineReport]:
     """Combine adapters module by module.
 
@@ -83,6 +91,7 @@ def combine_layers(
         layers: for each module's path its branches, by their adapter's place in ``names``.
         names: of the adapters, for messages and the report.
         weights: one for each of ``names``; or those by module.
+        own_ranks: leave each result its rank; see ``records.one_rank`` for what they get otherwise.
 
     Returns:
         The result of each module, and the account of all of them.
@@ -118,7 +127,14 @@ def combine_layers(
                 distance=found.distance,
             )
         )
-    return results, CombineReport(recipe.combination_type, tuple(names), tuple(lines))
+    several = len({found.rank for found in results.values()}) > 1
+    if several and not own_ranks:
+        wide = one_rank({path: (found.A, found.B) for path, found in results.items()})
+        results = {
+            path: dataclasses.replace(found, A=wide[path][0], B=wide[path][1]) for path, found in results.items()
+        }
+    filled_to = next(iter(results.values())).rank if several and not own_ranks else None
+    return results, CombineReport(recipe.combination_type, tuple(names), tuple(lines), filled_to=filled_to)
 
 
 def _by_layer(weights: Weights, paths: Sequence[str], count: int) -> dict[str, list[float]]:

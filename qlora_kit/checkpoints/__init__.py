@@ -10,6 +10,7 @@ Files and runs:
 - ``growing_file``: one shard written a tensor at a time
 - ``growing_model``: a model's shards while they grow, and how they come to their places
 - ``journal``: the record of a run that can be cut off at any point
+- ``records``: what its lines may hold
 - ``pipeline``: the next tensor is read while one is worked on
 - ``spill``: tensors set aside on the disk while a model is changed in place
 

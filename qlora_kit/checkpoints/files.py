@@ -7,9 +7,91 @@ new ones, never half of them, and a killed writer leaves at most a stray ``.<nam
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from ..errors import StorageError
+
+
+def json_object(data: bytes | str) -> dict[str, Any]:
+    """The object that ``data``, JSON of unknown origin, is.
+
+    Raises:
+        ValueError: it isn't JSON, nests deeper than a reader can follow, holds half a character (a lone surrogate,
+            which can be neither written nor shown), or isn't an object.
+    """
+    try:
+        found = json.loads(data)
+        if "\\ud" in (data if isinstance(data, str) else data.decode("latin-1")).lower():
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("lists or objects nested thousands deep") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__} where an object was expected")
+    return found
+
+
+def check_new_folder(out: Path) -> None:
+    """Refuse to write into a folder in which something is: what is there would be mixed up with what is written.
+
+    Raises:
+        StorageError: ``out`` is a file, a folder that isn't empty, or lies where no folder can be made.
+    """
+    try:
+        if out.is_dir():
+            if found := sorted(entry.name for entry in out.iterdir()):
+                raise StorageError(
+                    f"{out}: expected a new or empty folder, found {found[:5]}; choose another folder or remove this "
+                    "one"
+                )
+        elif out.exists() or out.is_symlink():
+            raise StorageError(f"{out}: expected a new or empty folder, found a file; choose another path")
+    except OSError as error:
+        raise unwritable(out, error) from error
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a folder that can't be made, or be written to: by making it, since rights alone don't tell.
+
+    Raises:
+        StorageError: says why.
+    """
+    try:
+        made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
+def unwritable(out: Path, error: OSError) -> StorageError:
+    """What to say of a folder that can't be written to."""
+    return StorageError(
+        f"{out}: expected a folder that can be written to, found {error.strerror or error}; choose another"
+    )
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing that name no file, since a write knows only its descriptor, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def stage(path: Path, data: bytes) -> Path:
@@ -20,7 +102,7 @@ def stage(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import StorageError
 from .checksums import KEY, checksum
+from .files import naming
 from .shards import FORMAT_NAMES
 
 # A header entry beside its name: dtype, shape of a few dimensions, two offsets.
@@ -59,6 +60,7 @@ class GrowingFile:
         self.entries: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in (written or {}).items()}
         self.size = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
         begin = 8 + room
+        self._check_places()
         if self.entries and (not path.exists() or path.stat().st_size < begin + self.size):
             raise StorageError(
                 f"{path}: expected at least {begin + self.size:,} bytes of a file begun earlier, found "
@@ -68,6 +70,16 @@ class GrowingFile:
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by finish or close
         self._file.truncate(begin + self.size)
         self._file.seek(begin + self.size)
+
+    def _check_places(self) -> None:
+        """What is said to have been appended lies in a row: else a reader would take it for damaged."""
+        places = sorted(entry["data_offsets"] for entry in self.entries.values())
+        ends = [0, *(place[1] for place in places)]
+        if [place[0] for place in places] != ends[:-1]:
+            raise StorageError(
+                f"{self.path}: expected tensors one after the other, found gaps in what was noted of it; remove the "
+                "output folder and begin again"
+            )
 
     def append(self, name: str, tensor: Tensor) -> dict[str, Any]:
         """Write one tensor after the others; its header entry, with a checksum of its bytes.
@@ -81,7 +93,8 @@ class GrowingFile:
         data = tensor.detach().to("cpu").contiguous()
         start, count = self.size, data.numel() * data.element_size()
         if count:
-            self._file.write(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            with naming(self.path):
+                self._file.write(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.size = start + count
         place = {"dtype": FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self.size]}
         entry = {**place, KEY: checksum(data)}
@@ -90,8 +103,9 @@ class GrowingFile:
 
     def sync(self) -> None:
         """Have all that was appended on the disk before returning."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header and close; the file is whole after this."""

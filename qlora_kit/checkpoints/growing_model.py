@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import StorageError
-from .checksums import checksums_in
-from .files import publish, write_text_atomically
+from .checksums import check_tensors, checksums_in
+from .files import check_writable, publish, write_text_atomically
 from .growing_file import GrowingFile, header_room
-from .shards import INDEX_SUFFIX
+from .shards import INDEX_SUFFIX, ShardReader
 
 
 class GrowingModel:
@@ -40,6 +40,11 @@ class GrowingModel:
         self.placed: dict[int, dict[str, Any]] = {0: {}}
         for line in lines:
             self.placed.setdefault(line["shard"], {}).update(line["base"])
+        if sorted(self.placed) != list(range(len(self.placed))):
+            raise StorageError(
+                f"{work}: expected parts numbered one after the other, found {sorted(self.placed)[:8]} in the journal; "
+                "remove the output folder and begin again"
+            )
         self.current = max(self.placed)
         self.shard = GrowingFile(self.part(self.current), self.room, self.placed[self.current])
 
@@ -58,12 +63,12 @@ class GrowingModel:
     def place(self, out: Path) -> None:
         """End the last part and give all of them their names in ``out``; the index isn't written yet."""
         self.shard.finish()
-        for number, name in self._names().items():
+        for number, name in _names(self.placed).items():
             place(self.part(number), out / name)
 
     def write_index(self, out: Path) -> None:
         """Write the index of several shards; a single one needs none."""
-        names = self._names()
+        names = _names(self.placed)
         if len(names) == 1:
             return
         weight_map = {name: names[number] for number, held in self.placed.items() for name in held}
@@ -82,11 +87,42 @@ class GrowingModel:
     def part(self, number: int) -> Path:
         return self.work / f"part-{number:05d}.safetensors"
 
-    def _names(self) -> dict[int, str]:
-        count = len(self.placed)
-        if count == 1:
-            return {0: "model.safetensors"}
-        return {number: f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in sorted(self.placed)}
+
+def _names(placed: Mapping[int, Any]) -> dict[int, str]:
+    """The files' names, by the parts' numbers."""
+    count = len(placed)
+    if count == 1:
+        return {0: "model.safetensors"}
+    return {number: f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in sorted(placed)}
+
+
+def check_placed(out: Path, lines: Iterable[Mapping[str, Any]], *, fix: str) -> None:
+    """Refuse a finished output that is no longer what was written: every shard, the index, and every byte.
+
+    Args:
+        lines: what ``append`` told of all of it. fix: ends the message.
+
+    Raises:
+        StorageError: names what differs.
+    """
+    placed: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        placed.setdefault(line["shard"], {}).update(line["base"])
+    names = _names(placed)
+    gone = [name for name in names.values() if not (out / name).is_file()]
+    index = [f"model{INDEX_SUFFIX}"] if len(names) > 1 and not (out / f"model{INDEX_SUFFIX}").is_file() else []
+    if gone or index:
+        raise StorageError(f"{out}: expected the files that were written, found none of {[*gone, *index]}; {fix}")
+    entries = {name: entry for held in placed.values() for name, entry in held.items()}
+    reader = ShardReader(out)
+    known = checksums_in(entries)
+    if len(known) == len(entries):
+        check_tensors(reader, known, fix=fix)
+    elif set(reader) != set(entries):  # noted by an earlier release, which took no checksums
+        odd = sorted(set(reader) ^ set(entries))
+        raise StorageError(
+            f"{out}: expected the {len(entries)} tensors that were written, found others: {odd[:4]}; {fix}"
+        )
 
 
 def place(part: Path, target: Path) -> None:
@@ -112,6 +148,7 @@ def check_disk(out: Path, needed: int) -> None:
     Raises:
         StorageError: with both numbers.
     """
+    check_writable(out)
     folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.exists() else 0
     free = shutil.disk_usage(folder).free

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError
+from .files import json_object, naming, unwritable
+from .records import check_line
 
 _VERSION = 1
 
@@ -40,23 +42,28 @@ class Journal:
         self.folder = out / work_folder
         self.path = self.folder / "journal.jsonl"
         head = json.loads(json.dumps({"version": _VERSION, **task}))
-        if not self.path.exists() and out.is_dir() and any(e.name != work_folder for e in out.iterdir()):
-            raise StorageError(
-                f"{out}: expected a new or empty folder, or one in which this command was interrupted, found "
-                f"{sorted(e.name for e in out.iterdir())[:5]}; choose another folder or remove this one"
-            )
-        self._out = None if out.exists() else out
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder / "lock", out)
+        try:
+            if not self.path.exists() and out.is_dir() and any(e.name != work_folder for e in out.iterdir()):
+                raise StorageError(
+                    f"{out}: expected a new or empty folder, or one in which this command was interrupted, found "
+                    f"{sorted(e.name for e in out.iterdir())[:5]}; choose another folder or remove this one"
+                )
+            self._out = None if out.exists() else out
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder / "lock", out)
+        except OSError as error:
+            raise unwritable(out, error) from error
         try:
             lines, whole = self._read()
             if len(lines) == 1 and lines[0] != head:
                 lines, whole = [], 0  # nothing was finished for that other task
             if lines:
                 _check_same(lines[0], head, out)
-        except StorageError:
+            for line in lines[1:]:
+                check_line(line)
+        except (OSError, ValueError) as error:  # an error of ours is a ValueError too
             self._lock.close()
-            raise
+            raise error if isinstance(error, StorageError) else self._damaged(error) from error
         # What a killed run kept there of activations, which can be large.
         for left in (entry for entry in self.folder.iterdir() if entry.is_dir()):
             shutil.rmtree(left)
@@ -75,11 +82,26 @@ class Journal:
 
     def add(self, line: Mapping[str, Any], *, done: bool = True) -> None:
         """Note a finished unit; it is on the disk when this returns."""
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if done:
             self.done.append(dict(line))
+
+    def finished(self, units: Iterable[str]) -> set[str]:
+        """Which of ``units`` are finished.
+
+        Raises:
+            StorageError: others are, or one twice.
+        """
+        names = [line["unit"] for line in self.done]
+        known = set(units)
+        if odd := [name for name in names if name not in known]:
+            raise self._damaged(ValueError(f"{odd[0]!r} is no tensor of this run"))
+        if len(set(names)) != len(names):
+            raise self._damaged(ValueError("a tensor stands twice"))
+        return set(names)
 
     def close(self) -> None:
         """Let others go on from here; a run that has finished nothing leaves nothing."""
@@ -95,12 +117,23 @@ class Journal:
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         try:
-            return [json.loads(line) for line in whole.splitlines()], len(whole)
+            return [json_object(line) for line in whole.splitlines()], len(whole)
         except ValueError as error:
-            raise StorageError(
-                f"{self.path}: expected a journal of JSON lines, found a damaged one ({error}); remove the output "
-                "folder and begin again"
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"{self.path}: expected a journal of JSON lines, found a damaged one ({error}); remove the output "
+            "folder and begin again"
+        )
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with those of a group of them, a budget's say, beside the others."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat.update({key: value} if key != "budget" else value if isinstance(value, dict) else {})
+    return flat
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
@@ -108,14 +141,18 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) ->
     for part in sorted({*before, *now}):
         old, new = before.get(part), now.get(part)
         if isinstance(old, dict) and isinstance(new, dict):
+            old, new = (_flat(old), _flat(new)) if part == "options" else (old, new)
             changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-            differences += [f"{part} {key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed]
+            if part == "options":  # by the names of arguments, which a command has its own words for
+                differences += [f"{key}={old.get(key)!r} then, {key}={new.get(key)!r} now" for key in changed]
+            else:
+                differences += [f"{part} {key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed]
         elif old != new:
             differences.append(f"{part}: {old!r} then, {new!r} now")
     if differences:
         raise StorageError(
-            f"{out}: expected the command that was begun here, found another ({'; '.join(differences)}); give the "
-            "same options and source to go on, or choose another folder"
+            f"{out}: expected the command that was begun here, found another ({', '.join(differences)}); give the "
+            f"same options and source to go on, remove {out} to begin anew, or choose another folder"
         )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,16 @@ import torch
 from torch import nn
 
 from ..errors import StorageError
+from .files import json_object
 
-# Weights of a 16-bit checkpoint in other formats, and the index that the output gets anew.
-NOT_COPIED = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*")
+# Weights of a 16-bit checkpoint in other formats, and what the output gets anew or isn't: an index, an adapter, the
+# reports of the runs that made the source.
+NOT_COPIED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ot)(\.index\.json)?$|config\.json$|\..*|"
+    r"adapter_config\.json$|(merge|loftq)_report\..*"
+)
+# No model has more; a config that says so would be built for hours.
+_MOST_LAYERS = 4096
 # What turns a text into tokens, in whatever of transformers' formats.
 _TOKENIZER = re.compile(r"(tokenizer|vocab|merges|special_tokens|added_tokens).*|.*\.(model|tiktoken)$")
 _TASKS = {
@@ -70,17 +76,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
         StorageError: there is none, or none that is JSON of a dictionary.
     """
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return json_object((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise StorageError(
             f"{folder}: expected config.json beside the weights, found none that can be read ({error}); pass a "
             "model's folder"
         ) from error
-    if not isinstance(settings, dict):
-        raise StorageError(
-            f"{folder / 'config.json'}: expected a dictionary, found a {type(settings).__name__}; pass a model's folder"
-        )
-    return settings
 
 
 def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.Module:
@@ -93,10 +94,9 @@ def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.M
     Raises:
         StorageError: no config, or one of a quantized model.
     """
-    import transformers
-
-    read_settings(folder)
-    config: Any = transformers.AutoConfig.from_pretrained(folder, **overrides)
+    settings = {**read_settings(folder), **overrides}
+    _check_layers(folder, settings)
+    config = _config(folder, overrides)
     if getattr(config, "quantization_config", None) is not None and not quantized:
         raise StorageError(
             f"{folder}: expected a model in 16 or 32 bits, found one that is quantized already; pass the original, "
@@ -104,10 +104,56 @@ def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.M
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    make = getattr(transformers, names[0])._from_config if names else transformers.AutoModel.from_config
-    with torch.device("meta"):
-        return make(config)
+    try:
+        # Kernels that a config names would be fetched, and nothing is computed here.
+        config._attn_implementation = config._experts_implementation = None
+        with torch.device("meta"):
+            return _maker(config)(config)
+    except Exception as error:
+        raise _not_built(folder, error) from error
+
+
+def _config(folder: Path, overrides: Mapping[str, Any]) -> Any:
+    """transformers' object of config.json; code that lies beside it is never run or asked about."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **overrides)
+    except Exception as error:
+        raise _not_built(folder, error) from error
+
+
+def _maker(config: Any) -> Callable[[Any], nn.Module]:
+    """What builds the model that ``config`` names first, among those that transformers has."""
+    import transformers
+
+    listed = config.architectures if isinstance(config.architectures, (list, tuple)) else ()
+    found = (getattr(transformers, name, None) for name in listed if isinstance(name, str))
+    kind: Any = next((k for k in found if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
+    if kind is not None:
+        return kind._from_config
+    return lambda config: transformers.AutoModel.from_config(config, trust_remote_code=False)
+
+
+def _check_layers(folder: Path, settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _check_layers(folder, value)
+        elif "layers" in key and isinstance(value, (int, float)) and not value <= _MOST_LAYERS:
+            raise StorageError(
+                f"{folder / 'config.json'}: {key}: expected at most {_MOST_LAYERS} layers, found {value}; download or "
+                "save the model again"
+            )
+
+
+def _not_built(folder: Path, error: Exception) -> StorageError:
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        said = "one whose code lies beside it (auto_map), which is never run here"
+    return StorageError(
+        f"{folder / 'config.json'}: expected a config of a model that transformers has, found another ({said}); save "
+        "the model again with transformers' save_pretrained"
+    )
 
 
 def task_type(model: nn.Module) -> str | None:

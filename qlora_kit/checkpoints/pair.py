@@ -96,7 +96,7 @@ class CheckpointPair:
 
     def __init__(self, base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> None:
         folders = locate(base, "base"), locate(tuned, "tuned")
-        if folders[0].resolve() == folders[1].resolve():
+        if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):
             raise StorageError(
                 f"{folders[0]}: expected two checkpoints, found one folder for both; pass the tuned one's"
             )

@@ -64,7 +64,7 @@ def module_of(
     tensors = {name: tensor for name, tensor in tensors.items() if name != "bias"}
     try:
         module = _filled(tensors, shape, kind, options)
-    except (KeyError, ValueError, RuntimeError) as error:  # bitsandbytes' and torch's, of a tensor that isn't there
+    except Exception as error:  # bitsandbytes' and torch's of any kind, of tensors that aren't there, or aren't these
         raise StorageError(
             f"{where}weight: expected all tensors of a quantized weight, found {sorted(tensors)} ({error!r}); download "
             "or save the checkpoint again"

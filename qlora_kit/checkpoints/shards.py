@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import StorageError, closest
+from .files import json_object
 
 # The format's names of the types that torch has.
 _DTYPES = {
@@ -31,6 +32,7 @@ _DTYPES = {
 }
 FORMAT_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 INDEX_SUFFIX = ".safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
 
 
 class ShardReader:
@@ -121,9 +123,9 @@ class ShardReader:
 
     def _from_index(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = json_object(index.read_bytes())["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(
                 f"{index}: expected JSON with a 'weight_map' from tensor to file, found something else "
                 f"({error!r}); download or save the checkpoint again"
@@ -143,7 +145,7 @@ class ShardReader:
 
     def _from_headers(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in self._shards():
             with _opened(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     if name in files:
@@ -159,6 +161,11 @@ class ShardReader:
                 "weights, and convert .bin checkpoints to safetensors first"
             )
         return files
+
+    def _shards(self) -> list[Path]:
+        """The folder's files; an adapter that lies beside a model isn't a part of it."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        return [file for file in files if file.name != _ADAPTER] or files
 
 
 def _header(file: Path) -> dict[str, Any]:

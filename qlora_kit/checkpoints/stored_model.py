@@ -58,6 +58,7 @@ class StoredModel:
         self.outgrown: list[str] = []
         if quantized:
             self._check_parts()
+        self._check_scales()
         if overrides:  # what the folder's own class knows is its head
             own = StoredNames(skeleton(folder, quantized=True))
             self.names.foreign = [name for name in self.names.foreign if own.name_of(name) is None]
@@ -73,7 +74,7 @@ class StoredModel:
         path = name.rpartition(".")[0]
         own = self.modules[path]
         if len(tensors) == 1:
-            return holding(own, tensors["weight"])
+            return holding(own, widened(tensors["weight"]))
         kind, options = packing_of(self.settings.get("quantization_config"), lambda p: self.names.path_of(p) == path)
         return module_of(tensors, codec_for(own, path).shape(own), kind, options, f"{self.folder}: {path}.")
 
@@ -103,6 +104,17 @@ class StoredModel:
                     f"{stored!r} of none; dequantize this module before, or leave it in 16 bits"
                 )
 
+    def _check_scales(self) -> None:
+        """Weights in float8 are what they say, unless scales of theirs are stored beside."""
+        narrow = {n.rpartition(".")[0] for n in self.names.stored.values() if is_float8(self.types[n][0])}
+        for stored in self.names.foreign:
+            path, _, name = stored.rpartition(".")
+            if path in narrow and "scale" in name:
+                raise StorageError(
+                    f"{self.folder}: expected float8 weights that are the matrices themselves, found scales beside "
+                    f"them ({stored!r}) and nothing in config.json that says how they are meant; pass the 16-bit model"
+                )
+
     def _check_shapes(self, *, resized: bool) -> None:
         for name, stored in self.names.stored.items():
             dtype, shape = self.types[stored]
@@ -114,6 +126,16 @@ class StoredModel:
                     f"{self.folder}: {stored}: expected a tensor of shape {self.shapes[name]}, as config.json says, "
                     f"found {dtype} {shape}; the shards are another model's, or a tensor of a quantized one is missing"
                 )
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` is one of float8's, in which nothing is computed."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """``tensor``; one in float8 in bfloat16, where its values are the same."""
+    return tensor.bfloat16() if is_float8(tensor.dtype) else tensor
 
 
 def holding(module: nn.Module, weight: Tensor) -> nn.Module:

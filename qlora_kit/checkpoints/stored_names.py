@@ -13,6 +13,7 @@ class. Whether that is copied, left out or refused is the caller's to say.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -70,8 +71,22 @@ class StoredNames:
         """What a checkpoint should call the model's ``name``: the same, or what this one calls it where transformers
         has a renaming, which it reverses on saving."""
         stored = self.stored.get(name, name)
+        if self.variants.renamed(stored) != stored:
+            return stored
         own = next((self.known[variant] for variant in self.variants.of_prefix(stored) if variant in self.known), None)
         return name if own == name else stored
+
+    def missing(self, given: Iterable[str] = ()) -> list[str]:
+        """Parameters of the model that no stored tensor is, nor one of ``given``, nor what is tied to one of these:
+        transformers would make them anew."""
+        made = {known for stored in self.foreign for n in self.variants.made_of(stored) if (known := self.known.get(n))}
+        there = {*self.stored, *given, *made}
+        for group in self.ties():
+            if there.intersection(group):
+                there.update(group)
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        names = dict.fromkeys(self.known.get(name, name) for name, _ in self.model.named_parameters())
+        return [name for name in names if name not in there and not any(re.search(p, name) for p in ignored)]
 
     def ties(self) -> list[list[str]]:
         """Groups of names that one parameter has in the model."""

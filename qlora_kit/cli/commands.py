@@ -9,8 +9,16 @@ import typer
 
 from ..errors import ConfigError
 from .group import command_group, in_words_of, names_or_pattern
+from .numbers import gigabytes, size_or_word
 
-app = command_group("Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.")
+app = command_group(
+    "qlora-kit",
+    "Low-rank adapters on quantized models: start, train, save, merge, with the numbers shown.",
+    resumed={
+        "merge": "what is finished is kept: the same command goes on from there",
+        "demo": "give the same command again, which begins anew",
+    },
+)
 
 
 @app.command()
@@ -57,6 +65,9 @@ def combine(
     density: Annotated[Optional[float], typer.Option(help="Share of entries that pruning keeps.")] = None,  # noqa: UP045
     majority_sign: Annotated[str, typer.Option(help="How TIES elects: total or frequency.")] = "total",
     seed: Annotated[int, typer.Option(min=0, help="Of DARE's masks.")] = 0,
+    own_ranks: Annotated[
+        bool, typer.Option("--own-ranks", help="Let each module keep its rank; servers need one rank for all.")
+    ] = False,
     any_base: Annotated[bool, typer.Option("--any-base", help="Don't check that the base models are one.")] = False,
 ) -> None:
     """Combine stored adapters into a new one; the base model isn't needed."""
@@ -82,6 +93,7 @@ def combine(
             majority_sign_method=majority_sign,
             energy=energy,
             seed=seed,
+            own_ranks=own_ranks,
             check_backbone=not any_base,
         )
         typer.echo(words(str(report)))
@@ -98,12 +110,15 @@ def compress(
         Optional[float],  # noqa: UP045
         typer.Option(help="Instead of --rank: the share of each module's delta to keep, 0.99 say."),
     ] = None,
+    own_ranks: Annotated[
+        bool, typer.Option("--own-ranks", help="Let each module keep its rank; servers need one rank for all.")
+    ] = False,
 ) -> None:
     """Lower a stored adapter's ranks, and show what it costs; the base model isn't needed."""
     from ..folders.combine import compress_folder
 
-    with in_words_of("qlora-kit compress", context, compress_folder, svd_rank="rank") as words:
-        report = compress_folder(folder, out, rank, energy=energy)
+    with in_words_of("qlora-kit compress", context, compress_folder) as words:
+        report = compress_folder(folder, out, rank, energy=energy, own_ranks=own_ranks)
         typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")
 
@@ -149,7 +164,7 @@ def merge(
     renamed = {
         "adapters": "adapter",
         "weights": "weight",
-        "shard_bytes": "shard_size",
+        "shard_bytes": "GB shard_size",
         "check_backbone": "not any_base",
     }
     with in_words_of("qlora-kit merge", context, merge_folders, **renamed) as words:
@@ -160,9 +175,9 @@ def merge(
             weights=weight,
             into=into,
             rounding=rounding,
-            blocksize=int(blocksize) if blocksize is not None and blocksize.isdigit() else blocksize,
+            blocksize=size_or_word(blocksize),
             double_quant=double_quant,
-            shard_bytes=int(shard_size * 10**9),
+            shard_bytes=gigabytes(shard_size, "--shard-size"),
             check_backbone=not any_base,
             force=force,
             device=device,
@@ -191,6 +206,9 @@ def extract(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    own_ranks: Annotated[
+        bool, typer.Option("--own-ranks", help="Let each module keep its rank; servers need one rank for all.")
+    ] = False,
 ) -> None:
     """Turn the difference of two checkpoints into the best adapter there is, and show what it holds and leaves out."""
     from ..folders.extract.run import extract_folders
@@ -206,6 +224,7 @@ def extract(
             whole=whole if whole in (None, "changed") else [name.strip() for name in whole.split(",")],
             dtype=dtype,
             device=device,
+            own_ranks=own_ranks,
         )
         typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")

@@ -20,7 +20,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # A literal, or the name of what is meant: FOLDER.
@@ -39,12 +39,14 @@ class Option:
         off: of a flag, what sets it to False; "" if nothing does.
         flag: takes no value.
         repeated: once for each of several values, which have commas between them otherwise.
+        unit: how much of what Python has is one of the option's.
     """
 
     on: str
     off: str = ""
     flag: bool = False
     repeated: bool = False
+    unit: float = 1.0
 
     def negated(self) -> Option:
         """That of an argument which is False where this flag is given."""
@@ -56,10 +58,12 @@ class Option:
             found = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             found = value
-        if self.flag:
+        if self.flag and found is not None:
             return self.on if found else self.off or f"no {self.on}"
         if found is None or found == ():
             return f"no {self.on}"
+        if self.unit != 1 and isinstance(found, (int, float)):
+            found = f"{found / self.unit:g}"
         several = [shlex.quote(str(one)) for one in (found if isinstance(found, (list, tuple)) else [found])]
         if self.repeated:
             return " ".join(f"{self.on} {one}" for one in several)
@@ -127,13 +131,14 @@ def wording_of(context: Any, functions: tuple[Callable[..., Any], ...], renamed:
         context: typer's, of the command.
         functions: what it calls, configurations included.
         renamed: the command's parameters, by Python's names for the same where those are others; "not any_base" for an
-            argument that is False where the flag is given.
+            argument that is False where the flag is given, "GB shard_size" for one in bytes.
     """
     own = {parameter.name: _option(parameter) for parameter in context.command.params}
     options = dict(own)
     for name, parameter in renamed.items():
-        flag = own[parameter.removeprefix("not ")]
-        options[name] = flag.negated() if parameter.startswith("not ") else flag
+        how, _, parameter = parameter.rpartition(" ")
+        option = own[parameter]
+        options[name] = option.negated() if how == "not" else replace(option, unit=1e9) if how == "GB" else option
     arguments = {name for function in functions for name in inspect.signature(function).parameters}
     return Wording(options, arguments, {str(value) for value in context.params.values()})
 

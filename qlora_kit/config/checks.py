@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import re
+import sys
 
 from ..errors import ConfigError, closest
+from ..naming import Expression
 
 
 def failure(name: str, expected: str, value: object, fix: str) -> ConfigError:
@@ -19,7 +19,7 @@ def check_int(name: str, value: object, least: int, fix: str) -> None:
 
 
 def check_positive(name: str, value: object, fix: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value <= sys.float_info.max):
         raise failure(name, "a finite number above 0", value, fix)
 
 
@@ -35,10 +35,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], fix: str) -
 
 
 def check_regex(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise failure(name, "a valid regular expression", value, f"correct it ({error})") from error
+    Expression(value, name)
 
 
 def check_device(name: str, value: object) -> None:
@@ -46,9 +43,10 @@ def check_device(name: str, value: object) -> None:
     import torch
 
     try:
-        torch.empty(0, device=value)  # type: ignore[call-overload]
-    except (RuntimeError, AssertionError, TypeError) as error:  # the second: torch without CUDA
-        said = str(error).splitlines()[0]
+        if torch.empty(0, device=value).is_meta:  # type: ignore[call-overload]
+            raise RuntimeError("meta has no memory")
+    except Exception as error:  # of any kind: torch asks its backends, which may not be there
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise failure(name, "a device of this machine", str(value), f"pass {name}='cpu' ({said})") from error
 
 

@@ -16,12 +16,12 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import write_atomically
+from ..checkpoints.files import json_object, write_atomically
 from ..errors import ConfigError, closest
 from ..neighbours.passing import blank, loaded, standing_for
 from .checks import check_bool, check_choice, check_int, check_names, check_positive, check_regex, failure
 from .loftq import LoftQConfig
-from .peft_json import fields_from_json
+from .peft_json import STARTS_ELSEWHERE, fields_from_json
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -174,20 +174,23 @@ class LoraConfig:
         """
         path = Path(directory) / CONFIG_NAME
         try:
-            data = json.loads(path.read_bytes())
+            data = json_object(path.read_bytes())
         except OSError as error:
             raise ConfigError(
                 f"{path}: expected a readable file, found none ({error.strerror}); pass the folder that an "
                 "adapter was saved to (an adapter of a name other than 'default' is in a subfolder of that name)"
             ) from error
         except ValueError as error:
-            raise ConfigError(f"{path}: expected JSON, found {error}; save the adapter again") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found a {type(data).__name__}; save it again")
+            raise ConfigError(f"{path}: expected a JSON object, found {error}; save the adapter again") from error
         try:
             return cls.from_dict(data)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: expected the fields of an adapter's config, found one that can't be understood ({error}); "
+                "save the adapter again"
+            ) from error
 
     def _check_numbers(self) -> None:
         check_int("r", self.r, 1, "pass a rank such as r=8")
@@ -217,6 +220,8 @@ class LoraConfig:
             check_names("layers_pattern", [self.layers_pattern], regex=False)
         else:
             self.layers_pattern = check_names("layers_pattern", self.layers_pattern, regex=False)
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            check_regex("layers_pattern", pattern)
         layers = self.layers_to_transform
         if isinstance(layers, (list, tuple, set, frozenset, range)):
             if not layers:
@@ -239,7 +244,12 @@ class LoraConfig:
             known = ["True", "False", *sorted(INIT_NAMES)]
             near = closest(init, INIT_NAMES, count=1) if isinstance(init, str) else []
             hint = f"did you mean {near[0]!r}? " if near else ""
-            fix = hint + "a start of your own is registered with qlora_kit.initializers.register_initializer"
+            elsewhere = [advice for name, advice in STARTS_ELSEWHERE.items() if str(init).lower().startswith(name)]
+            fix = (
+                elsewhere[0]
+                if elsewhere
+                else hint + "a start of your own is registered with qlora_kit.initializers.register_initializer"
+            )
             raise failure("init_lora_weights", f"one of {known}", init, fix)
         if self.loftq_config is not None and not isinstance(self.loftq_config, LoftQConfig):
             if not isinstance(self.loftq_config, Mapping):

@@ -50,6 +50,22 @@ WITHOUT_EFFECT = {
 ADAPTER_ONLY_STARTS = {"eva", "mica", "orthogonal"}
 BASE_REWRITING_STARTS = ("corda", "lora_ga", "olora", "pissa")
 
+# PEFT's starts by name, and what to do here for the same: its name may begin so.
+_PISSA = (
+    "here it is one of LoftQ's methods, which quantizes what is left: pass init_lora_weights='loftq' and "
+    "loftq_config=LoftQConfig(method='pissa')"
+)
+STARTS_ELSEWHERE = {
+    "pissa": _PISSA,
+    "corda": "for a start that looks at the inputs pass init_lora_weights='loftq' and LoftQConfig(method='aligned')",
+    "eva": "for a start that looks at the inputs pass init_lora_weights='loftq' and LoftQConfig(method='qera')",
+    "olora": "it isn't implemented: pass init_lora_weights=True, or start with PEFT and load the adapter",
+    "orthogonal": "it isn't implemented: pass init_lora_weights=True, or start with PEFT and load the adapter",
+    "lora_ga": "it isn't implemented: pass init_lora_weights=True, or start with PEFT and load the adapter",
+    "mica": "it isn't implemented: pass init_lora_weights=True, or start with PEFT and load the adapter",
+    "kaiming": "that is PEFT's default and the one here: pass init_lora_weights=True",
+}
+
 # Fields that some writers leave null where they mean the default. Not so a rank or an alpha: what null means there
 # decides what a stored adapter computes.
 _NULL_IS_DEFAULT = {

@@ -59,12 +59,10 @@ class Source:
 
     def tokenizer(self) -> Any:
         try:
-            return AutoTokenizer.from_pretrained(self.name, local_files_only=Path(self.name).is_dir())
-        except (OSError, ValueError) as error:  # transformers': no such model, and none that it can read
-            raise StorageError(
-                f"model={self.name!r}: expected a folder, or a name on the hub, of a model with its tokenizer, found "
-                f"none ({str(error).splitlines()[0]}); correct it, or download the model first"
-            ) from error
+            local = Path(self.name).is_dir()
+            return AutoTokenizer.from_pretrained(self.name, local_files_only=local, trust_remote_code=False)
+        except Exception as error:  # transformers' of any kind: no such model, and none that it can read
+            raise self._unreadable(error) from error
 
     def dense(self) -> PreTrainedModel:
         """The stored weights, unquantized, in evaluation mode."""
@@ -82,12 +80,25 @@ class Source:
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
 
     def _load(self, name: str, **options: Any) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=self.dtype,
-            device_map={"": self.device},
-            local_files_only=Path(name).is_dir(),
-            **options,
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=self.dtype,
+                device_map={"": self.device},
+                local_files_only=Path(name).is_dir(),
+                trust_remote_code=False,
+                **options,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> StorageError:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return StorageError(
+            f"model={self.name!r}: expected a folder, or a name on the hub, of a model with its tokenizer, found "
+            f"none ({said}); correct it, or download the model first"
         )
 
 

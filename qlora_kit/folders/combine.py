@@ -19,8 +19,10 @@ from ..adapter_files.backbone import METADATA_KEY
 from ..adapter_files.combined_config import check_apart, combined_config, holder_of, rank_fields
 from ..adapter_files.folder import PREFIX, write_adapter
 from ..algebra import Combined, CombineReport, Recipe, Weights, combine_layers
+from ..checkpoints.files import check_new_folder
+from ..config.checks import check_int
 from ..errors import AdapterError, ConfigError, StorageError
-from .stored_adapter import StoredAdapter, parameter_name, read_stored_adapter
+from .stored_adapter import StoredAdapter, check_once, parameter_name, read_stored_adapter
 
 
 def combine_folders(
@@ -35,6 +37,7 @@ def combine_folders(
     svd_clamp: float | None = None,
     energy: float | None = None,
     seed: int = 0,
+    own_ranks: bool = False,
     check_backbone: bool = True,
     allow_pickle: bool = False,
 ) -> CombineReport:
@@ -44,7 +47,7 @@ def combine_folders(
     one source's that has them. Arguments not named here are as there.
 
     Args:
-        folders: of the adapters. weights: one for each; or those by module.
+        folders: of the adapters. weights: one for each; or those by module. out: a new or empty folder.
         check_backbone: refuse adapters that name two base models, or of whose quantized bases it isn't sure that
             they are one. Where it is False, and it isn't sure, the result carries no fingerprint.
 
@@ -55,6 +58,8 @@ def combine_folders(
     recipe = Recipe(combination_type, svd_rank, density, majority_sign_method, svd_clamp, energy, seed)
     if isinstance(folders, (str, Path)) or not folders:
         raise AdapterError(f"folders: expected a list with at least one adapter's folder, found {folders!r}")
+    check_new_folder(Path(out))
+    check_once(folders)
     stored = [read_stored_adapter(folder, allow_pickle=allow_pickle) for folder in folders]
     names = [str(folder) for folder in folders]
     paths = sorted({path for one in stored for path in one.branches})
@@ -65,7 +70,7 @@ def combine_folders(
     backbone = _common_backbone(stored, check_backbone)
     rest, copied = _copies(stored)
     rest |= _tables(stored, copied, paths)
-    results, report = combine_layers(layers, names, weights, recipe)
+    results, report = combine_layers(layers, names, weights, recipe, own_ranks=own_ranks)
     report.copied.update(copied)
     config = combined_config([one.config for one in stored], {path: r.rank for path, r in results.items()})
     sources = {path: next(one for one in stored if path in one.keys) for path in paths}
@@ -80,6 +85,7 @@ def compress_folder(
     rank: int | None = None,
     *,
     energy: float | None = None,
+    own_ranks: bool = False,
     allow_pickle: bool = False,
 ) -> CombineReport:
     """Write the adapter in ``folder`` with lower ranks into ``out``: in each module the best approximation there is.
@@ -87,8 +93,11 @@ def compress_folder(
     All that isn't a factor (biases, whole modules, the fingerprint of the base) stays as it is.
 
     Args:
+        out: a new or empty folder.
         rank: of every module, where it isn't lower already. energy: in its place, a share in (0, 1]: each module gets
             the smallest rank that keeps it.
+        own_ranks: let each module keep the rank that it got. PEFT and this toolkit read that; servers know one rank and
+            one scale for all modules, so by default factors are filled up with zeros to the largest.
 
     Returns:
         Each module's rank and the error that it costs; a table when printed.
@@ -98,11 +107,15 @@ def compress_folder(
         StorageError, AdapterError: there is no adapter, or it holds NaN. Nothing is written on any error.
     """
     if (rank is None) == (energy is None):
-        raise ConfigError(f"rank, energy: expected one of the two, found {rank!r} and {energy!r}; pass rank=8, say")
+        fix = "pass rank=8, say" if rank is None else "leave one of them out"
+        raise ConfigError(f"rank, energy: expected one of the two, found {rank!r} and {energy!r}; {fix}")
+    if rank is not None:
+        check_int("rank", rank, 1, "pass a rank such as 8")
     recipe = Recipe("svd", rank=rank, energy=energy)
+    check_new_folder(Path(out))
     stored = read_stored_adapter(folder, allow_pickle=allow_pickle)
     layers = {path: {0: branch} for path, branch in stored.branches.items()}
-    results, report = combine_layers(layers, [str(folder)], [1.0], recipe)
+    results, report = combine_layers(layers, [str(folder)], [1.0], recipe, own_ranks=own_ranks)
     config = dataclasses.replace(stored.config, **rank_fields({path: r.rank for path, r in results.items()}))
     state = {key: t for path, found in results.items() for key, t in _as_stored(path, found, stored).items()}
     metadata = {METADATA_KEY: stored.backbone} if stored.backbone else None

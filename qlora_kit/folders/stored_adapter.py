@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..adapter_files.backbone import METADATA_KEY
 from ..adapter_files.combined_config import holder_of
-from ..adapter_files.folder import PREFIX, read_adapter, read_metadata
+from ..adapter_files.folder import PREFIX, WEIGHTS_NAME, read_adapter, read_metadata
 from ..algebra import Branch
-from ..config.lora import LoraConfig
-from ..errors import StorageError
+from ..config.lora import CONFIG_NAME, LoraConfig
+from ..errors import AdapterError, StorageError
 from ..naming import pattern_value
 
 _FACTOR = re.compile(
@@ -48,7 +48,7 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
         StorageError: see ``read_adapter``; or a factor without its other half, or of another
             rank than the config says.
     """
-    config, state = read_adapter(folder, allow_pickle=allow_pickle)
+    config, state = read_adapter(folder, allow_pickle=allow_pickle, check_finite=False)
     config = _with_tied_copies(config, state)
     stored = StoredAdapter(Path(folder), config, read_metadata(folder).get(METADATA_KEY))
     sides: dict[str, dict[str, str]] = {}
@@ -63,7 +63,7 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
             raise StorageError(
                 f"{folder}: expected factors A and B of {path}, found only {list(found.values())}; save it again"
             )
-        A, B = state[found["A"]], state[found["B"]]
+        A, B = (_widened(state[found[side]]) for side in "AB")
         rank = pattern_value(path, config.rank_pattern, config.r)
         if min(A.dim(), B.dim()) < 2 or A.shape[0] != rank or B.flatten(1).shape[1] != rank:
             raise StorageError(
@@ -110,6 +110,29 @@ def _once(state: Mapping[str, Tensor]) -> list[str]:
 
 def _is_weight(key: str) -> bool:
     return key.endswith(".weight") and ".lora_" not in key and ".base_layer." not in key
+
+
+def _widened(factor: Tensor) -> Tensor:
+    """``factor``; a float8 one in float32, since torch computes in nothing so narrow."""
+    return factor.float() if factor.element_size() == 1 else factor
+
+
+def check_once(folders: Sequence[str | Path]) -> None:
+    """Refuse one adapter that stands several times, however its folder is spelled or linked to.
+
+    Raises:
+        AdapterError: names both spellings.
+    """
+    seen: dict[object, str | Path] = {}
+    for folder in folders:
+        files = [file for name in (CONFIG_NAME, WEIGHTS_NAME) if (file := Path(folder) / name).exists()]
+        same = tuple((file.stat().st_dev, file.stat().st_ino) for file in files)
+        if same and same in seen:
+            raise AdapterError(
+                f"{folder}: expected each adapter once, found it again as {seen[same]}, so its delta would be added "
+                "twice; give it the sum of both weights instead"
+            )
+        seen[same] = folder
 
 
 def parameter_name(key: str) -> str:

@@ -19,7 +19,7 @@ from ..codecs import codec_for
 from ..config.lora import LoraConfig
 from ..errors import TargetError, closest
 from ..layers import layer_family_for, parts_to_save
-from ..naming import Patterns, Suffixes, Tree, base_of, pattern_value
+from ..naming import Expression, Patterns, Suffixes, Tree, base_of, pattern_value
 from ..naming.suffixes import suffixes
 from .adaptable import adaptable, is_linear, refused
 from .architectures import default_targets
@@ -91,13 +91,14 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
         live = [name for name in names if any(path in candidates for path in tree.names.of(name))]
         changes["target_modules"] = live or names
     if isinstance(excluded := config.exclude_modules, str):
-        changes["exclude_modules"] = excluded if any(re.fullmatch(excluded, path) for path in tree.modules) else None
+        changes["exclude_modules"] = excluded if _some(excluded, tree.modules) else None
     else:
         changes["exclude_modules"] = [name for name in excluded or () if name in tree.names] or None
     config = replace(config, **changes)
     selected = _select(tree, config, candidates)
     if isinstance(wanted := config.layers_to_transform, list):
-        there = {_layer_of(path, config.layers_pattern) for path in selected}
+        patterns = _layer_patterns(config)
+        there = {_layer_of(path, patterns) for path in selected}
         config = replace(config, layers_to_transform=[index for index in wanted if index in there] or wanted)
     selected = _without_excluded(_only_layers(selected, config), config, tree)
     known = Suffixes(selected if config.rank_pattern or config.alpha_pattern else ())
@@ -162,7 +163,8 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
             )
         return chosen
     if isinstance(names, str):
-        chosen = [path for path in candidates if re.fullmatch(names, path)]
+        expression = Expression(names, "target_modules")
+        chosen = [path for path in candidates if expression.fullmatch(path)]
         if not chosen:
             near = closest(re.sub(r"[\\^$.*+?()\[\]{}|]+", " ", names), _names_of(candidates))
             raise TargetError(
@@ -213,7 +215,8 @@ def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
         return selected
     wanted = config.layers_to_transform
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    found = {path: index for path in selected if (index := _layer_of(path, config.layers_pattern)) is not None}
+    patterns = _layer_patterns(config)
+    found = {path: index for path in selected if (index := _layer_of(path, patterns)) is not None}
     missing = indices - set(found.values())
     if missing:
         raise TargetError(
@@ -223,14 +226,25 @@ def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
     return [path for path, index in found.items() if index in indices]
 
 
-def _layer_of(path: str, patterns: list[str] | str | None) -> int | None:
+def _layer_patterns(config: LoraConfig) -> list[Expression]:
+    """For ``_layer_of``: what leads to a layer's index, for each of ``layers_pattern``."""
+    given = config.layers_pattern
+    names = [given] if isinstance(given, str) else given or [r"[^.]+"]
+    return [Expression(rf"(?:^|.*?\.)(?:{name})\.(\d+)(?:\.|$)", "layers_pattern") for name in names]
+
+
+def _layer_of(path: str, patterns: Sequence[Expression]) -> int | None:
     """The layer that ``path`` lies in: the first index on the way to it, as in PEFT, since what is numbered further
     inside (experts, branches) belongs to a layer. With ``patterns`` the first index after the first of them that is
     on the way."""
-    for names in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]+"]:
-        if match := re.match(rf"(?:^|.*?\.)(?:{names})\.(\d+)(?:\.|$)", path):
-            return int(match[1])
+    for pattern in patterns:
+        if (index := pattern.group(path)) is not None:
+            return int(index)
     return None
+
+
+def _some(expression: str, paths: Iterable[str]) -> bool:
+    return any(map(Expression(expression, "exclude_modules").fullmatch, paths))
 
 
 def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> list[str]:
@@ -238,7 +252,7 @@ def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> li
     if not excluded:
         return selected
     if isinstance(excluded, str):
-        expression = re.compile(excluded)
+        expression = Expression(excluded, "exclude_modules")
         _must_match("exclude_modules", excluded, any(map(expression.fullmatch, tree.modules)), tree.modules)
     else:
         for name in excluded:
@@ -250,7 +264,7 @@ def _without_excluded(selected: list[str], config: LoraConfig, tree: Tree) -> li
 def named(tree: Tree, names: list[str] | str | None) -> list[str]:
     """Paths of all modules that ``names``, or a regular expression, means."""
     if isinstance(names, str):
-        return [path for path in tree.modules if re.fullmatch(names, path)]
+        return list(filter(Expression(names, "exclude_modules").fullmatch, tree.modules))
     return tree.names.matching(names or ())
 
 

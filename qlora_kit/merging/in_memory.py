@@ -45,7 +45,7 @@ from .rest_of_model import (
     narrow_held_,
     put_trained_copies_,
 )
-from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
+from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder, storage_name
 from .ties import check_can_be_parted, declare_untied_, tie_again_, tied_by_adapters
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
@@ -59,7 +59,7 @@ def merge(
     *,
     adapters: str | Sequence[str] | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
-    into: str = "same",
+    into: str | torch.dtype = "same",
     base: str = "dequantized",
     original: str | os.PathLike[str] | None = None,
     rounding: str = "nearest",
@@ -124,7 +124,7 @@ def merge(
         parts = chosen_parts(adapted, adapters, weights)
         task = MergeTask(
             parts,
-            into,
+            storage_name(into),
             rounding,
             residual_rank,
             base,

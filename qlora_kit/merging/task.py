@@ -23,7 +23,23 @@ from ..layers import AdapterLayer, ModulesToSave
 from .requantize import WAYS, target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What else these are called, in scripts and on command lines.
+_ALIASES = {
+    **dict.fromkeys(("fp32", "f32", "float", "single"), "float32"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
+}
 BASES = ("dequantized", "original", "auto")
+
+
+def storage_name(storage: Any) -> Any:
+    """The name that this toolkit has for a dtype or a storage: "bfloat16" of ``torch.bfloat16``, "torch.bfloat16" and
+    "bf16", "nf4" of "NF4". What it doesn't know stays as it is."""
+    if not isinstance(storage, (str, torch.dtype)):
+        return storage
+    name = str(storage).removeprefix("torch.").lower()
+    name = _ALIASES.get(name, name)
+    return name if name in ("same", *DTYPES, *STORED_TYPES) else storage
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class MergeTask:
 
     Attributes:
         parts: the weight of each adapter by name.
-        into: "same", a dtype's name, or a k-bit type.
+        into: "same", a dtype's name, or a k-bit type; see ``storage_name``.
         rounding, residual_rank, residual_dtype, blocksize, double_quant: of k-bit layers; see ``merge``.
         base: "dequantized", "original" or "auto".
         original: the folder of the 16-bit weights, where one is needed.
@@ -207,9 +223,7 @@ def check_consumed(
         held += [saved for saved in copies.values() if name in saved.modules_to_save]
         taken = {_whose(tensor) for module in held for tensor in module.adapter_tensors(name).values()}
         taken |= {id(bias) for bias in bias_parameters(adapted.root, adapted.configs[name].bias, name).values()}
-        taken |= {
-            _whose(buffer) for buffer in adapted.buffers.of(adapted.root, name).values()
-        }
+        taken |= {_whose(buffer) for buffer in adapted.buffers.of(adapted.root, name).values()}
         left = [slot.key for slot in adapter_slots(adapted, name) if _whose(slot.tensor) not in taken]
         if left:
             raise MergeError(

@@ -45,6 +45,7 @@ def add_weighted_adapter(
     *,
     energy: float | None = None,
     seed: int = 0,
+    own_ranks: bool = False,
     check_backbone: bool = True,
 ) -> CombineReport:
     """Add adapter ``adapter_name``, a combination of ``adapters``; frozen and not active. All of it, or nothing.
@@ -79,6 +80,8 @@ def add_weighted_adapter(
         energy: in place of ``svd_rank``, for "svd" and "exact": in each module the smallest rank that keeps this
             share of the sum's squared norm.
         seed: of DARE's masks; each module's depend on it and the module's path alone.
+        own_ranks: let each module keep the rank that it got. PEFT and this toolkit read that; servers know one rank and
+            one scale for all modules, so by default factors are filled up with zeros to the largest.
         check_backbone: refuse sources that LoftQ started on another base than the one at hand.
 
     Returns:
@@ -93,12 +96,21 @@ def add_weighted_adapter(
     check_bool("svd_full_matrices", svd_full_matrices)
     if svd_driver is not None:
         check_choice("svd_driver", svd_driver, ("gesvd", "gesvdj", "gesvda"), "leave it out")
-    return _combined_(self.adapted, adapters, weights, adapter_name, recipe, check_base=check_backbone)
+    return _combined_(
+        self.adapted, adapters, weights, adapter_name, recipe, check_base=check_backbone, own_ranks=own_ranks
+    )
 
 
 @torch.no_grad()
 def _combined_(
-    adapted: Adapted, adapters: Sequence[str], weights: Weights, name: str, recipe: Recipe, *, check_base: bool = True
+    adapted: Adapted,
+    adapters: Sequence[str],
+    weights: Weights,
+    name: str,
+    recipe: Recipe,
+    *,
+    check_base: bool = True,
+    own_ranks: bool = False,
 ) -> CombineReport:
     """Add adapter ``name``, combined from ``adapters`` by ``recipe``."""
     names = _sources(adapted, adapters)
@@ -110,7 +122,7 @@ def _combined_(
     _check_unmerged(names, layers, adapted.set_aside)
     of_one_base = _shared_backbone(adapted, names) if check_base else False
 
-    results, report = combine_layers(_branches(layers, names), names, weights, recipe)
+    results, report = combine_layers(_branches(layers, names), names, weights, recipe, own_ranks=own_ranks)
     config = combined_config(
         [adapted.configs[source] for source in names], {path: found.rank for path, found in results.items()}
     )

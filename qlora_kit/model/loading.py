@@ -35,9 +35,9 @@ class AdapterContents:
     backbone: str | None
 
     @classmethod
-    def read(cls, folder: str | Path, *, allow_pickle: bool = False) -> AdapterContents:
+    def read(cls, folder: str | Path, *, allow_pickle: bool = False, check_finite: bool = True) -> AdapterContents:
         """See ``read_adapter``."""
-        config, state = read_adapter(folder, allow_pickle=allow_pickle)
+        config, state = read_adapter(folder, allow_pickle=allow_pickle, check_finite=check_finite)
         return cls(Path(folder), config, state, read_metadata(folder).get(METADATA_KEY))
 
 

@@ -224,15 +224,16 @@ class LoraModel(ModelProxy):
         config: LoraConfig | None = None,
         allow_pickle: bool = False,
         check_backbone: bool = True,
+        check_finite: bool = True,
         adapter_dtype: torch.dtype | None = None,
     ) -> L:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
         Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
         replaces the stored one. An adapter that LoftQ started fits the quantized base that it was started on,
-        and ``check_backbone`` refuses others.
+        and ``check_backbone`` refuses others; ``check_finite`` refuses NaN and infinity.
         """
-        stored = AdapterContents.read(model_id, allow_pickle=allow_pickle)
+        stored = AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite)
         config = stored.config if config is None else config
         with uncollected():
             injected = config_for(model, config, stored.state, trainable=is_trainable)
@@ -253,6 +254,7 @@ class LoraModel(ModelProxy):
         *,
         allow_pickle: bool = False,
         check_backbone: bool = True,
+        check_finite: bool = True,
     ) -> None:
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it; from a Trainer's
         checkpoint of several adapters, all that are in use come back (by one name it asks for its best checkpoint)."""
@@ -262,7 +264,7 @@ class LoraModel(ModelProxy):
         load_(
             self.adapted,
             adapter_name,
-            AdapterContents.read(model_id, allow_pickle=allow_pickle),
+            AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite),
             trainable=is_trainable,
             check_base=check_backbone,
             add=self.add_adapter,

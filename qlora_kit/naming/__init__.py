@@ -3,15 +3,18 @@
 All that chooses, saves, loads or merges modules asks here. Nothing here knows what a module computes or stores.
 
 - ``tree``: a live model by canonical paths, wrappers stripped, shared modules listed
+- ``expressions``: regular expressions of unknown origin, which are given a time to decide
 - ``suffixes``: names that mean the last components of a path, asked of many paths at once
 - ``variants``: names of older releases, with and without the backbone's prefix
 """
 
+from .expressions import Expression
 from .suffixes import Patterns, Suffixes, ends_with, pattern_value
 from .tree import StandIn, Tree, base_of, canonical, chain, module_at, slot, unwrapped
 from .variants import Variants
 
 __all__ = [
+    "Expression",
     "Patterns",
     "StandIn",
     "Suffixes",

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
+from .expressions import Expression
+
 T = TypeVar("T")
 
 _PLAIN = re.compile(r"[\w.-]+")
@@ -60,12 +62,12 @@ class Patterns(Generic[T]):
     def __init__(self, patterns: Mapping[str, T]) -> None:
         self._values = list(patterns.values())
         self._plain: dict[str, int] = {}
-        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        self._expressions: list[tuple[int, Expression]] = []
         for place, pattern in enumerate(patterns):
             if _PLAIN.fullmatch(pattern):
                 self._plain[pattern] = place
             else:
-                self._expressions.append((place, re.compile(rf"(?:.*\.)?(?:{pattern})")))
+                self._expressions.append((place, Expression(rf"(?:.*\.)?(?:{pattern})", pattern)))
 
     def value(self, path: str, default: T) -> T:
         """The value of the first pattern that fits ``path``."""

@@ -24,22 +24,39 @@ class Variants:
         prefix = getattr(model, "base_model_prefix", "")
         self.prefix = f"{prefix}." if prefix else ""
         self._renamings: list[Any] = []
+        self._conversions: list[Any] = []
         transformers = sys.modules.get("transformers")  # a model of its own can't be there without it
         if transformers is None or not isinstance(model, transformers.PreTrainedModel):
             return
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         # Conversions that do more than rename (experts stacked) have no tensor of one name on both sides.
-        self._renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+        steps = get_model_conversion_mapping(model)
+        self._renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        self._conversions = [step for step in steps if isinstance(step, WeightConverter)]
 
     def __call__(self, name: str) -> list[str]:
+        return [found for n in dict.fromkeys((name, self.renamed(name))) for found in self.of_prefix(n)]
+
+    def renamed(self, name: str) -> str:
+        """What transformers renames ``name`` to on loading, and back on saving; often the same."""
         if not self._renamings:
-            return list(self.of_prefix(name))
+            return name
         from transformers.core_model_loading import rename_source_key
 
-        renamed, _ = rename_source_key(name, self._renamings, [])
-        return [found for n in dict.fromkeys((name, renamed)) for found in self.of_prefix(n)]
+        return str(rename_source_key(name, self._renamings, [])[0])
+
+    def made_of(self, name: str) -> list[str]:
+        """The model's names of what transformers makes of the stored ``name`` and others together; often none."""
+        from_renamed = self.renamed(name)
+        for step in self._conversions:
+            made, matched = step.rename_source_key(from_renamed)
+            if matched is not None:
+                first = step.target_patterns[0]
+                ends = [made.replace(first, target) for target in step.target_patterns]
+                return [found for end in ends for found in self.of_prefix(end)]
+        return []
 
     def of_prefix(self, name: str) -> tuple[str, str, str]:
         """``name``, and with or without the prefix."""

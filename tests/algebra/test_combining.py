@@ -46,9 +46,6 @@ def test_the_weighted_sum_on_every_family_with_any_ranks_and_scalings(kind: str)
     report = lora.add_weighted_adapter(["a0", "a1", "a2"], [0.5, -1.5, 2.0], "new", kind)
     assert_close(deltas(lora, "new"), expected, FLOAT32)
     assert isinstance(report, CombineReport)
-    assert {line.path: line.rank for line in report.layers} == {
-        path: layer.r["new"] for path, layer in lora.adapter_layers().items()
-    }
     assert all(line.distance < 1e-6 for line in report.layers)
     lora.set_adapter(["a0", "a1", "a2"])
     together = ours({"r": 1, "lora_alpha": 5}, {"r": 3, "use_rslora": True}, {"target_modules": ["fc"], "r": 4})
@@ -200,7 +197,9 @@ def test_paths_that_end_alike_keep_their_own_ranks_in_files(tmp_path: Path) -> N
     lora.add_adapter("b", LoraConfig(r=1, target_modules=r"0|1"))
     lora.add_adapter("c", LoraConfig(r=1, target_modules=["x.0"]))
     fill_(lora)
-    lora.add_weighted_adapter(["a", "b", "c"], {"^0$": [0, 1, 0], r"x\.0": [1, 0, 1], ".*": [1, 1, 1]}, "new", "exact")
+    lora.add_weighted_adapter(
+        ["a", "b", "c"], {"^0$": [0, 1, 0], r"x\.0": [1, 0, 1], ".*": [1, 1, 1]}, "new", "exact", own_ranks=True
+    )
     ranks = {path: layer.r["new"] for path, layer in lora.adapter_layers().items()}
     assert ranks == {"0": 1, "x.0": 5, "x.1": 4, "1": 1}
     lora.save_pretrained(tmp_path)

@@ -67,7 +67,8 @@ def test_files_and_model_give_the_same_bits(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["rank_pattern", "rslora", "conv1d", "embedding"])
 def test_golden_files_of_pefts(case: str, tmp_path: Path) -> None:
-    combine_folders([GOLDEN / case, GOLDEN / case], [0.25, 0.5], tmp_path / "out", "exact")
+    shutil.copytree(GOLDEN / case, tmp_path / "copy")
+    combine_folders([GOLDEN / case, tmp_path / "copy"], [0.25, 0.5], tmp_path / "out", "exact")
     once, found = (LoraModel.from_pretrained(base_net(), folder) for folder in (GOLDEN / case, tmp_path / "out"))
     expected = {path: 0.75 * delta for path, delta in deltas(once, "default").items()}
     assert_close(deltas(found, "default"), expected, 1e-6)
@@ -95,7 +96,8 @@ def test_half_precision_sources_give_float32(tmp_path: Path) -> None:
     lora = apply_lora(base_net(), LoraConfig(r=2, target_modules=["fc"]), "a", adapter_dtype=torch.bfloat16)
     fill_(lora)
     (source,) = folders(lora, tmp_path)
-    combine_folders([source, source], [0.3, 0.4], tmp_path / "out", "exact")
+    shutil.copytree(source, tmp_path / "copy")
+    combine_folders([source, tmp_path / "copy"], [0.3, 0.4], tmp_path / "out", "exact")
     again = LoraModel.from_pretrained(base_net(), tmp_path / "out", "new")
     assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.float32}
     assert_close(deltas(again, "new"), {"fc": 0.7 * deltas(lora, "a")["fc"]}, 1e-6)
@@ -120,7 +122,8 @@ def test_one_quantized_base_is_made_sure_of(tmp_path: Path) -> None:
     lora = loftq(1)
     lora.add_adapter("b", LoraConfig(r=2, target_modules=["0", "2"]))
     lora.save_pretrained(tmp_path)
-    combine_folders([tmp_path / "a", tmp_path / "a"], [0.5, 0.5], tmp_path / "same", "exact")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    combine_folders([tmp_path / "a", tmp_path / "copy"], [0.5, 0.5], tmp_path / "same", "exact")
     assert backbone_of(tmp_path / "same") == backbone_of(tmp_path / "a") == lora.backbones["a"]
     loftq(2).save_pretrained(tmp_path / "other")
     loftq(1, ("0",)).save_pretrained(tmp_path / "fewer")
@@ -147,12 +150,10 @@ def rewrite(folder: Path, change: Any) -> None:
     save_file(state, folder / WEIGHTS)
 
 
-def test_files_that_cannot_be_combined_leave_the_old_result_whole(tmp_path: Path) -> None:
+def test_files_that_cannot_be_combined_leave_nothing(tmp_path: Path) -> None:
     lora = ours({}, {}, paths=("fc", "conv"))
     good, other = folders(lora, tmp_path)
     out = tmp_path / "out"
-    combine_folders([good, other], [1, 1], out, "exact")
-    before = contents(out)
     A, B, conv = (f"base_model.model.{key}.weight" for key in ("fc.lora_A", "fc.lora_B", "conv.lora_A"))
 
     def transposed(state: dict[str, Any]) -> None:
@@ -176,16 +177,26 @@ def test_files_that_cannot_be_combined_leave_the_old_result_whole(tmp_path: Path
         rewrite(tmp_path / "bad", change)
         with pytest.raises((AdapterError, StorageError), match=message):
             combine_folders([good, tmp_path / "bad"], [1, 1], out)
-        assert contents(out) == before
+        assert not out.exists()
+    before = contents(good)
+    (link := tmp_path / "link").symlink_to(good)
     for arguments, message in (
         (([], []), r"folders: expected a list with at least one adapter's folder, found \[\]"),
         (([good, tmp_path / "nothing"], [1, 1]), "expected a local folder with adapter_config.json"),
         (([good, other], [1]), "expected 2 weights, one for each adapter, found 1"),
-        (([good], [1], out / WEIGHTS), "expected a folder to save to, found a file"),
+        (([good], [1], good / WEIGHTS), "expected a new or empty folder, found a file"),
+        (([good], [1], good), r"expected a new or empty folder, found \['adapter_config.json'"),
+        (
+            ([good], [1], good / WEIGHTS / "in" / "a" / "file"),
+            "expected a folder that can be written to, found Not a directory; choose another",
+        ),
+        (([good, good.parent / "." / good.name], [1, 1]), "expected each adapter once, found it again as"),
+        (([good, link], [1, 1]), "expected each adapter once, found it again as"),
     ):
         with pytest.raises((AdapterError, StorageError), match=message):
             combine_folders(*arguments, **({} if len(arguments) > 2 else {"out": out}))  # type: ignore[misc]
-        assert contents(out) == before
+        assert not out.exists()
+    assert contents(good) == before
 
 
 PLAIN = "base_model.model.norm.weight"
@@ -224,7 +235,7 @@ def test_compress_keeps_the_best_and_all_else(tmp_path: Path) -> None:
     assert_close(deltas(again, "new"), deltas(lora, "less"), 0)
 
 
-def test_compress_to_an_energy_and_onto_itself(tmp_path: Path) -> None:
+def test_compress_to_an_energy(tmp_path: Path) -> None:
     lora = ours({"r": 5, "target_modules": ["fc", "conv"]})
     (source,) = folders(lora, tmp_path)
     full = deltas(lora, "a0")
@@ -232,10 +243,15 @@ def test_compress_to_an_energy_and_onto_itself(tmp_path: Path) -> None:
     for path, delta in full.items():
         squares = np.cumsum(np.linalg.svd(delta, compute_uv=False) ** 2)
         expected[path] = int((squares < 0.8 * squares[-1]).sum()) + 1
-    report = compress_folder(source, source, energy=0.8)
+    before = contents(source)
+    with pytest.raises(StorageError, match="expected a new or empty folder, found"):
+        compress_folder(source, source, energy=0.8)
+    assert contents(source) == before
+    report = compress_folder(source, tmp_path / "own", energy=0.8, own_ranks=True)
+    assert LoraConfig.from_pretrained(tmp_path / "own").rank_pattern
     assert {line.path: line.rank for line in report.layers} == expected
     assert all(line.captured >= 0.8 for line in report.layers)
-    again = LoraModel.from_pretrained(base_net(), source, "new")
+    again = LoraModel.from_pretrained(base_net(), tmp_path / "own", "new")
     assert_close(deltas(again, "new"), {p: reference.truncated(d, expected[p]) for p, d in full.items()}, 1e-5)
 
 
@@ -258,7 +274,7 @@ def test_compress_takes_a_rank_or_an_energy(tmp_path: Path) -> None:
     for fields, message in (
         ({}, "rank, energy: expected one of the two, found None and None"),
         ({"rank": 1, "energy": 0.5}, "rank, energy: expected one of the two, found 1 and 0.5"),
-        ({"rank": 0}, "svd_rank: expected an integer of at least 1, found 0"),
+        ({"rank": 0}, "rank: expected an integer of at least 1, found 0"),
         ({"energy": 2.0}, r"energy: expected a share in \(0, 1\], found 2.0"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -282,8 +298,8 @@ def test_the_commands_do_what_the_functions_do(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["compress", str(a), "--rank", "1", "--out", str(tmp_path / "one")])
     assert outcome.exit_code == 0, outcome.output
     assert "captured" in outcome.output
-    compress_folder(a, tmp_path / "function", 1)
-    assert_same_files(tmp_path / "one", tmp_path / "function")
+    compress_folder(a, tmp_path / "function-one", 1)
+    assert_same_files(tmp_path / "one", tmp_path / "function-one")
     outcome = CliRunner().invoke(app, ["compress", str(a), "--energy", "0.9", "--out", str(tmp_path / "most")])
     assert outcome.exit_code == 0, outcome.output
 

@@ -17,7 +17,14 @@ from qlora_kit.errors import StorageError
     [
         (None, "expected config.json beside the weights, found none that can be read .*; pass a model's folder"),
         ('{"model_type": "lla', "expected config.json beside the weights, found none that can be read"),
-        ("[1, 2]", "config.json: expected a dictionary, found a list; pass a model's folder"),
+        ("[1, 2]", r"found none that can be read \(a list where an object was expected\); pass a model's folder"),
+        (
+            "[" * 100_000,
+            r"found none that can be read \(lists or objects nested thousands deep\); pass a model's folder",
+        ),
+        ('{"a": ' * 100_000, r"found none that can be read \(lists or objects nested thousands deep\)"),
+        ('{"model_type": "\\ud800"}', r"found none that can be read \('utf-8' codec can't encode"),
+        ('{"hidden_size": ' + "9" * 5000 + "}", r"found none that can be read \(Exceeds the limit"),
     ],
 )
 def test_a_config_that_can_t_be_read(text: str | None, message: str, tmp_path: Path) -> None:

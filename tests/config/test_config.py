@@ -299,7 +299,12 @@ def test_unreadable_files(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"adapter_config\.json: expected a readable file.*pass the folder"):
         LoraConfig.from_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    for text, message in (("{", "expected JSON"), ("[]", "found a list"), ("{}", "peft_type: expected 'LORA'")):
+    for text, message in (
+        ("{", "expected a JSON object"),
+        ("[]", "found a list"),
+        ("[" * 100_000, "nested thousands"),
+        ("{}", "peft_type: expected 'LORA'"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             LoraConfig.from_pretrained(tmp_path)

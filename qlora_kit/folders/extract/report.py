@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...algebra.records import FILLED_UP
+
 #: How a tensor outside the low-rank part is stored: not at all, in a whole module, or as a bias.
 LEFT, WHOLE, BIAS = "left", "whole", "bias"
 
@@ -58,6 +60,7 @@ class ExtractReport:
         equal: targeted modules without a difference, which have no branch.
         others: every other tensor that differs.
         only_base: tensors that only the base's class has, such as its head.
+        filled_to: the rank that all factors were given by zeros, if the modules have several.
     """
 
     base: str
@@ -66,6 +69,7 @@ class ExtractReport:
     equal: tuple[str, ...] = ()
     others: tuple[OtherTensor, ...] = ()
     only_base: tuple[str, ...] = ()
+    filled_to: int | None = None
 
     @property
     def total(self) -> float:
@@ -107,6 +111,8 @@ class ExtractReport:
             lines.append(f"without a difference, so without a branch: {', '.join(self.equal)}")
         if self.only_base:
             lines.append(f"of the base's own class (a head), which the tuned model hasn't: {', '.join(self.only_base)}")
+        if self.filled_to is not None:
+            lines.append(FILLED_UP.format(self.filled_to))
         lines.append(
             f"{len(self.modules)} modules: branches hold {self.captured_by_rank:.4%} of their squared difference, the "
             f"adapter {self.captured:.4%} of all there is; {self.left:.4%} is in tensors left out"

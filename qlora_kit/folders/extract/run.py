@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...adapter_files.folder import check_is_folder, write_adapter
+from ...adapter_files.folder import write_adapter
+from ...algebra import one_rank
 from ...algebra.exact import exact_rank, rank_for_energy
+from ...checkpoints.files import check_new_folder
 from ...checkpoints.pair import CheckpointPair, norm
 from ...config.checks import check_device, check_int, failure
 from ...errors import ConfigError, StorageError
 from ...lowrank import LEAST_COLUMNS, factor_pair, pick_solver, truncated_svd
-from ...merging.task import DTYPES
+from ...merging.task import DTYPES, storage_name
 from .contents import Contents
 from .report import ExtractedModule, ExtractReport
 
@@ -50,6 +52,7 @@ def extract_folders(
     whole: Sequence[str] | str | None = None,
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
+    own_ranks: bool = False,
 ) -> ExtractReport:
     """Write into ``out`` the adapter that comes closest to turning the model ``base`` into ``tuned``.
 
@@ -66,6 +69,8 @@ def extract_folders(
             (experts stored one by one), or one that is tied to another, stays out, and in the report.
         dtype: of the factors; float32, bfloat16 or float16, or its name.
         device: where the decompositions are computed.
+        own_ranks: let each module keep the rank that it got. PEFT and this toolkit read that; servers know one rank and
+            one scale for all modules, so by default factors are filled up with zeros to the largest.
 
     Returns:
         Each module's rank and captured energy, and all that was left out; a table when printed.
@@ -74,26 +79,24 @@ def extract_folders(
         ConfigError: neither or both of ``rank`` and ``energy``, or an argument out of range.
         TargetError: ``target_modules`` or ``whole`` match nothing, or a tied weight.
         StorageError: see ``CheckpointPair``; NaN; nothing differs; a tensor that only one of the two has, or that was
-            resized, isn't in ``whole``; ``out`` is one of the two folders or a file. Nothing is written on any error.
+            resized, isn't in ``whole``; ``out`` is a file or a folder in which something is. Nothing is written on any
+            error.
     """
     _check_arguments(rank, energy)
     kept = _dtype_of(dtype)
     check_device("device", device)
+    check_new_folder(out := Path(out))
     pair = CheckpointPair(base, tuned)
-    out = Path(out)
-    check_is_folder(out)
-    for side in (pair.base, pair.tuned):
-        if out.resolve() == side.folder.resolve():
-            raise StorageError(f"{out}: expected a folder of its own for the adapter, found a model's; choose another")
     contents = Contents(pair, target_modules, exclude_modules, whole)
     modules, equal = [], []
+    branches: dict[str, tuple[Tensor, Tensor]] = {}
     for entry in tqdm(contents.entries, desc="extract", leave=False, disable=None):
         difference, base_size = contents.difference(entry)
         if not difference.any():
             equal.append(entry.path)
             continue
         A, B = (factor.to("cpu", kept) for factor in best_branch(difference.to(device), rank, energy))
-        contents.add_(entry, A, B)
+        branches[entry.path] = A, B
         modules.append(_account(entry.path, difference, base_size, A, B))
     if not modules:
         names = [tensor.name for tensor in contents.others()[:5]]
@@ -102,8 +105,15 @@ def extract_folders(
             f"nothing to extract: all {len(equal)} are equal; "
             + (f"what differs is {', '.join(names)}, so target that" if names else "pass the tuned checkpoint")
         )
+    filled_to = None
+    if not own_ranks and len({A.shape[0] for A, _ in branches.values()}) > 1:
+        branches = one_rank(branches)
+        filled_to = next(iter(branches.values()))[0].shape[0]
+    for entry in contents.entries:
+        if entry.path in branches:
+            contents.add_(entry, *branches[entry.path])
     report = ExtractReport(
-        str(base), str(tuned), tuple(modules), tuple(equal), tuple(contents.others()), tuple(pair.only_base)
+        str(base), str(tuned), tuple(modules), tuple(equal), tuple(contents.others()), tuple(pair.only_base), filled_to
     )
     config = contents.config(base)
     write_adapter(out, config.as_stored(), {**contents.factors, **contents.copies()}, contents.metadata())
@@ -147,7 +157,8 @@ def _account(path: str, difference: Tensor, base_size: float, A: Tensor, B: Tens
 
 def _check_arguments(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise ConfigError(f"rank, energy: expected one of the two, found {rank!r} and {energy!r}; pass rank=32, say")
+        fix = "pass rank=32, say" if rank is None else "leave one of them out"
+        raise ConfigError(f"rank, energy: expected one of the two, found {rank!r} and {energy!r}; {fix}")
     if rank is not None:
         check_int("rank", rank, 1, "pass a rank such as 32")
     number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
@@ -156,7 +167,7 @@ def _check_arguments(rank: int | None, energy: float | None) -> None:
 
 
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
+    found = DTYPES.get(storage_name(dtype)) if isinstance(dtype, (str, torch.dtype)) else None
+    if found is None:
         raise failure("dtype", f"one of {', '.join(DTYPES)}", dtype, "pass 'float32'")
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.stored_model import holding
+from ...checkpoints.stored_model import holding, widened
 from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
 from ...errors import CodecError, ConfigError, MergeError
@@ -48,7 +48,7 @@ def merged_parameter(
     change = unit.change
     one = change.value if change.value is not None else tensors["weight"] if len(tensors) == 1 else None
     if not change.branches and one is not None and isinstance(unit.to, torch.dtype):
-        return MergedParameter({unit.name: checked_cast(unit.name, one, unit.to)})
+        return MergedParameter({unit.name: checked_cast(unit.name, widened(one), unit.to)})
     try:
         return _merged(plan, unit, {name: tensor.to(device) for name, tensor in tensors.items()}, device)
     except (CodecError, ConfigError) as error:
@@ -59,7 +59,7 @@ def _merged(plan: MergePlan, unit: OutputParameter, tensors: Mapping[str, Tensor
     base, change = plan.base, unit.change
     assert unit.place is not None
     module = base.module(unit.place, tensors) if tensors else None
-    value = module if change.value is None else holding(base.modules[unit.path], change.value.to(device))
+    value = module if change.value is None else holding(base.modules[unit.path], widened(change.value).to(device))
     assert value is not None
     weight = codec_for(value, unit.path).read(value)
     delta = norms = None

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from ...checkpoints.quantized_tensors import PARTS, weight_bytes
-from ...checkpoints.stored_model import StoredModel
+from ...checkpoints.stored_model import StoredModel, is_float8
 from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
-from ...errors import MergeError
+from ...errors import MergeError, StorageError
 from ...injection.read_past import ReadPast
 from ...merging.task import MergeTask
 from ...preparation.quantize import DENSE_LINEARS
 from .changes import Change
 from .settings import settings_of
-from .ties import settle
+from .ties import part, settle
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,11 @@ class MergePlan:
         self.base, self.task = base, task
         self.quantized: dict[str, Quantizer] = {}
         changes, sources = dict(changes), dict(base.names.stored)
-        dense = not isinstance(task.target(None, linear=True), Quantizer)
-        self.untied = [g for g in base.names.ties() if not settle(base, g, changes, sources, dense=dense)]
+        dense, groups = not isinstance(task.target(None, linear=True), Quantizer), base.names.ties()
+        self.untied = [group for group in groups if not settle(base, group, changes, sources, dense=dense)]
+        for group in groups if self.untied else ():
+            part(group, changes, sources)
+        self._check_whole(sources, changes)
         for name in base.outgrown:
             if changes.get(name, Change()).value is None:
                 rows = base.types[base.names.stored[name]][1][0]
@@ -96,6 +99,15 @@ class MergePlan:
         units += [self._foreign(stored) for stored in base.names.foreign]
         self.units = sorted(units, key=lambda unit: unit.name)
         self.settings = settings_of(base, task, self.quantized, untied=bool(self.untied))
+
+    def _check_whole(self, sources: dict[str, str], changes: dict[str, Change]) -> None:
+        given = [name for name, change in changes.items() if change.value is not None]
+        if missing := self.base.names.missing([*sources, *given]):
+            raise StorageError(
+                f"{self.base.folder}: expected all weights of a {type(self.base.model).__name__}, found {len(missing)} "
+                f"missing ({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); finish the download, or, if "
+                "the model was saved without them, load and save it with transformers, which makes them"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +131,11 @@ class MergePlan:
             to = None
         elif to is None and changed:
             to = dtype
+            if is_float8(dtype):
+                raise MergeError(
+                    f"{name}: expected a weight in 16 or 32 bits, or in a k-bit type, to merge into as it is stored, "
+                    f"found {dtype}, which has no scales and would lose most of a delta; merge into 'bfloat16'"
+                )
         shape = base.shapes[name]
         kept = own if to is None else to
         if isinstance(kept, Quantizer):

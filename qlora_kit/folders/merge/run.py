@@ -27,20 +27,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...adapter_files.folder import WEIGHTS_NAME
+from ...checkpoints.checksums import checksums_in
 from ...checkpoints.files import write_text_atomically
-from ...checkpoints.growing_model import GrowingModel, check_disk, clear
+from ...checkpoints.growing_model import GrowingModel, check_disk, check_placed, clear
 from ...checkpoints.journal import Journal
 from ...checkpoints.model_folder import identity, identity_of, locate, other_files, tokenizer_files
 from ...checkpoints.pipeline import in_order
+from ...checkpoints.records import read_record
 from ...checkpoints.stored_model import StoredModel
-from ...config.checks import check_device
+from ...config.checks import check_device, check_int
 from ...config.lora import CONFIG_NAME
 from ...errors import MergeError, QLoRAKitError, StorageError
 from ...merging.fidelity import LayerFidelity, share_of
 from ...merging.in_memory import LEAST_RETAINED
 from ...merging.report import MergeReport
-from ...merging.task import MergeTask
-from ..stored_adapter import StoredAdapter, read_stored_adapter
+from ...merging.task import MergeTask, storage_name
+from ..stored_adapter import StoredAdapter, check_once, read_stored_adapter
 from .base_check import check_stored_backbone
 from .changes import changes_of, parts_of
 from .parameter import MergedParameter, merged_parameter
@@ -63,6 +65,7 @@ class FolderMergeReport:
         layers: of each merged weight, in the order of their names.
         replaced: tensors that an adapter had whole. untied: groups of parameters that were one and no longer are.
         verified: tensors that were made again and compared; 0 if an earlier run did.
+        checksums: of every tensor of the output, CRC-32 in hexadecimal digits.
     """
 
     base: str
@@ -74,6 +77,7 @@ class FolderMergeReport:
     replaced: list[str] = field(default_factory=list)
     untied: list[list[str]] = field(default_factory=list)
     verified: int = 0
+    checksums: dict[str, str] = field(default_factory=dict)
 
     @property
     def retained(self) -> float:
@@ -102,7 +106,7 @@ def merge_folders(
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
-    into: str = "bfloat16",
+    into: str | torch.dtype = "bfloat16",
     rounding: str = "nearest",
     blocksize: int | str | None = None,
     double_quant: bool | None = None,
@@ -145,12 +149,14 @@ def merge_folders(
             "pass one of these, or merge in memory"
         )
     check_device("device", device)
-    if tokenizer is not None and not Path(tokenizer).is_dir():
+    if tokenizer is not None and not (Path(tokenizer).is_dir() and tokenizer_files(Path(tokenizer))):
         raise StorageError(f"tokenizer={str(tokenizer)!r}: expected a folder with a tokenizer, found none; correct it")
-    task = MergeTask(parts, into, rounding, blocksize=blocksize, double_quant=double_quant)
+    check_int("shard_bytes", shard_bytes, 1, "pass shard_bytes=5 * 10**9, say")
+    task = MergeTask(parts, storage_name(into), rounding, blocksize=blocksize, double_quant=double_quant)
     source = locate(base, "base")
     stored = {name: read_stored_adapter(locate(name, "adapters"), allow_pickle=allow_pickle) for name in parts}
-    if out.resolve() in (source.resolve(), *(one.folder.resolve() for one in stored.values())):
+    check_once([one.folder for one in stored.values()])
+    if os.path.realpath(out) in {os.path.realpath(folder) for folder in (source, *(s.folder for s in stored.values()))}:
         raise StorageError(
             f"{out}: expected a folder of its own for the merged model, found a source's; choose another"
         )
@@ -164,8 +170,9 @@ def merge_folders(
     words = Path(tokenizer) if tokenizer is not None else _resized_by(overrides, stored)
     check_disk(out, plan.nbytes)
     with closing(Journal(out, _head(task, source, stored, shard_bytes, device, words), WORK_FOLDER)) as journal:
-        finished = {line["unit"] for line in journal.done}
+        finished = journal.finished(unit.name for unit in plan.units)
         if len(finished) == len(plan.units) and (out / "config.json").exists():
+            check_placed(out, journal.done, fix=f"remove {out} and give the same command again")
             clear(out / WORK_FOLDER)
             return _report(plan, journal, source, out)
         names = [name for unit in plan.units for name in unit.names()]
@@ -229,12 +236,15 @@ def _finish(
 
 
 def _report(plan: MergePlan, journal: Journal, source: Path, out: Path) -> FolderMergeReport:
-    rows = [LayerFidelity(**line["row"]) for line in sorted(journal.done, key=lambda line: line["unit"]) if line["row"]]
+    lines = sorted(journal.done, key=lambda line: line["unit"])
+    rows = [read_record(LayerFidelity, line["row"], journal.path) for line in lines if line["row"]]
     replaced = [unit.name for unit in plan.units if unit.change.value is not None]
     task = plan.task
-    return FolderMergeReport(
+    report = FolderMergeReport(
         str(source), str(out), task.into, dict(task.parts), task.rounding, rows, replaced, plan.untied
     )
+    report.checksums = checksums_in({name: entry for line in lines for name, entry in line["base"].items()})
+    return report
 
 
 def _check_rounding(plan: MergePlan) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checkpoints.stored_model import StoredModel
+from ...checkpoints.stored_model import StoredModel, widened
 from ...errors import MergeError
 from .changes import Change
 
@@ -68,6 +68,16 @@ def _equal_factors(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> 
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def part(group: list[str], changes: dict[str, Change], sources: dict[str, str]) -> None:
+    """Write every name of a group that stays equal, since the config that tied it is switched off for another."""
+    stored = [name for name in group if name in sources]
+    for name in group if stored else ():
+        if name not in sources:
+            sources[name] = sources[stored[0]]
+            if stored[0] in changes:
+                changes[name] = changes[stored[0]]
+
+
 def _share(group: list[str], changes: dict[str, Change]) -> None:
     """Give every name of ``group`` the tensor that an adapter stored of the one parameter they are, if it did."""
     shared = [changes[name] for name in group if name in changes and changes[name].kind in ("bias", "table")]
@@ -87,7 +97,7 @@ def _share(group: list[str], changes: dict[str, Change]) -> None:
 
 def _equal(base: StoredModel, stored: list[str]) -> bool:
     first, *others = (base.reader.tensor(name) for name in stored)
-    return all(first.dtype == other.dtype and torch.equal(first, other) for other in others)
+    return all(first.dtype == other.dtype and torch.equal(widened(first), widened(other)) for other in others)
 
 
 def _value(change: Change) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoints.checksums import check_tensors, checksums_in
 from ...checkpoints.model_folder import skeleton
 from ...checkpoints.shards import FORMAT_NAMES, ShardReader
 from ...checkpoints.stored_names import tied_groups
@@ -48,7 +49,14 @@ def verify_output(
         raise StorageError(
             f"{out}: expected the {len(written)} tensors that were written, found a difference in {odd[:5]}"
         )
+    if len(known := checksums_in(written)) == len(written):
+        check_tensors(reader, known, fix="the disk or the memory is faulty: remove the output and merge again")
     types = reader.types()
+    if lacking := [unit.name for unit in plan.units if unit.name not in types]:
+        raise StorageError(
+            f"{out}: expected a tensor {lacking[0]!r}, found none: the journal names others; remove the output and "
+            "merge again"
+        )
     for name, entry in written.items():
         dtype, shape = types[name]
         if (list(shape), FORMAT_NAMES[dtype]) != (entry["shape"], entry["dtype"]):

@@ -43,7 +43,10 @@ def test_the_command_does_what_the_function_does(
     outcome = CliRunner().invoke(app, given)
     assert outcome.exit_code == 0, outcome.output
     report = extract_folders(str(base), str(tuned), tmp_path / "function", **fields)
-    assert str(report).replace("whole='changed'", "--whole changed") in outcome.output
+    assert (
+        str(report).replace("whole='changed'", "--whole changed").replace("own_ranks=True", "--own-ranks")
+        in outcome.output
+    )
     assert f"wrote {tmp_path / 'cli'}" in outcome.output
     assert files(tmp_path / "cli") == files(tmp_path / "function")
     assert len(tensors(tmp_path / "cli")) > 2

@@ -150,8 +150,12 @@ def test_an_energy_gives_each_module_its_own_rank(energy: float, tmp_path: Path)
     assert len(set(ranks.values())) > 2
     assert all(row.captured >= energy for row in report.modules)
     again = LoraModel.from_pretrained(base_of(base)(), tmp_path / "out")
-    assert {path: layer.r["default"] for path, layer in again.adapter_layers().items()} == ranks
-    assert {layer.scaling["default"] for layer in again.adapter_layers().values()} == {1.0}
+    assert {layer.r["default"] for layer in again.adapter_layers().values()} == {max(ranks.values())}
+    assert f"filled up with zeros to rank {max(ranks.values())}" in str(report)
+    extract_folders(base, tuned, tmp_path / "own", energy=energy, own_ranks=True)
+    own = LoraModel.from_pretrained(base_of(base)(), tmp_path / "own")
+    assert {path: layer.r["default"] for path, layer in own.adapter_layers().items()} == ranks
+    assert {layer.scaling["default"] for one in (own, again) for layer in one.adapter_layers().values()} == {1.0}
 
 
 def test_a_rank_beyond_the_dimensions_is_the_whole_difference(tmp_path: Path) -> None:
@@ -184,8 +188,9 @@ def test_targets_may_be_names_a_regex_and_exclusions(tmp_path: Path) -> None:
         ({"target_modules": r".*\.1\..*(up|down)_proj"}, 2),
         ({"exclude_modules": ["mlp.up_proj", "k_proj"]}, 10),
     ):
-        report = extract_folders(base, tuned, tmp_path / "out", 2, **fields)  # type: ignore[arg-type]
-        again = LoraModel.from_pretrained(base_of(base)(), tmp_path / "out")
+        out = tmp_path / f"out-{expected}"
+        report = extract_folders(base, tuned, out, 2, **fields)  # type: ignore[arg-type]
+        again = LoraModel.from_pretrained(base_of(base)(), out)
         assert set(again.adapter_layers()) == {row.path for row in report.modules}
         assert len(report.modules) == expected
         # What isn't targeted is named, adaptable or not.
@@ -200,10 +205,11 @@ def test_other_types_shards_and_factors(tmp_path: Path) -> None:
     model.float()
     _, tuned = pair(model, tmp_path / "second", ONLY_PROJECTIONS)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
-        report = extract_folders(tmp_path / "base", tuned, tmp_path / "out", 3, dtype=dtype)
-        assert {t.dtype for t in tensors(tmp_path / "out").values()} == {dtype}
+        out = tmp_path / str(dtype)
+        report = extract_folders(tmp_path / "base", tuned, out, 3, dtype=dtype)
+        assert {t.dtype for t in tensors(out).values()} == {dtype}
         # The report counts the rounding of the factors that are stored.
-        exact, found = differences(tmp_path / "base", tuned), branches(tmp_path / "out")
+        exact, found = differences(tmp_path / "base", tuned), branches(out)
         for row in report.modules:
             d = exact[f"{row.path}.weight"]
             assert row.error == pytest.approx(np.linalg.norm(d - found[row.path]) / np.linalg.norm(d), abs=1e-6)

@@ -146,7 +146,7 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     # An old file may hold both names of the one tensor.
     state = load_file(tuned / "model.safetensors")
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, tuned / "model.safetensors")
-    assert extract_folders(base, tuned, tmp_path / "out", 2) == report
+    assert extract_folders(base, tuned, tmp_path / "third", 2) == report
     untied = llama()
     untied.save_pretrained(tmp_path / "untied")
     with pytest.raises(
@@ -297,7 +297,7 @@ def test_experts_are_named_where_they_differ(tmp_path: Path) -> None:
     whole = sum(np.linalg.norm(d) ** 2 for d in exact.values())
     assert report.left == pytest.approx(sum(np.linalg.norm(exact[n]) ** 2 for n in experts) / whole, rel=1e-5)
     # There is no module to store whole, which is said again.
-    again = extract_folders(base, tuned, tmp_path / "out", 2, whole="changed")
+    again = extract_folders(base, tuned, tmp_path / "again", 2, whole="changed")
     assert {tensor.name for tensor in again.others if tensor.stored == "left"} == experts
     assert again.left == pytest.approx(report.left)
 

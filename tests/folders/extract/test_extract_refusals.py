@@ -81,9 +81,9 @@ def test_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     for given, message in (
         ((base, base, tmp_path / "out"), "expected two checkpoints, found one folder for both"),
         ((base, tmp_path / "link", tmp_path / "out"), "expected two checkpoints, found one folder for both"),
-        ((base, tuned, tuned), "expected a folder of its own for the adapter, found a model's"),
-        ((base, tuned, tmp_path / "link"), "expected a folder of its own for the adapter, found a model's"),
-        ((base, tuned, tmp_path / "file"), "expected a folder to save to, found a file"),
+        ((base, tuned, tuned), r"expected a new or empty folder, found \['config.json'"),
+        ((base, tuned, tmp_path / "link"), r"expected a new or empty folder, found \['config.json'"),
+        ((base, tuned, tmp_path / "file"), "expected a new or empty folder, found a file"),
         ((base, tmp_path / "empty", tmp_path / "out"), "empty: expected config.json beside the weights"),
         ((tmp_path / "empty", tuned, tmp_path / "out"), "empty: expected config.json beside the weights"),
         ((base, tmp_path / "gone", tmp_path / "out"), "tuned='.*gone': expected a folder or a repository on the Hub"),
@@ -178,10 +178,11 @@ def test_an_adapter_is_no_checkpoint(folders: tuple[Path, Path], tmp_path: Path)
         extract_folders(folders[0], tmp_path / "adapter", tmp_path / "out", 2)
 
 
-def test_an_error_leaves_the_adapter_that_was_there(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_adapter_that_is_there_is_never_written_over(folders: tuple[Path, Path], tmp_path: Path) -> None:
     extract_folders(*folders, tmp_path / "out", 2)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    bad = changed(folders[1], tmp_path / "bad", nan("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(StorageError, match="NaN"):
-        extract_folders(folders[0], bad, tmp_path / "out", 2)
+    with pytest.raises(
+        StorageError, match=r"expected a new or empty folder, found .*; choose another folder or remove"
+    ):
+        extract_folders(*folders, tmp_path / "out", 2)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

@@ -220,4 +220,4 @@ def test_the_command(bases: dict[str, Path], adapter: Path, second: Path, tmp_pa
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "expected"))
     refused = CliRunner().invoke(app, ["merge", *options, "--out", str(tmp_path / "out"), "--into", "float32"])
     assert refused.exit_code == 1
-    assert "options into: 'nf4' then, 'float32' now" in refused.output.replace("\n", "")
+    assert "--into nf4 then, --into float32 now" in refused.output.replace("\n", "")

@@ -161,7 +161,7 @@ def test_another_command_is_refused(
         on_disk(base, [second], out, **OPTIONS)
     with pytest.raises(StorageError, match=r"base model.safetensors: '.*' then, '.*' now"):
         on_disk(bases["float32"], [adapter], out, **OPTIONS)
-    with pytest.raises(StorageError, match=r"options into: 'nf4' then, 'fp4' now"):
+    with pytest.raises(StorageError, match=r"into='nf4' then, into='fp4' now"):
         on_disk(base, [adapter], out, **{**OPTIONS, "into": "fp4"})
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 

@@ -214,6 +214,21 @@ def test_a_classifier_on_a_masked_language_model(tmp_path: Path) -> None:
     assert_close(logits(again), logits(adapted))
 
 
+def test_untying_keeps_what_the_same_flag_tied(tmp_path: Path) -> None:
+    """BERT's decoder has its weight from the table of words and its bias from the head above, by one flag."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, base = BertForMaskedLM(BertConfig(**sizes, intermediate_size=64)), tmp_path / "base"
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    model.save_pretrained(base)
+    adapted = peft_adapter(BertForMaskedLM.from_pretrained(base), tmp_path / "adapter", ["cls.predictions.decoder"])
+    on_disk(base, [tmp_path / "adapter"], tmp_path / "out", into="float32")
+    again = BertForMaskedLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.cls.predictions.decoder.bias, model.cls.predictions.bias)
+    assert_close(logits(again), logits(adapted))
+
+
 def test_a_head_that_no_class_has_is_named(tied: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tied, num_labels=3)
     peft_adapter(model, tmp_path / "adapter", ["q_proj"], modules_to_save=["score"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loftq.bits.budget import Budget, Choice, choose, mean_bits, parse_bytes
+from loftq.bits.budget import Budget, Choice, choose, mean_bits
 from qlora_kit.errors import ConfigError
 
 FIXED = 1000
@@ -218,28 +218,3 @@ def test_a_budget_that_cannot_be_is_refused(fields: dict[str, Any], message: str
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("4GiB", 4 * 2**30),
-        ("500MB", 500 * 10**6),
-        (" 1.5 kib ", 1536),
-        ("300000", 300_000),
-        (".5KB", 500),
-        ("7b", 7),
-        ("1.005KB", 1005),
-        ("9007199254740993", 2**53 + 1),
-        ("2MiB", 2 * 2**20),
-        ("3gb", 3 * 10**9),
-    ],
-)
-def test_sizes_are_read_exactly(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "4TB", "-4GB", "4,5GB", "1e9", "four", "4 G B"])
-def test_what_is_no_size_is_named(text: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--memory: expected a number with B, KB, .*found {re.escape(repr(text))}"):
-        parse_bytes(text, "--memory")

@@ -177,7 +177,7 @@ def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Pat
     assert Report.load(tmp_path / "out").options["budget"] == Budget(bits=2.5).to_dict()
     code, said = init(source, tmp_path / "out", "--bits", 3, "--method", "cloq", "--calibration", text)
     assert code == 1
-    assert "options method: 'qera' then, 'cloq' now" in said
+    assert "--method qera then, --method cloq now" in said
     assert "options budget: {'bits': 2.5" in said
 
 

@@ -121,7 +121,7 @@ def test_a_changed_option_is_named(finished: bool, llama_dir: Path, tmp_path: Pa
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     lora = config(2, loftq_iter=4)
     lora.r = 8
-    with pytest.raises(StorageError, match=r"options loftq_iter: 3 then, 4 now; options r: 4 then, 8 now"):
+    with pytest.raises(StorageError, match=r"loftq_iter=3 then, loftq_iter=4 now, r=4 then, r=8 now"):
         streamed(llama_dir, out, lora, **OPTIONS)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 

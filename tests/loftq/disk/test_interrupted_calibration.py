@@ -212,12 +212,12 @@ def test_cut_after_bits_were_chosen(source: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "cloq"}, r"options method: 'qera' then, 'cloq' now"),
-        ({"damping": 0.1}, r"options damping: 0\.01 then, 0\.1 now"),
-        ({"text": 1}, r"options calibration: 'text\.txt, .*' then, 'text\.txt, .*' now"),
-        ({"calibration_rows": 6}, r"options calibration_rows: 10 then, 6 now"),
-        ({"budget": Budget(bits=2.5)}, r"options budget: None then, \{'bits': 2\.5, .*\} now"),
-        ({"outputs": True}, r"options outputs: False then, True now"),
+        ({"method": "cloq"}, r"method='qera' then, method='cloq' now"),
+        ({"damping": 0.1}, r"damping=0\.01 then, damping=0\.1 now"),
+        ({"text": 1}, r"calibration='text\.txt, .*' then, calibration='text\.txt, .*' now"),
+        ({"calibration_rows": 6}, r"calibration_rows=10 then, calibration_rows=6 now"),
+        ({"budget": Budget(bits=2.5)}, r"bits=None then, bits=2\.5 now"),
+        ({"outputs": True}, r"outputs=False then, outputs=True now"),
     ],
 )
 @pytest.mark.slow
