@@ -15,8 +15,11 @@ the outputs where statistics are known) ``qlora_kit.merge`` refuses by default, 
 ``force`` is set.
 
 Statistics for error feedback are those of 128 rows of the fine-tune's own training text, or of the built-in text where
-the row says so. peft's merge is measured in the same run on the NF4 base, loaded by peft from the same two folders. It
-gets its best case: no forward pass before the merge (on a CPU with AVX512_BF16 one in evaluation mode makes
+the row says so; both are other files than those that are measured on. "--seeds" trains and merges as many adapters a
+case, and adds a table of means and standard deviations over them with what the layers hold: of each layer the share of
+its delta that arrives in its outputs (``LayerFidelity.kept``, on the statistics' text), the least of all layers, and
+how many are below 0.95. peft's merge is measured in the same run on the NF4 base, loaded by peft from the same two
+folders. It gets its best case: no forward pass before the merge (on a CPU with AVX512_BF16 one in evaluation mode makes
 bitsandbytes rewrite the weights, and the merge then reads garbage: a row of its own), and the merged model is measured
 protected from that. It can't merge into packed storage. For the encoder "cosine" is the mean one of the merged model's
 embeddings with the adapted one's.
@@ -36,6 +39,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -134,6 +138,7 @@ def run(case: Case, store: Store, state: State, wanted: list[str] | None) -> Non
         seconds = time.monotonic() - began
         found = measured(task, report.model, expected)
         found |= {"retained": report.retained, "arrived": report.kept, "seconds": seconds, "chosen": report.base}
+        found["layers"] = [layer.kept for layer in report.layers if layer.delta_ratio]
         row["delta_ratio"] = report.mean("delta_ratio")
         _done(state, case, way.name, found)
     for name in (PEFT, PEFT_LATE):
@@ -200,6 +205,34 @@ def print_tables(state: State) -> None:
                 print(f"| {name} | {own} | {' | '.join(_cell(row, name) for _, row in rows)} |")
 
 
+def print_seeds(state: State) -> None:
+    """Markdown, one table for each model, number of bits, start and rate with more than one seed."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for key, row in state.found.items():
+        *case, _ = key.split(" | ")
+        groups.setdefault(tuple(case), []).append(row)
+    for (model, bits, start, rate), rows in groups.items():
+        if len(rows) == 1:
+            continue
+        print(f"\n{model}, {bits} bits, {start} start, rate {rate}, {len(rows)} seeds: mean ± standard deviation\n")
+        print("| | number | kept | least share of a layer | layers below 0.95 |\n| --- | ---: | ---: | ---: | ---: |")
+        for name in ("base", "adapted"):
+            print(f"| {name} | {_spread([row[name] for row in rows], '.3f')} | | | |")
+        for name in (*(way.name for way in WAYS), PEFT):
+            found = [(row, row["ways"][name]) for row in rows if name in row["ways"]]
+            if found:
+                kept = [(row["base"] - way["value"]) / (row["base"] - row["adapted"]) for row, way in found]
+                shares = [way["layers"] for _, way in found if "layers" in way]
+                least = _spread([min(own) for own in shares], ".2f") if shares else ""
+                below = _spread([sum(share < 0.95 for share in own) for own in shares], ".1f") if shares else ""
+                number = _spread([way["value"] for _, way in found], ".3f")
+                print(f"| {name} | {number} | {_spread(kept, '.1%')} | {least} | {below} |")
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
 def _cell(row: dict[str, Any], name: str) -> str:
     way = row["ways"].get(name)
     if way is None:
@@ -256,6 +289,7 @@ def main() -> None:
                         for seed in range(args.seeds):
                             run(Case(model, bits, rate, args.start, seed), store, state, args.ways)
     print_tables(state)
+    print_seeds(state)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from qlora_kit.naming import module_at
 
 from ..inputs.groups import Seen, stages
 from ..inputs.text import calibration_batches
+from ..methods.factors import Factors
 from ..methods.registry import needs_of
 from ..starts.kept_dense import kept_dense, reason_of
 from ..starts.options import factorize_as, module_bytes
@@ -184,6 +185,8 @@ def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Bud
     # What earlier layers become isn't known yet; "cloq" is what sequential methods do without.
     method = "cloq" if needs_of(options.chosen_method).sequential else options.method
     once = replace(options, method=method, loftq_iter=1)
+    if seen is not None and seen.factors is None:
+        seen = replace(seen, factors=Factors())  # all choices are for the same inputs
     choices = []
     for choice in costs_of(request, options, budget):
         try:

@@ -8,6 +8,7 @@ goes, and how a run that is cut off goes on. Nothing here may depend on the whol
 - ``stream``: the run
 - ``chosen_bits``: bits under a budget, measured module by module and then chosen
 - ``calibration``: text through the model, whose weights stay in their shards
+- ``kept_weights``: a block's, read once while it is computed many times
 - ``replacements``: from a stored tensor to what takes its place
 - ``writers``: the files while they grow
 - ``output``: what the output is called and how large it will be

@@ -1,4 +1,5 @@
-"""Calibration text through a model whose weights stay in its shards: each module reads its own while it computes."""
+"""Calibration text through a model whose weights stay in its shards: each module reads its own while it computes, or
+has the block's that is being worked at kept for it."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import nn
 from ..inputs.groups import Stage, stages
 from ..methods.registry import needs_of
 from .checkpoint import Checkpoint
+from .kept_weights import keep_weights_
 from .task import Task
 
 
@@ -46,6 +48,7 @@ def streamed_stages(
             sequential=needs.sequential and not measuring,
             limit=task.activation_bytes,
             folder=folder,
+            staying=keep_weights_(model, task.activation_bytes).staying,
         )
         with closing(walk):
             yield walk

@@ -19,7 +19,7 @@ from qlora_kit.injection.engine import PlanEntry
 from ..inputs.groups import Seen
 from ..methods.registry import needs_of
 from ..starts.kept_dense import plain_start
-from ..starts.one_module import change, start_of
+from ..starts.one_module import start_of
 from .calibration import streamed_stages
 from .checkpoint import Checkpoint, StoredTensor
 from .output import adapter_names
@@ -82,9 +82,11 @@ def replacement_of(
         return _as_it_was(task, checkpoint, unit, tensor)
     entry = unit.entry
     request = _request(task, checkpoint, entry, tensor.to(task.device))
-    start = start_of(request, task.loftq, seen)
+    changes: list[Tensor] | None = None
+    if needs_of(task.loftq.chosen_method).sequential and seen is not None:
+        changes = []
+    start = start_of(request, task.loftq, seen, changes)
     assert start.base is not None
-    changed = change(request, start) if needs_of(task.loftq.chosen_method).sequential and seen is not None else None
     base = start.base.state_dict()
     digest = codes_digest(codec_for(start.base).stored(start.base)[0])
     # A 4-bit weight and its module refer to each other, and would wait for the garbage collector, which counts
@@ -96,7 +98,7 @@ def replacement_of(
         _adapter(entry, start),
         digest,
         start.report,
-        changed,
+        changes[0] if changes else None,
     )
 
 

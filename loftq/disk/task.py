@@ -31,7 +31,8 @@ class Task:
         workers: tensors that are worked on at a time.
         outputs: calibrate, to report output errors, where the method itself doesn't ask for it.
         budget: of bits or memory, by which each module's bits are chosen first; None takes those of ``lora``.
-        activation_bytes: what activations between blocks may take of memory while calibrating; more goes to files.
+        activation_bytes: what activations between blocks may take of memory while calibrating; more goes to files. One
+            block's weights may take as much again; more is read anew for every batch.
     """
 
     source: Path

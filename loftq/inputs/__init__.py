@@ -4,7 +4,9 @@ Whatever the model: its own forward is run and only stopped, never imitated, and
 moments are for, and what becomes of a layer, must not be known here; who asks says what a layer has become.
 
 - ``text``: the text: a file, tokens, or what every Python brings along
+- ``caches``: no cache is made or read while text goes through
 - ``moments``: E[x x^T] of chosen modules from one pass
 - ``walk``: a model's forward, stopped at chosen modules
+- ``arguments``: of a module, so that it can be called again with the same
 - ``groups``: moments for one group of modules after the other, in the order of the forward
 """

@@ -3,7 +3,7 @@
 Two ways. Plainly, every module's inputs are those of the original model, and one forward per batch gives all of a
 block's statistics. Sequentially, two copies of each batch go through the model, x as before and x^ with what the
 modules so far have become; within a block too, the modules are done in turns, each group that shares an input after
-the groups before it.
+the groups before it. What a group is given is looked at in a forward of the block that ends where that is seen.
 
 What a module has become is given as D = Q + sBA - W and added to its output by a hook, so the model itself isn't
 touched, and may lie in memory or be read from files while it runs.
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from qlora_kit.naming import base_of, module_at
 
+from ..methods.factors import Factors
+from .caches import uncached
 from .moments import Collector, Moments, counted_statistics, gather, inputs_of, rows_of, vocabularies, watchable
-from .walk import Run, Walk, stops_for
+from .walk import Enough, Run, Walk, stops_for
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Seen:
         statistics: float32 E[x x^T] (in, in) or its diagonal (in,), of the quantized model's inputs if sequential.
         cross: E[x x^^T] if sequential.
         tokens: how many inputs there were.
+        factors: made of these moments, for all modules that are given the same inputs; None where it is one module.
     """
 
     statistics: Tensor
     cross: Tensor | None
     tokens: int
+    factors: Factors | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -87,6 +91,7 @@ def stages(
     sequential: bool = False,
     limit: int = 1 << 30,
     folder: Path | None = None,
+    staying: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Generator[Stage]:
     """The modules at ``paths`` in the order in which a forward comes to them; those that it never does don't come.
 
@@ -96,11 +101,12 @@ def stages(
         sequential: see the module's text.
         limit: bytes of activations between blocks that stay in memory; more goes to files.
         folder: for those files; None is the system's folder for temporary ones.
+        staying: a context in which the module at that path is computed many times, and nothing else is.
 
     Raises:
-        ConfigError: an input isn't finite; names the module.
+        ConfigError: an input isn't finite; names the module. A batch brings a cache along.
     """
-    paths, batches = list(paths), list(batches)
+    paths, batches = list(paths), [uncached(model, batch) for batch in batches]
     widths = vocabularies(model, paths)
     with watchable(model), ExitStack() as stack:
         stops, repeated = _scouted(model, batches, paths)
@@ -115,15 +121,16 @@ def stages(
             for each in (other, walk):  # the later wrapped the module's forward around the earlier's
                 if each is not None:
                     each.arrive(stop)
-            if other is None:
-                yield from _plainly(walk, stop, runs, stops[stop], diagonal, widths)
-            else:
-                yield from _in_turns(walk, other, stop, runs, stops[stop], widths)
+            last = len(done) == len(stops)
+            with staying(stop):
+                if other is None:
+                    yield from _plainly(walk, runs, stops[stop], diagonal, widths, last=last)
+                else:
+                    yield from _in_turns(walk, other, runs, stops[stop], widths, last=last)
     if repeated:
 
         def collect() -> dict[str, Seen]:
-            seen = counted_statistics(model, batches, repeated, diagonal=diagonal)
-            return {path: Seen(mean, None, count) for path, (mean, count) in seen.items()}
+            return _all_seen(counted_statistics(model, batches, repeated, diagonal=diagonal))
 
         yield from _turn(Stage(repeated, _collect=collect))
 
@@ -160,49 +167,48 @@ def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:
+    """Of the original model's inputs; modules with the same tensor of moments share what is made of it."""
+    groups = Counter(id(mean) for mean, _ in means.values())
+    shared = {number: Factors() if count > 1 else None for number, count in groups.items()}
+    return {path: Seen(mean, None, count, shared[id(mean)]) for path, (mean, count) in means.items()}
+
+
 def _plainly(
-    walk: Walk, stop: str, runs: list[Run], paths: list[str], diagonal: bool, widths: Mapping[str, int]
+    walk: Walk, runs: list[Run], paths: list[str], diagonal: bool, widths: Mapping[str, int], *, last: bool
 ) -> Iterator[Stage]:
-    """One stage of the modules in ``stop``; the pass that collects is the one that the runs go on from."""
+    """One stage of the modules at ``paths``; the pass that collects is the one that the runs go on from, unless this
+    is the ``last``."""
 
     def through(collector: Collector) -> None:
         with inputs_of(walk.model, paths, collector):
             for run in runs:
                 collector.begin(run.mask)
-                run.forward(keep=True)
+                run.forward(keep=not last)
                 collector.end()
 
     def collect() -> dict[str, Seen]:
-        collector = gather(through, paths, diagonal=diagonal, widths=widths)
-        return {path: Seen(mean, None, count) for path, (mean, count) in collector.means().items()}
+        return _all_seen(gather(through, paths, diagonal=diagonal, widths=widths).means())
 
     yield from _turn(Stage(paths, _collect=collect))
-    for run in runs:
+    for run in () if last else runs:
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
 
 
 def _in_turns(
-    walk: Walk, other: Walk, stop: str, runs: list[Run], paths: list[str], widths: Mapping[str, int]
+    walk: Walk, other: Walk, runs: list[Run], paths: list[str], widths: Mapping[str, int], *, last: bool
 ) -> Iterator[Stage]:
-    """A stage for each group in ``stop`` that shares an input; ``other`` walks through the model as it becomes."""
+    """A stage for each group of ``paths`` that shares an input; ``other`` walks through the model as it becomes."""
     twins = {run.index: other.runs[run.index] for run in runs}
-    order: dict[str, list[str]] = {}
-    with inputs_of(walk.model, paths, collector := Collector(paths, diagonal=True, widths=widths)):
-        for run in runs[:1]:
-            collector.begin(run.mask)
-            run.forward()
-            collector.end()
-    for path, leader in collector.leaders.items():
-        order.setdefault(leader, []).append(path)
-    # A module that the first batch doesn't reach, an expert say, comes last and alone.
-    order.update({path: [path] for path in paths if path not in collector.leaders})
+    groups, once = _groups(walk, runs, paths, widths, keep=not last)
     replaced: dict[str, Tensor] = {}
-    for leader, group in order.items():
+    for leader, group in groups.items():
 
         def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
             own, cross, paired = Moments(diagonal=leader in widths), Moments(), leader not in widths
             for run in runs:
-                x, seen = _input(walk, run, leader, {}), _input(other, twins[run.index], leader, replaced)
+                x = _input(walk, run, leader, {}, leader in once)
+                seen = _input(other, twins[run.index], leader, replaced, leader in once)
                 for mine in seen:
                     if leader in widths:
                         own.add_tokens(mine, widths[leader])
@@ -216,22 +222,59 @@ def _in_turns(
             if mean is None:
                 return {}
             both = cross.matrix(leader) if paired else None
-            return {path: Seen(mean, both, own.count) for path in group}
+            factors = Factors() if len(group) > 1 else None
+            return {path: Seen(mean, both, own.count, factors) for path in group}
 
         stage = Stage(group, _collect=collect)
         yield from _turn(stage)
         replaced.update(stage.replaced)
-    for run in runs:
-        walk.go_on(run, run.forward())
+    for run in () if last else runs:
+        walk.go_on(run, run.forward() if run.kept is None else run.kept)
         with _changed(other.model, replaced):
             output = twins[run.index].forward()
         other.go_on(twins[run.index], output)
 
 
-def _input(walk: Walk, run: Run, path: str, replaced: Mapping[str, Tensor]) -> list[Tensor]:
-    """The rows that the module at ``path`` is given, call by call, when ``run`` goes through its block."""
+def _groups(
+    walk: Walk, runs: list[Run], paths: list[str], widths: Mapping[str, int], *, keep: bool
+) -> tuple[dict[str, list[str]], set[str]]:
+    """The modules at ``paths`` by the first that is given the same input, in the order of the forward; and those that
+    no run calls more than once. The outputs are kept, where they fit, if the runs are to go on from them."""
+    once, collector = set(paths), Collector(paths, diagonal=True, widths=widths)
+    for number, run in enumerate(runs):
+        calls: Counter[str] = Counter()
+
+        def receive(path: str, value: Any, number: int = number, calls: Counter[str] = calls) -> None:
+            calls[path] += 1
+            if number == 0:
+                collector(path, value)
+
+        collector.begin(run.mask)
+        with inputs_of(walk.model, paths, receive):
+            output = run.forward()
+        run.kept = output if keep and walk.has_room(output) else None
+        collector.end()
+        once -= {path for path, count in calls.items() if count > 1}
+    groups: dict[str, list[str]] = {}
+    for path, leader in collector.leaders.items():
+        groups.setdefault(leader, []).append(path)
+    # A module that the first batch doesn't reach, an expert say, comes last and alone.
+    groups.update({path: [path] for path in paths if path not in collector.leaders})
+    return groups, once
+
+
+def _input(walk: Walk, run: Run, path: str, replaced: Mapping[str, Tensor], once: bool) -> list[Tensor]:
+    """The rows that the module at ``path`` is given, call by call, when ``run`` goes through its block; as far as
+    there if it is called ``once``."""
     found: list[Tensor] = []
-    with _changed(walk.model, replaced), inputs_of(walk.model, [path], lambda _, x: found.append(rows_of(x, run.mask))):
+
+    def receive(path: str, value: Tensor) -> None:
+        rows = rows_of(value, run.mask)
+        found.append(rows if once else rows.clone())  # what comes after may work in place
+        if once:
+            raise Enough
+
+    with _changed(walk.model, replaced), inputs_of(walk.model, [path], receive), suppress(Enough):
         run.forward()
     return found
 

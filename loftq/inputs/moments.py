@@ -19,6 +19,8 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.merging.agreement import evaluating
 from qlora_kit.naming import base_of, module_at
 
+from .caches import cacheless, uncached
+
 # Gets a module's path and what it is called with.
 Receiver = Callable[[str, Any], None]
 
@@ -66,10 +68,11 @@ class Moments:
 
 @contextmanager
 def watchable(model: nn.Module) -> Iterator[None]:
-    """Inside the block ``model`` is in evaluation mode, and what of it is compiled runs uncompiled: hooks come and go,
-    for which compiled code doesn't look once it is there."""
+    """Inside the block ``model`` is in evaluation mode and makes no caches, and what of it is compiled runs uncompiled:
+    hooks come and go, for which compiled code doesn't look once it is there."""
     compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes a second
-    with evaluating(model), torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+    eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+    with evaluating(model), cacheless(model), eager:
         yield
 
 
@@ -195,7 +198,8 @@ def collect_statistics(
 
     Args:
         model: called as ``model(**batch)``, in evaluation mode meanwhile.
-        batches: dictionaries of tensors on the model's device; ``attention_mask`` tells padding.
+        batches: dictionaries of tensors on the model's device; ``attention_mask`` tells padding. Each is a text on its
+            own: no cache is made, whatever they say of it.
         diagonal: only the mean squares, (in,).
 
     Returns:
@@ -203,7 +207,7 @@ def collect_statistics(
         are absent. All stay in memory: ``loftq.inputs.groups`` walks through a large model block by block instead.
 
     Raises:
-        ConfigError: an input isn't finite; names the module.
+        ConfigError: an input isn't finite; names the module. A batch brings a cache along.
     """
     found = counted_statistics(model, batches, paths, diagonal=diagonal)
     return {path: mean for path, (mean, _) in found.items()}
@@ -213,7 +217,7 @@ def counted_statistics(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], paths: Iterable[str], *, diagonal: bool = False
 ) -> dict[str, tuple[Tensor, int]]:
     """``collect_statistics``, and of how many inputs each mean is."""
-    paths, batches = list(paths), list(batches)
+    paths, batches = list(paths), [uncached(model, batch) for batch in batches]
     widths = vocabularies(model, paths)
 
     def collect(collector: Collector) -> None:

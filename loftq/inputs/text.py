@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_flatten
 from qlora_kit.config.loftq import LoftQConfig
 from qlora_kit.errors import ConfigError, StorageError
 
+from .caches import uncached
+
 BUILTIN = "builtin"
 # Characters to read for a token that is wanted: no tokenizer needs more on average, for text in its languages.
 _CHARACTERS_PER_TOKEN = 8
@@ -43,7 +45,7 @@ def batches_for(
         folder: where the tokenizer is; None is the folder that the model came from.
 
     Raises:
-        ConfigError: a source of another kind, or without a row.
+        ConfigError: a source of another kind, or without a row; a batch brings a cache along.
         StorageError: no such file, or no tokenizer beside the model.
     """
     source = BUILTIN if source is None else source
@@ -216,6 +218,4 @@ def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes
     if decodes and "input_ids" in batch and not any("decoder" in key or key == "labels" for key in batch):
         batch["decoder_input_ids"] = batch["input_ids"]
-    if hasattr(config, "use_cache") and "use_cache" in takes:
-        batch["use_cache"] = False  # a block that is computed twice would add to its cache twice
-    return batch
+    return uncached(model, batch)

@@ -5,7 +5,9 @@ differ in what they do between their blocks, and only their own forward knows it
 runs, once per batch, each run in a thread of its own that stands still whenever it enters one of the chosen modules.
 Exactly one thread runs at a time, so nothing is concurrent and results don't depend on timing. A module at which a
 run stands can be computed any number of times, with the arguments that the run has for it; the run then goes on
-with the output that it is given. Hooks that hang on it run once, in the run's own call.
+with the output that it is given, and with what the module's last whole call has done to its arguments, which takes
+place once however often it was computed. Hooks that hang on it run once, in the run's own call. A computation can end
+where what was looked for has been seen: ``Enough``.
 
 While runs stand still, their activations lie in memory, or, over a bound, in files: a tensor's storage is emptied
 and filled again before it is used. What the caller or the model holds too is left alone.
@@ -23,9 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from qlora_kit.naming import Tree, module_at
+
+from .arguments import Changes, Copies
+from .caches import configs_of
 
 Batch = Mapping[str, Any]
 # Where a module keeps its hooks, and bytes that are copied to or from a file at a time.
@@ -35,6 +40,10 @@ _PIECE = 1 << 24
 
 class _Abandoned(BaseException):
     """Unwinds a run that isn't needed any more; no handler of ordinary errors stops it."""
+
+
+class Enough(BaseException):
+    """Raised by a hook: the rest of the module's forward needn't be computed."""
 
 
 class Run:
@@ -53,6 +62,7 @@ class Run:
         self.kept: Any = None
         self.spilled: list[tuple[Tensor, Path]] = []
         self._output: Any = None
+        self._changes = Changes()
         self._error: BaseException | None = None
         self._leave = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -74,31 +84,31 @@ class Run:
 
         Args:
             keep: keep the output, within the walk's bound, as ``kept``.
+
+        Raises:
+            Enough: a hook did; nothing is kept of that call.
         """
         assert self.at is not None
         self.fill()
         module = module_at(self.walk.model, self.at)
-        # Copies, since a module may work in place, and the next call is to see the same; what came as one tensor
-        # twice is one tensor still.
-        copies: dict[int, Tensor] = {}
-
-        def copy(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return copies[id(value)] if id(value) in copies else copies.setdefault(id(value), value.clone())
-
-        args, kwargs = tree_map(copy, (self.args, self.kwargs))
-        with self.walk.without_hooks(self.at):
-            output = module(*args, **kwargs)
-        if keep:
-            self.kept = output
-        self.walk.keep_bound()
+        # Copies, since a module may work in place, and the next call is to see the same.
+        copies = Copies((self.args, self.kwargs), self.walk.shared)
+        args, kwargs = copies.arguments
+        try:
+            with self.walk.without_hooks(self.at):
+                output = module(*args, **kwargs)
+            self._changes = copies.changes()
+            if keep:
+                self.kept = output
+        finally:
+            self.walk.keep_bound()
         return output
 
     def resume(self, output: Any) -> None:
-        """Go on to the next stop, with ``output`` of the module that the run stands at."""
+        """Go on to the next stop, with ``output`` of the module that the run stands at: of its last whole call."""
         self.fill()
-        self._output, self.at, self.args, self.kwargs, self.kept = output, None, (), {}, None
+        self._output, self._changes = self._changes.settle(output), Changes()
+        self.at, self.args, self.kwargs, self.kept = None, (), {}, None
         self._go_on()
 
     def abandon(self) -> None:
@@ -198,6 +208,9 @@ class Walk:
         self.number = Walk._count
         self.model, self.stops, self.limit, self.folder = model, list(stops), limit, folder
         self.runs = [Run(self, batch, index) for index, batch in enumerate(batches)]
+        # What calls have in common, by id, see ``Copies``.
+        kept = [*model.modules(), *model.parameters(), *configs_of(model)]
+        self.shared = {id(value): value for value in kept}
         self._undo: dict[str, Callable[[], None]] = {}
         self.passed: set[str] = set()
         self._hooks: dict[str, set[int]] = {}
@@ -255,6 +268,11 @@ class Walk:
         finally:
             for name, hooks in before.items():
                 setattr(module, name, hooks)
+
+    def has_room(self, output: Any) -> bool:
+        """Whether ``output`` can lie in memory besides what does."""
+        held = sum(run.nbytes() for run in self.runs if not run.spilled)
+        return held + sum(tensor.nbytes for tensor in floats(output)) <= self.limit
 
     def keep_bound(self) -> None:
         """Move to files what is more than ``limit``."""

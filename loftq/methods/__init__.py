@@ -7,6 +7,7 @@ in memory, a shard or a test brings it.
 - ``registry``: what a method is asked for and gives, and the methods by name
 - ``factorization``: ``factorize``, one weight by a method's name
 - ``alternation``: quantize, correct, repeat: the loop that all methods share
+- ``factors``: what is made of moments, once for all weights with the same inputs
 - ``metric``: how an error is measured, by the weight alone or on the inputs
 - ``quantizers``: which quantizer the loop runs with
 - ``rounding``: scales searched by block, codes by error feedback

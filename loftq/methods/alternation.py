@@ -36,12 +36,20 @@ from .registry import LoftQResult, Problem
 Rounding = Callable[[Tensor], Quantized]
 
 
-def alternate(problem: Problem, metric: Metric, rounding: Rounding, *, goal: Tensor | None = None) -> LoftQResult:
+def alternate(
+    problem: Problem,
+    metric: Metric,
+    rounding: Rounding,
+    *,
+    goal: Tensor | None = None,
+    zero_error: float | None = None,
+) -> LoftQResult:
     """The best of up to ``problem.steps`` alternations under ``metric``.
 
     Args:
         rounding: from float32 (out, in) to its quantized form.
         goal: what the first step quantizes; None is the weight.
+        zero_error: that of the result, where it is known.
     """
     full = problem.weight
     size = norm(metric.weigh(full)) or 1.0
@@ -50,13 +58,13 @@ def alternate(problem: Problem, metric: Metric, rounding: Rounding, *, goal: Ten
     goal = full if goal is None else goal
     history: list[float] = []
     left = torch.empty_like(full)  # one piece of memory for what each half-step leaves
-    zero = 0.0
+    zero = zero_error
     while True:
         quantized = rounding(goal)
         torch.sub(full, quantized.dequantize(out=left), out=left)
         quantization_error = norm(left) / plain_size
-        if not history:
-            zero = quantization_error if plainly else norm(problem.zero_residual()) / plain_size
+        if zero is None:
+            zero = quantization_error if plainly else problem.zero_norms[0] / plain_size
         A, B, U = fitted(left, problem, metric, U)
         goal = torch.addmm(full, B, A, alpha=-problem.scaling)
         left.add_(goal).sub_(full)

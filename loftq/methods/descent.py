@@ -27,7 +27,7 @@ the error then is noise, and no longer a part of what was learned.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,8 +44,10 @@ from .rounding import ascending
 _BLOCK = 64
 # How far beyond the delta to aim, how often to aim anew, the share that is near enough to 1, and how often what is
 # lost in the adapter's directions is added.
-_FARTHEST, _AIMS, _NEAR = 200.0, 8, 0.05
+_FARTHEST, _AIMS, _NEAR = 200.0, 12, 0.05
 _CORRECTIONS = 4
+# Of the delta; with less the aim is moved farther. And how far inside of what was tried the next aim lies at least.
+_HALFWAY, _INSIDE = 0.3, 0.25
 # Relative to the largest, what a direction of the adapter's has to have to be one.
 _NO_DIRECTION = 1e-5
 
@@ -73,28 +75,62 @@ def round_from_codes(
     descent = _Descent(stored, A, B, _damped(moments, damping))
     if descent.size == 0:
         return stored
-    aim, low, high = 1.0, 1.0, None
-    codes, lost = descent.aimed(B)
-    for _ in range(_AIMS):
-        share = descent.share(lost)
-        if abs(share - 1) < _NEAR or (share > 1 and aim == 1):
-            break
-        low, high = (aim, high) if share < 1 else (low, aim)
-        aim = min(aim * (2 if share > 0.3 else 4), _FARTHEST) if high is None else (low * high) ** 0.5
-        codes, lost = descent.aimed(aim * B)
-        if low == _FARTHEST:
-            break
-    if not 0 < descent.share(lost) < 2:  # farther from the delta than nothing is
+    aim, best = _aim(descent)
+    if not 0 < best.share < 2:  # farther from the delta than nothing is
         return stored
-    # What is missing is compared among attempts that bring the delta as a whole, never with the stored codes: of a
-    # small delta it is mostly noise, and the codes without noise would win by bringing nothing.
-    target, best, least = aim * B, codes, descent.missing(lost)
+    step = aim
     for _ in range(_CORRECTIONS):
-        target = target + aim * descent.correction(lost)
-        codes, lost = descent.aimed(target)
-        if (missing := descent.missing(lost)) < least:
-            best, least = codes, missing
-    return replace(stored, codes=best, exact_scales=None)
+        tried = descent.attempt(best.target + step * descent.correction(best.lost))
+        # A correction may not unlearn the whole for the parts: changed codes answer to a target in jumps, and the least
+        # missing was often found far on one side of the delta.
+        if tried.off <= max(best.off, _NEAR) and tried.missing < best.missing:
+            best = tried
+        else:
+            step /= 2
+    return replace(stored, codes=best.codes, exact_scales=None)
+
+
+def _aim(descent: _Descent) -> tuple[float, _Attempt]:
+    """How far beyond the delta the target has to lie, and what comes of it: of all that was tried, what brings the
+    delta best as a whole.
+
+    What is missing is never compared with the stored codes: of a small delta it is mostly noise, and the codes without
+    noise would win by bringing nothing.
+    """
+    aim = 1.0
+    best: tuple[float, _Attempt] | None = None
+    below: tuple[float, float] | None = None
+    above: tuple[float, float] | None = None
+    for _ in range(_AIMS):
+        attempt = descent.attempt(aim * descent.B)
+        if best is None or attempt.off < best[1].off:
+            best = aim, attempt
+        if attempt.off < _NEAR or (aim == _FARTHEST and attempt.share < 1):
+            break
+        below, above = ((aim, attempt.share), above) if attempt.share < 1 else (below, (aim, attempt.share))
+        if below is None or above is None:
+            aim = min(aim * (0.5 if below is None else 2 if attempt.share > _HALFWAY else 4), _FARTHEST)
+        else:  # between the two where a straight line meets 1, but well inside: the share moves in jumps
+            way = (1 - below[1]) / (above[1] - below[1])
+            aim = below[0] * (above[0] / below[0]) ** min(max(way, _INSIDE), 1 - _INSIDE)
+    assert best is not None
+    return best
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Codes (out, in) for the target base + ``target`` (out, rank) @ A, the E R A^T that they leave, the share of the
+    delta that they bring, and what they leave of it in the adapter's directions."""
+
+    target: Tensor
+    codes: Tensor
+    lost: Tensor
+    share: float
+    missing: float
+
+    @property
+    def off(self) -> float:
+        return abs(self.share - 1)
 
 
 class _Descent:
@@ -151,6 +187,10 @@ class _Descent:
         placed = torch.empty_like(codes)
         placed[self.order] = codes
         return placed.T.contiguous(), self.delta + changes.T
+
+    def attempt(self, target: Tensor) -> _Attempt:
+        codes, lost = self.aimed(target)
+        return _Attempt(target, codes, lost, self.share(lost), self.missing(lost))
 
     def share(self, lost: Tensor) -> float:
         """Of the delta, how much arrives in the direction of its effect."""

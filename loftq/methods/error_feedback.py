@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from qlora_kit.lowrank import norm
 
 from .alternation import Rounding, alternate
+from .factors import Factors, made
 from .metric import LEAST_DAMPING, Metric
 from .registry import LoftQResult, Problem, register_method
 from .rounding import round_with_feedback
@@ -22,7 +24,7 @@ def cloq(problem: Problem) -> LoftQResult:
     With R damped by 0.01 of its mean square, as published. Instead of MagR's preprocessing, the blocks' scales are
     searched; and the two half-steps may alternate, Q then being rounded from W - sBA.
     """
-    metric = Metric.of(problem.statistics, damping=problem.damping)
+    metric = problem.metric()
     return alternate(problem, metric, feedback_rounding(problem, metric))
 
 
@@ -39,30 +41,49 @@ def aligned(problem: Problem) -> LoftQResult:
     under R^. (Aligning first and correcting then is the idea of Align-then-Correct, 2026; the objective is the
     sequential one of GPTAQ, Li et al. 2025, arXiv 2504.02692, in closed form.)
     """
-    metric = Metric.of(problem.statistics, damping=problem.damping)
+    metric = problem.metric()
     if problem.cross is None or problem.statistics is None or metric.order is None:
         return cloq(problem)
-    target = aligned_weight(problem.weight, problem.statistics, problem.cross, problem.damping)
-    result = alternate(replace(problem, weight=target), metric, feedback_rounding(problem, metric))
+    target = aligned_weight(problem.weight, problem.statistics, problem.cross, problem.damping, factors=problem.factors)
     full = problem.weight
     size = norm(full) or 1.0
+    zero_error = problem.zero_norms[0] / size
+    aims = replace(problem, weight=target)
+    result = alternate(aims, metric, feedback_rounding(problem, metric), zero_error=zero_error)
     left = full - result.quantized.dequantize()
     quantization_error = norm(left) / size
     return replace(
         result,
-        zero_error=norm(problem.zero_residual()) / size,
+        zero_error=zero_error,
         quantization_error=quantization_error,
         goal=target,
         error=norm(left.addmm_(result.B, result.A, alpha=-problem.scaling)) / size,
     )
 
 
-def aligned_weight(weight: Tensor, statistics: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """W (C + mu I)(R^ + mu I)^-1, float32 (out, in), with mu ``damping`` times the mean of R^'s diagonal."""
+def aligned_weight(
+    weight: Tensor, statistics: Tensor, cross: Tensor, damping: float, *, factors: Factors | None = None
+) -> Tensor:
+    """W (C + mu I)(R^ + mu I)^-1, float32 (out, in), with mu ``damping`` times the mean of R^'s diagonal.
+
+    Args:
+        factors: where the decomposition of R^ + mu I is kept for other weights.
+    """
+    decompose = partial(_decomposed, statistics, damping)
+    mu, lu, pivots = made(factors, (statistics,), ("lu", damping), decompose)
+    goal = cross.double()
+    goal.diagonal().add_(mu)
+    return torch.linalg.lu_solve(lu, pivots, weight.double() @ goal, left=False).float()
+
+
+def _decomposed(statistics: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, and the LU decomposition of R^ + mu I in float64."""
     moments = statistics.double()
     mu = max(damping, LEAST_DAMPING) * moments.diagonal().mean()
-    shift = mu * torch.eye(len(moments), dtype=torch.float64, device=weight.device)
-    return torch.linalg.solve(moments + shift, weight.double() @ (cross.double() + shift), left=False).float()
+    moments = moments.clone() if moments is statistics else moments
+    moments.diagonal().add_(mu)
+    lu, pivots = torch.linalg.lu_factor(moments)
+    return mu, lu, pivots
 
 
 def feedback_rounding(problem: Problem, metric: Metric) -> Rounding:

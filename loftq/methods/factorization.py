@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import check_matrix, delta
 
 from .checks import checked_cross, checked_statistics
+from .factors import Factors, made
 from .metric import DAMPING, output_norm
 from .quantizers import quantizer_for
 from .registry import LoftQResult, Problem, method_for, needs_of
@@ -35,6 +37,7 @@ def factorize(
     cross: Tensor | None = None,
     damping: float = DAMPING,
     scale_search: bool | None = None,
+    factors: Factors | None = None,
 ) -> LoftQResult:
     """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
 
@@ -54,6 +57,7 @@ def factorize(
         damping: share of the mean square that is added to each input's own.
         scale_search: search the scales of blocks (True), take them from the largest magnitudes (False), or as the
             method does (None).
+        factors: where what is made of ``statistics`` and ``cross`` is kept for other weights with the same.
 
     Raises:
         ConfigError: an argument can't work; names it.
@@ -74,12 +78,13 @@ def factorize(
         scaling,
         quantizer_for(bits=bits, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant),
         steps,
-        checked_statistics(statistics, weight),
+        _once(factors, statistics, weight, checked_statistics),
         solver,
         seed,
-        checked_cross(cross, weight),
+        _once(factors, cross, weight, checked_cross),
         damping,
         scale_search,
+        factors,
     )
     result = solve(problem)
     if problem.statistics is None:
@@ -90,5 +95,18 @@ def factorize(
     return replace(
         result,
         output_error=output_norm(left, problem.statistics) / size,
-        zero_output_error=output_norm(problem.zero_residual(), problem.statistics) / size,
+        zero_output_error=problem.zero_norms[1] / size,
     )
+
+
+def _once(
+    factors: Factors | None,
+    moments: Tensor | None,
+    weight: Tensor,
+    check: Callable[[Tensor | None, Tensor], Tensor | None],
+) -> Tensor | None:
+    """``check(moments, weight)``: of weights with the same inputs once, and then the same tensor."""
+    if moments is None:
+        return None
+    key = check.__name__, weight.device, weight.shape[1]
+    return made(factors, (moments,), key, lambda: check(moments, weight))

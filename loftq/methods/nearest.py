@@ -26,7 +26,7 @@ def loftq(problem: Problem) -> LoftQResult:
 def qera_diag(problem: Problem) -> LoftQResult:
     """QERA-approx (Zhang et al. 2024, arXiv 2410.06040): sBA = svd_r((W - Q) D) D^-1 with D^2 the inputs' mean
     squares, the least of E ||(W - Q - sBA) x||^2 where the inputs are uncorrelated; alternated."""
-    metric = Metric.of(problem.statistics, diagonal=True, damping=problem.damping)
+    metric = problem.metric(diagonal=True)
     return alternate(problem, metric, nearest_rounding(problem, metric))
 
 
@@ -34,5 +34,5 @@ def qera_diag(problem: Problem) -> LoftQResult:
 def qera(problem: Problem) -> LoftQResult:
     """QERA-exact (Zhang et al. 2024, arXiv 2410.06040): sBA = svd_r((W - Q) F) F^-1 with F F^T = E[x x^T], the least
     of E ||(W - Q - sBA) x||^2; alternated."""
-    metric = Metric.of(problem.statistics, damping=problem.damping)
+    metric = problem.metric()
     return alternate(problem, metric, nearest_rounding(problem, metric))

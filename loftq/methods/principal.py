@@ -28,7 +28,7 @@ def pissa(problem: Problem) -> LoftQResult:
     full, scaling = problem.weight, problem.scaling
     rounding = nearest_rounding(problem, Metric())
     size = norm(full) or 1.0
-    zero_error = norm(problem.zero_residual()) / size
+    zero_error = problem.zero_norms[0] / size
     history: list[float] = []
     rest, U = full, None
     while True:
@@ -53,7 +53,7 @@ def srr(problem: Problem) -> LoftQResult:
     what is quantized, and the whole rank r then corrects W - Q_k. The k of the least measured output error is
     taken; k = 0 is QERA, k = r starts as QPiSSA does. Further steps alternate from there.
     """
-    metric = Metric.of(problem.statistics, damping=problem.damping)
+    metric = problem.metric()
     rounding = nearest_rounding(problem, metric)
     full = problem.weight
     U, S, Vh = truncated_svd(metric.weigh(full), problem.rank, solver=problem.solver, seed=problem.seed)

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 from torch import Tensor
 
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.errors import ConfigError, closest
+from qlora_kit.lowrank import norm
 
-from .metric import DAMPING
+from .factors import Factors, made
+from .metric import DAMPING, Metric, output_norm
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Problem:
         damping: share of the mean square that is added to each input's own, see ``loftq.methods.metric``.
         scale_search: search the scales, or not; None is the method's own choice.
         solver, seed: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
+        factors: where what is made of ``statistics`` and ``cross`` is kept for other weights with the same.
     """
 
     weight: Tensor
@@ -50,10 +54,24 @@ class Problem:
     cross: Tensor | None = None
     damping: float = DAMPING
     scale_search: bool | None = None
+    factors: Factors | None = None
+
+    def metric(self, *, diagonal: bool = False) -> Metric:
+        """That of the ``statistics``, see ``Metric.of``; made once for all problems that share ``factors``."""
+        if self.statistics is None:
+            return Metric()
+        find = partial(Metric.of, self.statistics, diagonal=diagonal, damping=self.damping)
+        return made(self.factors, (self.statistics,), ("metric", diagonal, self.damping), find)
 
     def zero_residual(self) -> Tensor:
         """W - quantize(W), float32 (out, in): what a start from zero leaves."""
         return self.weight - self.quantize(self.weight).dequantize()
+
+    @cached_property
+    def zero_norms(self) -> tuple[float, float]:
+        """||E|| and, with statistics R, sqrt(tr(E R E^T)), else 0, of that residual E."""
+        residual = self.zero_residual()
+        return norm(residual), 0.0 if self.statistics is None else output_norm(residual, self.statistics)
 
     def ended(self, history: Sequence[float]) -> bool:
         """Whether alternations with the errors ``history`` so far are over: enough, or the last was no better."""

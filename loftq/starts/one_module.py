@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from qlora_kit.preparation.quantize import linear_holding
 
 from ..inputs.groups import Seen
 from ..methods.alternation import correction
+from ..methods.factors import made
 from ..methods.metric import Metric, output_norm
 from ..methods.registry import needs_of
 from .options import factorize_as, storage_of
@@ -59,11 +61,14 @@ def loftq_start(request: Request) -> Start:
 
 
 @torch.no_grad()
-def start_of(request: Request, options: LoftQConfig, seen: Seen | None = None) -> Start:
+def start_of(
+    request: Request, options: LoftQConfig, seen: Seen | None = None, changes: list[Tensor] | None = None
+) -> Start:
     """The start of one module.
 
     Args:
         seen: what is known of its inputs; without it, methods that look at them do what "loftq" does.
+        changes: if given, gets what the start does to the module: D = Q + sBA - W, float32 (out, in).
 
     Raises:
         TargetError: see ``checked``.
@@ -73,23 +78,17 @@ def start_of(request: Request, options: LoftQConfig, seen: Seen | None = None) -
     checked(request)
     try:
         if request.codec.name in DENSE:
-            return quantized_start(request, options, seen)
-        return _residual_start(request, options, seen)
+            return _quantized_start(request, options, seen, changes)
+        start = _residual_start(request, options, seen)
     except ConfigError as error:
         raise ConfigError(f"{request.path}: {error}") from error
+    if changes is not None:
+        changes.append(delta(start.A, start.B, request.scaling))
+    return start
 
 
-def change(request: Request, start: Start) -> Tensor:
-    """D = Q + sBA - W, float32 (out, in): what the start does to the module."""
-    D = delta(start.A, start.B, request.scaling)
-    if start.base is not None:
-        D += codec_for(start.base).read(start.base)
-        D -= request.codec.read(request.base)
-    return D
-
-
-def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = None) -> Start:
-    """Alternate on a dense weight; the start brings the quantized base and a ``LayerReport``."""
+def _quantized_start(request: Request, options: LoftQConfig, seen: Seen | None, changes: list[Tensor] | None) -> Start:
+    """Alternate on a dense weight; the start brings the quantized base, which is read once, and a ``LayerReport``."""
     began = time.monotonic()
     weight = request.codec.read(request.base)
     kind, packed = storage_of(request.path, options)
@@ -99,6 +98,8 @@ def quantized_start(request: Request, options: LoftQConfig, seen: Seen | None = 
     if not torch.equal(stored, result.quantized.dequantize()):
         goal = weight if result.goal is None else result.goal
         A, B = _correction(request, options, seen, goal - stored)
+    if changes is not None:
+        changes.append(delta(A, B, request.scaling).add_(stored).sub_(weight))
     residual = torch.sub(weight, stored, out=stored)
     report = _measured(
         request,
@@ -121,7 +122,9 @@ def _correction(request: Request, options: LoftQConfig, seen: Seen | None, left:
     kind = needs_of(options.chosen_method).statistics
     metric = Metric()
     if seen is not None and kind is not None:
-        metric = Metric.of(seen.statistics, diagonal=kind == "diagonal", damping=options.damping)
+        diagonal = kind == "diagonal"
+        find = partial(Metric.of, seen.statistics, diagonal=diagonal, damping=options.damping)
+        metric = made(seen.factors, (seen.statistics,), ("metric", diagonal, options.damping), find)
     return correction(left, request.rank, request.scaling, metric=metric, seed=options.seed)
 
 

@@ -52,4 +52,5 @@ def factorize_as(
         cross=None if seen is None else seen.cross,
         damping=options.damping,
         scale_search=options.scale_search,
+        factors=None if seen is None else seen.factors,
     )

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_kit.config.loftq import LoftQConfig
 from qlora_kit.errors import TargetError
@@ -18,7 +18,7 @@ from ..inputs.groups import stages
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
 from .kept_dense import kept_dense, plain_start, reason_of
-from .one_module import change, loftq_start, start_of
+from .one_module import loftq_start, start_of
 from .report import not_reached, short_calibration
 from .startable import checked
 
@@ -59,9 +59,10 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     )
     for stage in walk:
         for path in stage.paths:
-            starts[path] = start_of(by_path[path], options, stage.seen().get(path))
-            if needs.sequential:
-                stage.replaced[path] = change(by_path[path], starts[path])
+            changes: list[Tensor] | None = [] if needs.sequential else None
+            starts[path] = start_of(by_path[path], options, stage.seen().get(path), changes)
+            if changes:
+                stage.replaced[path] = changes[0]
     unseen = [path for path in by_path if path not in starts or starts[path].report.tokens is None]
     starts |= {path: start_of(by_path[path], options) for path in unseen if path not in starts}
     if unseen:

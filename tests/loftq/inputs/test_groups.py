@@ -6,6 +6,7 @@ The reference is that model itself: a copy in float64, with D added to the weigh
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,60 @@ def test_what_a_forward_calls_again_comes_last_with_the_original_s_inputs_of_all
     assert found == [["first"], ["last"], ["blocks.0.0"]]
     assert_near(seen.statistics, moments(captured(model, batches, ["blocks.0.0"])["blocks.0.0"], batches))
     assert (seen.tokens, seen.cross) == (3 * 5 * 3, None)
+
+
+class Again(nn.Module):
+    """Goes through its layer once more where its input asks for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        for _ in range(1 + int(x[0, 0] > 0)):
+            y = y + torch.tanh(self.last(y))
+        return y
+
+
+class Repeating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Again() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x[:1, :1]
+        for block in self.blocks:
+            x = block(torch.cat([torch.cat([start, x[:1, 1:]], 1), x[1:]]))
+        return x
+
+
+def test_a_module_that_some_batches_come_to_twice_within_a_block_is_seen_each_time() -> None:
+    model, batches = seeded(Repeating), vectors()
+    assert {bool(batch["x"][0, 0] > 0) for batch in batches} == {False, True}
+    current, plain = copy.deepcopy(model).double(), in_double(batches)
+    for number, stage in enumerate(stages(model, batches, targets(model), sequential=True)):
+        [path] = stage.paths
+        expected = captured(current, plain, [path])[path]
+        assert_near(stage.seen()[path].statistics, moments(expected, plain))
+        assert stage.seen()[path].tokens == sum(len(rows) for calls in expected for rows in calls)
+        stage.replaced[path] = random_change(model.get_submodule(path), number)
+        replaced_(current, path, stage.replaced[path])
+
+
+def test_a_block_is_computed_no_further_than_to_what_is_looked_at() -> None:
+    model, batches, calls = tiny_llama(), text(), Counter[str]()
+    names = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    for path in targets(model):
+        model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.update([path]))
+    for stage in stages(model, batches, targets(model), sequential=True):
+        stage.seen()
+    # A row ahead; of each batch once whole and once as the model becomes, and twice for each later group.
+    expected = {name: 1 + len(batches) * (2 + 2 * later) for name, later in zip(names, (3, 2, 1, 0), strict=True)}
+    for layer in (0, 1):
+        found = {path.rpartition(".")[2]: count for path, count in calls.items() if f"layers.{layer}." in path}
+        assert {name: found[name] for name in names} == expected
+    assert calls["lm_head"] == 1, "no run's own call of the last one comes"
 
 
 def test_a_conv1d_is_replaced_in_the_orientation_of_its_kind() -> None:

@@ -12,7 +12,7 @@ from reference import descent as reference
 from reference.starts import damped, each_weights, weighted_error
 from torch import Tensor
 
-from loftq.methods.descent import _damped, _Descent, round_from_codes
+from loftq.methods.descent import _Attempt, _damped, _Descent, round_from_codes
 from loftq.methods.metric import Metric
 from loftq.methods.quantizers import quantizer_for
 from loftq.methods.rounding import round_with_feedback
@@ -151,6 +151,48 @@ def test_a_small_delta_arrives(kind: str, size: float, near: float) -> None:
     assert reference.share(change, arrays(B)[0] @ arrays(A)[0], exact) == pytest.approx(1, abs=near)
     assert missing(change, A, B, exact) < 2 * near
     assert 0 < (found.codes != stored.codes).float().mean() < 0.5
+
+
+# What counts as near enough to all of it, and float32's sums.
+NEAR = 0.05 + 1e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["nf4 doubly quantized", "signed2"])
+@pytest.mark.slow
+def test_of_the_smallest_deltas_no_layer_gets_too_little_nor_too_much(kind: str, seed: int) -> None:
+    """0.2 % of the weight: corrections used to leave less of some directions missing by unlearning the whole."""
+    for shape in ((256, 256), (64, 256)):
+        stored, R = on_the_grid(kind, shape, seed), moments(shape[1], seed)
+        A, B = factors(stored, 0.002, rank=16, seed=seed)
+        change = changed(stored, round_from_codes(stored, A, B, R))
+        arrived = reference.share(change, arrays(B)[0] @ arrays(A)[0], damped(R.double().numpy()))
+        assert arrived == pytest.approx(1, abs=NEAR), shape
+
+
+def test_a_correction_that_leaves_less_missing_and_unlearns_the_whole_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored, R = on_the_grid("nf4"), moments()
+    A, B = factors(stored, 0.01)
+    scripts = {
+        "worse, then better": ([(0.98, 5.0), (0.14, 1.0), (2.1, 0.5), (1.04, 4.0), (0.94, 0.1)], 3),
+        "as far off as it was": ([(0.92, 5.0)] * 9 + [(0.93, 4.0), (1.06, 3.0), (0.93, 2.0), (0.5, 1.0)], 10),
+        "not better": ([(1.0, 5.0), (1.0, 5.0), (1.0, 6.0), (1.0, 7.0), (1.0, 5.0)], 0),
+    }
+    for name, (script, right) in scripts.items():
+        given: list[Tensor] = []
+
+        def attempt(self: _Descent, target: Tensor, script: Any = script, given: list[Tensor] = given) -> _Attempt:
+            codes = torch.full_like(stored.codes, len(given))
+            share, missing = script[len(given)]
+            given.append(codes)
+            return _Attempt(target, codes, torch.zeros_like(B), share, missing)
+
+        monkeypatch.setattr(_Descent, "attempt", attempt)
+        found = round_from_codes(stored, A, B, R).codes
+        assert len(given) == len(script), name
+        assert torch.equal(found, given[right]), name
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf3 in short blocks"])
