@@ -18,6 +18,8 @@ from .stored_names import StoredNames
 def original_weight(folder: str | os.PathLike[str], path: str, stored: Tensor) -> Tensor:
     """The weight that ``stored`` (float32 (out, in)) was quantized from: float32 (out, in) on its device.
 
+    ``folder`` may be one file of safetensors, or the index of several, too.
+
     Its name is looked for among those of the model that the folder's config.json describes. Without such a config, or
     where that model has no such path, it is ``<path>.weight`` in a checkpoint of the whole model or of the model
     without or inside its head. A matrix that was stored transposed (transformers' Conv1D) is told by its shape, a
@@ -64,12 +66,13 @@ def _plain_name(reader: ShardReader, path: str) -> str:
 
 def _opened(folder: Path) -> tuple[ShardReader, StoredNames | None]:
     # Both are read once for all modules of a model, and again when the folder has changed.
-    return _opened_once(folder, folder.stat().st_mtime_ns if folder.is_dir() else 0)
+    return _opened_once(folder, folder.stat().st_mtime_ns if folder.exists() else 0)
 
 
 @lru_cache(maxsize=1)
 def _opened_once(folder: Path, changed: int) -> tuple[ShardReader, StoredNames | None]:
-    reader = ShardReader(folder)
+    reader = ShardReader.at(folder)
+    folder = reader.folder
     if not (folder / "config.json").exists() or "auto_map" in read_settings(folder):
         return reader, None  # no model of transformers' own
     return reader, StoredNames(skeleton(folder, quantized=True), reader)

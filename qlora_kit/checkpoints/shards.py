@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,19 @@ class ShardReader:
             raise StorageError(
                 f"{self.folder}: expected one index, found {names}; move all but one checkpoint elsewhere"
             )
-        self._files = self._from_index(indexes[0]) if indexes else self._from_headers()
+        self._files = self._from_index(indexes[0]) if indexes else self._from_headers(self._shards())
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> ShardReader:
+        """The tensors of a folder, of one safetensors file, or of those that an index lists."""
+        file = Path(path)
+        if not file.is_file():
+            return cls(path)
+        reader = cls.__new__(cls)
+        reader.folder = file.parent
+        is_index = file.name.endswith(INDEX_SUFFIX)
+        reader._files = reader._from_index(file) if is_index else reader._from_headers([file])
+        return reader
 
     def keys(self) -> list[str]:
         """All names, sorted."""
@@ -143,9 +155,9 @@ class ShardReader:
                 )
         return {name: self.folder / file for name, file in files.items()}
 
-    def _from_headers(self) -> dict[str, Path]:
+    def _from_headers(self, shards: Iterable[Path]) -> dict[str, Path]:
         files: dict[str, Path] = {}
-        for file in self._shards():
+        for file in shards:
             with _opened(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     if name in files:

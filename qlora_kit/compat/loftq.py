@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def replace_lora_weights_loftq(
 
     Args:
         peft_model: a ``PeftModel`` or ``LoraModel`` on a quantized base, nothing merged.
-        model_path: a folder with the 16-bit safetensors of the same model; None looks for the base model in the
-            local Hub cache.
+        model_path: the 16-bit safetensors of the same model: a folder, one file of it, or its index; None looks for
+            the base model in the local Hub cache.
         adapter_name: the adapter to overwrite.
         callback: called with (model, path) after each layer; where it returns False, that layer's factors are
             put back. Without it all are kept.
@@ -56,7 +57,7 @@ def replace_lora_weights_loftq(
         )
     if merged := [path for path, layer in layers.items() if layer.merged_adapters]:
         raise AdapterError(f"{merged[0]}: expected nothing merged, found {layers[merged[0]].merged_adapters}; unmerge")
-    folder = _folder(peft_model, adapter_name) if model_path is None else model_path
+    folder = _folder(peft_model, adapter_name) if model_path is None else _there(model_path)
     for path, layer in quantized.items():
         stored = layer.codec.read(layer.base_layer)
         residual = original_weight(folder, path, stored) - stored
@@ -73,6 +74,12 @@ def replace_lora_weights_loftq(
 
 def _is_dense(layer: AdapterLayer) -> bool:
     return codec_for(layer.base_layer).stored(layer.base_layer)[0].is_floating_point()
+
+
+def _there(model_path: str | os.PathLike[str]) -> Path:
+    """As given; the folder for a file that isn't in it, as "model.safetensors" isn't where there are shards."""
+    path = Path(model_path)
+    return path.parent if not path.exists() and path.suffix == ".safetensors" else path
 
 
 def _folder(model: LoraModel, adapter_name: str) -> str:

@@ -162,3 +162,19 @@ def test_other_weights_are_refused(llama_dir: Path, tmp_path: Path) -> None:
         replace_lora_weights_loftq(model, tmp_path / "nowhere")
     assert unchanged(model, before) == set(before)
     assert model.backbones == {}
+
+
+def test_a_file_or_an_index_will_do(llama_dir: Path, tmp_path: Path) -> None:
+    expected, model = wrapped(llama_dir, "4-bit"), load(llama_dir, "dense", torch.float32)
+    replace_lora_weights_loftq(expected, llama_dir)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    # The last is what a script says that doesn't know of the shards.
+    for path in (
+        llama_dir / "model.safetensors",
+        tmp_path / "model.safetensors.index.json",
+        tmp_path / "model.safetensors",
+    ):
+        found = wrapped(llama_dir, "4-bit")
+        replace_lora_weights_loftq(found, str(path))
+        assert unchanged(found, factors_of(expected)) == set(found.adapter_layers()), path.name
