@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_kit.adapter_files.backbone import METADATA_KEY, combine
+from qlora_kit.adapter_files.card import About, about_start, write_card
 from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME
 from qlora_kit.checkpoints.checksums import checksums_in
 from qlora_kit.checkpoints.files import write_text_atomically
@@ -95,6 +96,7 @@ class Writers:
             "config.json": self._settings(),
         }
         write_text_atomically(adapter_folder / CONFIG_NAME, configs[f"{ADAPTER_FOLDER}/{CONFIG_NAME}"])
+        write_card(adapter_folder, lora.as_stored(), About(about_start(lora, rows)))
         for file in other_files(task.source):
             shutil.copyfile(file, out / file.name)
         report = Report(

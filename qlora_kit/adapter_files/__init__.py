@@ -7,6 +7,8 @@ computes, it must never ask.
 - ``slots``: which tensors of a model are an adapter's, and what its file calls each
 - ``words``: tables of words that go along, where some were added
 - ``tensors``: an adapter's tensors between a model and its file
+- ``card``: the README.md beside it
+- ``beside``: what goes beside the weights when a model saves them
 - ``backbone``: the fingerprint of the quantized base that a start belongs to
 - ``combined_config``: the configuration of an adapter that was computed from others
 """

@@ -23,6 +23,7 @@ from ..checkpoints.files import publish, stage, sync_folder, withdraw, write_ato
 from ..codecs.finite import all_finite
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import StorageError
+from .card import About, write_card
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -32,14 +33,20 @@ PREFIX = "base_model.model."  # what every key of an adapter file starts with
 
 
 def write_adapter(
-    folder: Path, config: LoraConfig, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    folder: Path,
+    config: LoraConfig,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    about: About | None = None,
 ) -> None:
-    """Write one adapter into ``folder``, which is made if it isn't there.
+    """Write one adapter and its README into ``folder``, which is made if it isn't there.
 
     Args:
         config: written as it is, see ``LoraConfig.as_stored``.
         state: contiguous CPU tensors under the keys of the file, no two sharing memory.
         metadata: further entries of the weight file's header, which other readers pass over.
+        about: what the README says of it beside its configuration.
 
     Raises:
         StorageError: ``folder`` is a file.
@@ -61,6 +68,7 @@ def write_adapter(
     finally:
         for temporary in staged.values():
             withdraw(temporary)
+    write_card(folder, config, about)
 
 
 def write_resume_file(folder: Path, state: Mapping[str, Tensor]) -> None:

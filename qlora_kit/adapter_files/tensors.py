@@ -34,6 +34,7 @@ from ..injection.adapted import Adapted, adapted_of
 from ..injection.stacks import why_no_branch
 from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
+from .beside import about, stored_config
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store, words_of
@@ -185,12 +186,17 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
     return list(pairs.values())
 
 
+def _by_name(state: Mapping[str, Tensor], name: str, otherwise: Tensor | None = None) -> Tensor | None:
+    """The tensor ``name`` of a ``LoraModel``'s state; wrappers with PEFT's names begin theirs as a file's keys do."""
+    return state.get(name, state.get(PREFIX + name.removeprefix("model."), otherwise))
+
+
 def _given(state: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
     """The tensor of ``slot`` in a wrapper's state dict; where its parameter is another layer's, transposed back."""
     if slot.moved_by:  # every process has buffers whole, and those of an adapter that isn't active are in no state
         return slot.tensor
-    found = state.get(slot.name, state.get(slot.key))
-    if found is None and (turned := state.get(f"{slot.name.removesuffix('weight')}transposed")) is not None:
+    found = _by_name(state, slot.name, state.get(slot.key))
+    if found is None and (turned := _by_name(state, f"{slot.name.removesuffix('weight')}transposed")) is not None:
         return turned.T
     # What trains may be all that was gathered; the base's own tensors are whole then.
     return slot.tensor if found is None and slot.of_base and slot.tensor.numel() else found
@@ -256,7 +262,7 @@ def save_adapter(
     for name in names:
         backbone = adapted.backbones.get(name)
         metadata = {METADATA_KEY: backbone} if backbone else None
-        write_adapter(folders[name], adapted.configs[name].as_stored(), states[name], metadata)
+        write_adapter(folders[name], stored_config(adapted, name), states[name], metadata, about=about(adapted, name))
 
 
 class _Keys:
@@ -307,6 +313,8 @@ def _folder(directory: Path, adapter_name: str) -> Path:
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:  # there is nothing to copy, and what has no memory can be told by that
+        return tensor.detach()
     whole = getattr(tensor, "full_tensor", None)  # a DTensor's shards are gathered
     return (tensor if whole is None else whole()).detach().to("cpu", copy=True).contiguous()
 

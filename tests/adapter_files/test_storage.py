@@ -134,7 +134,7 @@ def test_file_is_minimal_and_says_pt(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     trained().save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert sorted(file.keys()) == [

@@ -197,7 +197,7 @@ def test_uploads_are_of_adapters(tmp_path: Path, folder: Path, monkeypatch: pyte
         "huggingface_hub.HfApi.upload_folder", lambda self, folder_path, **_: uploads.append(os.listdir(folder_path))
     )
     lora.push_to_hub("me/adapter")
-    assert [sorted(names) for names in uploads] == [["adapter_config.json", "adapter_model.safetensors"]]
+    assert [sorted(names) for names in uploads] == [["README.md", "adapter_config.json", "adapter_model.safetensors"]]
 
 
 # -- what the Trainer learns about the model -----------------------------------------------------------------

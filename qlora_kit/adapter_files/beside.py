@@ -1,0 +1,29 @@
+"""What goes beside an adapter's weights when a model saves it: its configuration, and what its README says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..config.lora import LoraConfig
+from ..injection.adapted import Adapted
+from ..naming import unwrapped
+from .card import About, about_start
+
+
+def about(adapted: Adapted, name: str) -> About:
+    """What the README says: how the adapter was started, and what the base model is tagged with."""
+    reports = [layer.start_reports[name] for layer in adapted.layers().values() if name in layer.start_reports]
+    base = unwrapped(adapted.root)
+    library = ["transformers"] if type(base).__module__.startswith("transformers.") else []
+    tags = [*library, *(getattr(base, "model_tags", None) or ())]
+    return About(about_start(adapted.configs[name], reports), tags, hub=hasattr(base, "config"))
+
+
+def stored_config(adapted: Adapted, name: str) -> LoraConfig:
+    """The config as it goes beside the weights. Without a task type it names the class that the base model is of, which
+    is how a reader that has only the folder loads it."""
+    config = adapted.configs[name].as_stored()
+    if config.task_type is not None or config.auto_mapping is not None:
+        return config
+    kind = type(unwrapped(adapted.root))
+    return replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})
