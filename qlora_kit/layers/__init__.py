@@ -10,6 +10,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``conv``: convolutions in one, two and three dimensions
 - ``embedding``: tables
 - ``saved``: whole modules trained beside the factors (``modules_to_save``)
+- ``by_hand``: what is done to a single layer: chosen, switched off, rescaled, merged
 - ``named``: containers of what each adapter has, under any name
 """
 

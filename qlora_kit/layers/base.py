@@ -27,11 +27,12 @@ from ..codecs import Codec, codec_for, find_codec
 from ..errors import AdapterError, MergeError, TargetError
 from ..lowrank import add_product_, delta
 from ..naming import StandIn
+from .by_hand import AdjustedByHand
 from .named import NamedModules
 from .weight_in_effect import InEffect, Sum, weight_in_effect
 
 
-class AdapterLayer(StandIn):
+class AdapterLayer(AdjustedByHand, StandIn):
     """A base module with any number of named low-rank branches beside it. See the module's text."""
 
     family: ClassVar[str]
@@ -168,7 +169,8 @@ class AdapterLayer(StandIn):
 
     def cast_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` in the adapter's dtype; left alone under autocast, which casts for the product itself."""
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        kept = torch.is_autocast_enabled(x.device.type) or not self.cast_input_dtype_enabled
+        return x if kept else x.to(dtype)
 
     # -- merging ---------------------------------------------------------------------------------------
 
@@ -269,10 +271,6 @@ class AdapterLayer(StandIn):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self.active_adapters
 
     def _weight_in_effect(self) -> Tensor:
         """The weight that this layer computes with, for who reads it instead of calling; see ``weight_in_effect``."""

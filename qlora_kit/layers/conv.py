@@ -51,6 +51,14 @@ class ConvAdapter(AdapterLayer):
         self.lora_A[name].weight = nn.Parameter(A.view(rank, inputs, *kernel))
         self.lora_B[name].weight = nn.Parameter(B.view(*B.shape, *pointwise))
 
+    @property
+    def in_features(self) -> int:
+        return int(self.base_layer.in_channels)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base_layer.out_channels)
+
     def branch(self, x: Tensor, name: str) -> Tensor:
         base, conv = self.base_layer, _conv[self.kind]
         A, B = self.adapter_tensors(name).values()

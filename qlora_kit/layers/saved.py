@@ -21,19 +21,23 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import TargetError
 from ..naming import StandIn, base_of, unwrapped
+from .by_hand import SwitchedByHand
 from .named import NamedModules
 
 _HALF = (torch.float16, torch.bfloat16)
 _WHOLE = "_dtype_of_whole_copy"
 
 
-class ModulesToSave(StandIn):
+class ModulesToSave(SwitchedByHand, StandIn):
     """``original_module`` and one trainable copy of it for each adapter in ``modules_to_save``.
 
     The original may be an adapter layer: of other adapters, whose place this is too. Copies are of its base.
     """
 
     holds = "original_module"
+    #: PEFT's names of the attributes that hold what each adapter has.
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
