@@ -38,6 +38,9 @@ NAMES = {
         TunerModelStatus get_layer_status get_model_status get_peft_config get_peft_model get_peft_model_state_dict
         inject_adapter_in_model load_peft_weights prepare_model_for_int8_training prepare_model_for_kbit_training
         replace_lora_weights_loftq set_peft_model_state_dict
+        AutoPeftModel LoraRuntimeConfig NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftError PeftWarning get_base_model_state_dict
+        set_base_model_state_dict
     """,
     "qlora_kit.codecs": """
         Codec codec_for dense find_codec packed protect_storage_ register_codec shielded_storage

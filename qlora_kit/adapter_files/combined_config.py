@@ -93,7 +93,7 @@ def _selection(configs: Sequence[LoraConfig], paths: list[str]) -> dict[str, Any
     free: dict[str, Any] = dict.fromkeys(fields)
     targets: list[Any] = [one.pop("target_modules") for one in each]
     if not any(value is not None for one in each for value in one.values()):
-        if all(isinstance(target, list) for target in targets):
+        if all(isinstance(target, (list, set)) for target in targets):
             names = sorted({name for target in targets for name in target})
             if all(any(ends_with(path, name) for name in names) for path in paths):
                 return {**free, "target_modules": names}

@@ -15,6 +15,15 @@ from ..errors import StorageError, closest
 #: What callers may say about a download.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 
+#: Keywords that say how an adapter is loaded, and nothing to a base model's ``from_pretrained``.
+OF_LOADING = (
+    "allow_pickle",
+    "autocast_adapter_dtype",
+    "ephemeral_gpu_offload",
+    "ignore_mismatched_sizes",
+    "low_cpu_mem_usage",
+)
+
 # Keywords of PEFT's loading functions that say where and how to place tensors; here that follows from the base.
 _WITHOUT_EFFECT = (
     "autocast_adapter_dtype",

@@ -5,6 +5,7 @@ A value that differs between layers where it should be one and the same is repor
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -15,6 +16,7 @@ from ..codecs import Codec
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..model.lora_model import LoraModel
+from .layer_kinds import name_of
 
 Irregular = Literal["irregular"]
 
@@ -62,7 +64,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterError: the model has no adapter layer.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (AdapterLayer, ModulesToSave))]
+    layers = [
+        (name.removeprefix("base_model."), m)  # PEFT looks into what its wrapper holds
+        for name, m in model.named_modules()
+        if isinstance(m, (AdapterLayer, ModulesToSave))
+    ]
     if not layers:
         raise AdapterError(
             f"expected a model with adapters, found a {type(model).__name__} without; apply get_peft_model or "
@@ -84,9 +90,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     merged_everywhere = all(set(merged) & set(s.available_adapters) <= set(s.merged_adapters) for s in layers)
     return TunerModelStatus(
-        base_model_type=type(model if wrapper is None else wrapper.model).__name__,
+        base_model_type=_base_type(model, wrapper),
         adapter_model_type="None" if wrapper is None else "LoraModel",
-        peft_types={} if wrapper is None else {name: c.peft_type for name, c in wrapper.peft_config.items()},
+        peft_types={} if wrapper is None else {name: _plain(c.peft_type) for name, c in wrapper.peft_config.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -105,6 +111,18 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
+def _plain(kind: str) -> str:
+    return str(getattr(kind, "value", kind))
+
+
+def _base_type(model: nn.Module, wrapper: LoraModel | None) -> str:
+    if wrapper is not None:
+        return type(wrapper.model).__name__
+    transformers = sys.modules.get("transformers")
+    known = transformers is not None and isinstance(model, transformers.PreTrainedModel)
+    return type(model).__name__ if known else "other"
+
+
 def _layer_status(name: str, module: AdapterLayer | ModulesToSave) -> TunerLayerStatus:
     tensors: dict[str, list[Tensor]] = {
         adapter: list(module.adapter_tensors(adapter).values()) for adapter in module.adapter_names()
@@ -112,7 +130,7 @@ def _layer_status(name: str, module: AdapterLayer | ModulesToSave) -> TunerLayer
     adapted = isinstance(module, AdapterLayer)
     return TunerLayerStatus(
         name=name,
-        module_type=type(module).__name__,
+        module_type=name_of(module),
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
         merged_adapters=list(module.merged_adapters) if adapted else [],

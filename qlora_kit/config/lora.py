@@ -130,13 +130,13 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """PEFT's JSON form: the fields that all readers ask for, then those not at their default, by name."""
         values = {spec.name: deepcopy(getattr(self, spec.name)) for spec in fields(self) if spec.name != "loftq_config"}
-        if self.loftq_config is not None:
+        if self.loftq_config:
             values["loftq_config"] = _without_defaults(self.loftq_config, keep=("loftq_bits", "loftq_iter"))
             if not isinstance(self.loftq_config.calibration, str):
                 values["loftq_config"].pop("calibration", None)  # tensors have no place in JSON
         changed = _without_defaults(self, keep=_ALWAYS_WRITTEN)
         rest = sorted(set(changed) - set(_ALWAYS_WRITTEN))
-        return {name: values[name] for name in (*_ALWAYS_WRITTEN, *rest)}
+        return {name: values[name] for name in (*_ALWAYS_WRITTEN, *rest) if name in values}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoraConfig:

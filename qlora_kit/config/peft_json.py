@@ -99,7 +99,7 @@ def fields_from_json(data: Mapping[str, Any], own: Collection[str], starts: Coll
         )
     foreign = {key: value for key, value in data.items() if key not in own and key not in WITHOUT_EFFECT}
     for key, value in foreign.items():
-        if not (_says_nothing(value) or (key in FOREIGN_DEFAULTS and value == FOREIGN_DEFAULTS[key])):
+        if not (says_nothing(value) or (key in FOREIGN_DEFAULTS and value == FOREIGN_DEFAULTS[key])):
             near = closest(key, own, count=1)
             hint = "" if key in FOREIGN_DEFAULTS or not near else f" (closest known field: {near[0]!r})"
             raise ConfigError(
@@ -133,5 +133,6 @@ def fields_from_json(data: Mapping[str, Any], own: Collection[str], starts: Coll
     return fields
 
 
-def _says_nothing(value: Any) -> bool:
+def says_nothing(value: Any) -> bool:
+    """Whether ``value``, of a field that isn't known, leaves what it is about turned off."""
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)

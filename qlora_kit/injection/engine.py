@@ -103,7 +103,7 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
     shared = sharing(tree, paths)
     saved = resolve_saved(tree, saved_names(tree, config), tied=config.ensure_weight_tying)
     refuse_tied(tree, saved, but_tables=True)
-    refuse_tied(tree, paths, but_tables=config.loftq_config is None)
+    refuse_tied(tree, paths, but_tables=not config.loftq_config)
     for target in targets:
         module = base_of(tree.modules[target.path])
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)

@@ -87,7 +87,7 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
     tree = Tree.of(model)
     candidates = _candidates(tree, config)
     changes: dict[str, Any] = {}
-    if isinstance(names := config.target_modules, list):
+    if isinstance(names := config.target_modules, (list, set)):
         live = [name for name in names if any(path in candidates for path in tree.names.of(name))]
         changes["target_modules"] = live or names
     if isinstance(excluded := config.exclude_modules, str):
@@ -174,7 +174,9 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
         return chosen
     brought = set(tree.names.matching(head_of_task(tree, config.task_type)))
     within = tuple(f"{path}." for path in brought) or ("\0",)
-    for name in names:  # naming the head that the task trains whole asks for no more than that, as in PEFT
+    for name in (
+        sorted(names) if isinstance(names, set) else names
+    ):  # naming the head that the task trains whole asks for no more than that, as in PEFT
         found = any(path in candidates or f"{path}.".startswith(within) for path in tree.names.of(name))
         _must_match("target_modules", name, found, candidates)
     if not (chosen := [path for path in tree.names.matching(names) if path in candidates]):

@@ -7,6 +7,7 @@ over that. Nothing below imports it; it must not hold state of its own, or walk 
 - ``proxy``: how the wrapper passes for the model that it wraps
 - ``replaced``: what trainers put around a forward, as data
 - ``keywords``: what PEFT's models are called with and these can't be
+- ``of_transformers``: what transformers' models do to their own modules, under adapters
 - ``life``: adapters come and go
 - ``base_files``: the base under its adapters, saved
 - ``combining``: adapters combined into a new one

@@ -1,4 +1,4 @@
-"""Keywords that PEFT's models take beside the base model's, and that aren't taken here.
+"""Keywords that PEFT's models take beside the base model's, and that aren't taken here; and those of saving.
 
 Many models hand on whatever keyword they are given, so one that no module reads would vanish in silence, and with it
 what it asked for: rows that compute with an adapter of their own. Such keywords, and what is mistyped for them, are
@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ..errors import AdapterError
+from ..errors import AdapterError, closest
 
 #: What each does in PEFT, and what there is to do here.
 PEFT_KEYWORDS = {
@@ -26,6 +26,45 @@ PEFT_KEYWORDS = {
     "alora_offsets": "adapters that begin within a row (aLoRA) aren't implemented; leave it out",
     "task_ids": "it is for prompt tuning, which isn't implemented; leave it out",
 }
+
+#: Keywords of transformers' ``save_pretrained`` that are about whole models, or about the Hub.
+_OF_WHOLE_MODELS = (
+    "commit_description",
+    "commit_message",
+    "create_pr",
+    "max_shard_size",
+    "private",
+    "repo_id",
+    "revision",
+    "save_function",
+    "save_original_format",
+    "save_peft_format",
+    "tags",
+    "token",
+    "variant",
+)
+_OF_ADAPTERS = (
+    "safe_serialization",
+    "selected_adapters",
+    "state_dict",
+    "is_main_process",
+    "save_embedding_layers",
+    "push_to_hub",
+)
+
+
+def check_save_keywords(keywords: Iterable[str]) -> None:
+    """Pass over those that say nothing about adapters.
+
+    Raises:
+        TypeError: neither we nor transformers know one.
+    """
+    known = (*_OF_ADAPTERS, *_OF_WHOLE_MODELS)
+    for keyword in keywords:
+        if keyword not in known:
+            raise TypeError(
+                f"save_pretrained: unexpected keyword {keyword!r}; closest: {closest(keyword, known, count=1)}"
+            )
 
 
 def without_peft_keywords(keywords: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:

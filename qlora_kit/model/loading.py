@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter_files.backbone import METADATA_KEY, check_backbone
 from ..adapter_files.folder import PREFIX, read_adapter, read_metadata, read_resume_file
-from ..adapter_files.tensors import load_adapter_state_, load_resume_state_
+from ..adapter_files.tensors import adapter_state, load_adapter_state_, load_resume_state_
 from ..adapter_files.words import table_paths
 from ..config.lora import LoraConfig
 from ..errors import TargetError, UnsupportedModuleError
@@ -127,6 +128,23 @@ def _stored_alike(state: Mapping[str, Tensor], path: str, source: str) -> bool:
     return True
 
 
+def config_for_keys(model: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> LoraConfig:
+    """``config`` for exactly the modules that the keys of ``state`` name, an adapter's tensors, whatever it selects
+    itself.
+
+    Raises:
+        TargetError: no key is an adapter's, or one names a module that ``model`` doesn't have.
+    """
+    tree = Tree(model)
+    renamed = _renamed(tree, state)
+    if not renamed:
+        raise TargetError(
+            f"state_dict: expected keys of an adapter for this model, such as 'layer.lora_A.weight', found "
+            f"{sorted(state)[:3]}; pass the state dict that belongs to this model, or none"
+        )
+    return _under_new_names(config, tree, renamed)
+
+
 def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:
     """The adapted modules, by what the file calls them, in the model's names; empty if one of them is unknown."""
     found: dict[str, str] = {}
@@ -170,15 +188,27 @@ def _by_path(patterns: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[st
     return {path: value for path, value in values.items() if value is not None}
 
 
-def fill_(adapted: Adapted, name: str, stored: AdapterContents, *, check_base: bool) -> None:
-    """Overwrite adapter ``name`` with what is stored.
+def without_mismatched(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the ``current`` tensor in place of each of another shape; warns of them."""
+    unfit = [key for key in state.keys() & current.keys() if state[key].shape != current[key].shape]
+    if unfit:
+        shapes = ", ".join(
+            f"{key} ({tuple(state[key].shape)} for {tuple(current[key].shape)})" for key in sorted(unfit)
+        )
+        warnings.warn(f"left out, of another size than the model's: {shapes}", stacklevel=2)
+    return {**state, **{key: current[key] for key in unfit}}
+
+
+def fill_(adapted: Adapted, name: str, stored: AdapterContents, *, check_base: bool, any_size: bool = False) -> None:
+    """Overwrite adapter ``name`` with what is stored; with ``any_size`` all but tensors of another shape.
 
     Raises:
         StorageError: it doesn't fit, or with ``check_base`` it was started on another base than the one at hand.
     """
     if check_base and stored.backbone:
         check_backbone(stored.backbone, adapted.bases_of(name), stored.folder)
-    load_adapter_state_(adapted, name, stored.state)
+    state = without_mismatched(stored.state, adapter_state(adapted, name)) if any_size else stored.state
+    load_adapter_state_(adapted, name, state)
 
 
 def load_(
@@ -188,16 +218,17 @@ def load_(
     *,
     trainable: bool,
     check_base: bool,
+    any_size: bool,
     add: Callable[[str, LoraConfig], object],
     delete: Callable[[str], object],
 ) -> None:
     """Overwrite adapter ``name`` with what is stored, or have ``add`` make a new one (and on an error ``delete``)."""
     if name in adapted.configs:
-        fill_(adapted, name, stored, check_base=check_base)
+        fill_(adapted, name, stored, check_base=check_base, any_size=any_size)
         return
     add(name, config_for(adapted.root, stored.config, stored.state, trainable=trainable))
     try:
-        fill_(adapted, name, stored, check_base=check_base)
+        fill_(adapted, name, stored, check_base=check_base, any_size=any_size)
     except BaseException:
         delete(name)
         raise

@@ -21,7 +21,6 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan
-from ..injection.ties import end_tables
 from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
@@ -31,8 +30,10 @@ from ..preparation.kbit import count_parameters
 from ..preparation.trainers import marks_of
 from .combining import add_weighted_adapter
 from .hub import push_to_hub
+from .keywords import check_save_keywords
 from .life import add_, delete_, take_out_, train_
 from .loading import AdapterContents, config_for, fill_, load_, record_, resumed_
+from .of_transformers import dequantize, resize_token_embeddings
 from .proxy import ModelProxy
 
 L = TypeVar("L", bound="LoraModel")
@@ -139,7 +140,8 @@ class LoraModel(ModelProxy):
         if self.adapted.disabled:
             raise MergeError("adapters are switched off, and so would the merge be; enable_adapter_layers() first")
         layers = self.adapter_layers()
-        merge_in_place_(layers, dict.fromkeys(layers, names), safe=safe_merge)
+        of_each = {path: layer.active_adapters if adapter_names is None else names for path, layer in layers.items()}
+        merge_in_place_(layers, of_each, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put every base weight back as it was before ``merge_adapter``, bit for bit."""
@@ -163,12 +165,6 @@ class LoraModel(ModelProxy):
         """Return the base model as it was before the first adapter: its own module objects, biases and flags."""
         return take_out_(self.adapted)
 
-    def dequantize(self: L, *args: Any, **kwargs: Any) -> L:
-        """transformers' ``dequantize`` of the base under its adapters; what it puts there is frozen as the rest is."""
-        self.model.dequantize(*args, **kwargs)  # type: ignore[operator]
-        self.adapted.apply_state_()
-        return self
-
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapter layers inside; ``unload()`` gives it without them."""
         return self.model
@@ -185,17 +181,15 @@ class LoraModel(ModelProxy):
         is_main_process: bool | None = None,
         save_embedding_layers: bool | str = "auto",
         push_to_hub: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Write the adapters, PEFT's layout: "default" in the folder, others in subfolders of their names.
 
-        A call that says ``is_main_process`` or ``state_dict=None`` comes from a Trainer (a newer or an older
-        one), which resumes from ``model.safetensors``; all adapters are then written into a file of that name
-        as well, so that a stock resume finds them.
-
+        A Trainer's call (``is_main_process`` or ``state_dict=None``) also writes ``model.safetensors``, to resume from.
         ``save_embedding_layers`` says whether the base's tables of words go along (PEFT's argument): "auto" where the
         model has other words than its base, or the adapter has branches on them; True or False in any case.
         """
+        check_save_keywords(others)
         if push_to_hub:
             raise AdapterError("push_to_hub=True: save_pretrained writes to a folder only; call push_to_hub(repo_id)")
         if not safe_serialization:
@@ -226,12 +220,14 @@ class LoraModel(ModelProxy):
         check_backbone: bool = True,
         check_finite: bool = True,
         adapter_dtype: torch.dtype | None = None,
+        ignore_mismatched_sizes: bool = False,
     ) -> L:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
         Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
         replaces the stored one. An adapter that LoftQ started fits the quantized base that it was started on,
-        and ``check_backbone`` refuses others; ``check_finite`` refuses NaN and infinity.
+        and ``check_backbone`` refuses others; ``check_finite`` refuses NaN and infinity. ``ignore_mismatched_sizes``
+        leaves out, with a warning, what doesn't fit.
         """
         stored = AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite)
         config = stored.config if config is None else config
@@ -239,7 +235,7 @@ class LoraModel(ModelProxy):
             injected = config_for(model, config, stored.state, trainable=is_trainable)
             lora = cls(model, injected, adapter_name, adapter_dtype=adapter_dtype)
             try:
-                fill_(lora.adapted, adapter_name, stored, check_base=check_backbone)
+                fill_(lora.adapted, adapter_name, stored, check_base=check_backbone, any_size=ignore_mismatched_sizes)
             except BaseException:
                 lora.unload()
                 raise
@@ -255,6 +251,7 @@ class LoraModel(ModelProxy):
         allow_pickle: bool = False,
         check_backbone: bool = True,
         check_finite: bool = True,
+        ignore_mismatched_sizes: bool = False,
     ) -> None:
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it; from a Trainer's
         checkpoint of several adapters, all that are in use come back (by one name it asks for its best checkpoint)."""
@@ -267,6 +264,7 @@ class LoraModel(ModelProxy):
             AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite),
             trainable=is_trainable,
             check_base=check_backbone,
+            any_size=ignore_mismatched_sizes,
             add=self.add_adapter,
             delete=self.delete_adapter,
         )
@@ -333,16 +331,8 @@ class LoraModel(ModelProxy):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's own; refused while an adapter sits on the embedding or the head."""
-        ends = ("get_input_embeddings", "get_output_embeddings")
-        for get, module in zip(ends, end_tables(self.model), strict=True):
-            if isinstance(module, (AdapterLayer, ModulesToSave)):
-                raise AdapterError(
-                    f"resize_token_embeddings: {get}() is adapted, and its adapter has the old size; resize "
-                    "before applying the adapter, or merge or unload it first"
-                )
-        return self.model.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
+    dequantize = dequantize
+    resize_token_embeddings = resize_token_embeddings
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

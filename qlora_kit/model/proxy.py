@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class ModelProxy(nn.Module):
     """Wraps ``model`` and behaves as it does wherever a subclass doesn't say otherwise."""
 
     model: nn.Module
+    #: The submodule's name that ``model`` is, which names of parameters begin with.
+    held_under: ClassVar[str] = "model"
+    #: What PEFT says of LoRA: names of its parameters within a layer begin so, and a layer alone has all that it needs.
+    prefix: ClassVar[str] = "lora_"
+    uses_shared_state: ClassVar[bool] = False
     # Trainers look at these to refuse a bare quantized model, or to cast its trainable weights to bfloat16.
     # What is trained here are ordinary float parameters, so the wrapper says what is true of them.
     is_quantized = False
@@ -106,14 +111,17 @@ class ModelProxy(nn.Module):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         transformers = sys.modules.get("transformers")
-        model = self.__dict__.get("_modules", {}).get("model")
+        model = self.__dict__.get("_modules", {}).get(type(self).held_under)
         passes = transformers is not None and isinstance(model, transformers.PreTrainedModel)
         own, theirs = type(model) if passes else type(self), loaded("peft", "PeftModel")
         return own if theirs is None else standing_for(own, theirs)
 
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        super().__setattr__(self.held_under if attribute == "model" else attribute, value)
+
     def __getattr__(self, attribute: str) -> Any:
         try:
-            return super().__getattr__(attribute)
+            return super().__getattr__(type(self).held_under if attribute == "model" else attribute)
         except AttributeError:
             if attribute == "model":
                 raise

@@ -25,11 +25,12 @@ from qlora_kit.compat.peft import (
     PeftModel,
     PeftModelForCausalLM,
     PeftType,
+    PeftWarning,
     TaskType,
     get_peft_config,
     get_peft_model,
 )
-from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.errors import AdapterError, ConfigError, TargetError
 
 PROMISED = [
     "LoraConfig",
@@ -88,13 +89,10 @@ def test_they_are_the_toolkits_own_objects() -> None:
 # What is left out on purpose, with the reason.
 LEFT_OUT = {
     ("prepare_model_for_kbit_training", "auto_clear_cache"),  # nothing is left in the cache to clear
-    ("inject_adapter_in_model", "state_dict"),  # targets guessed from a file's keys; adapter_config.json has them
     ("PeftModel.from_pretrained", "key_mapping"),  # for models that transformers renamed; refused by name
     ("PeftModel.load_adapter", "key_mapping"),
-    ("PeftModel.from_pretrained", "ephemeral_gpu_offload"),  # taken through **kwargs, as are those below
+    ("PeftModel.from_pretrained", "ephemeral_gpu_offload"),  # taken through **kwargs, as is that below
     ("PeftModel.load_adapter", "ephemeral_gpu_offload"),
-    ("PeftModel.load_adapter", "torch_device"),
-    ("PeftModel.load_adapter", "autocast_adapter_dtype"),
     ("PeftModel.load_adapter", "low_cpu_mem_usage"),
 }
 
@@ -226,20 +224,37 @@ def test_the_revision_is_recorded_and_the_callers_config_left_alone() -> None:
     assert config == LoraConfig(target_modules=["0"])
 
 
-def test_wrapping_twice_is_refused() -> None:
-    model = wrapped()
-    with pytest.raises(AdapterError, match=r"isn't wrapped yet, found a PeftModel; .*model\.add_adapter"):
-        get_peft_model(model, LoraConfig(target_modules=["0"]))
+def test_a_model_that_is_wrapped_already_gets_a_new_adapter_with_a_warning() -> None:
+    first = wrapped()
+    with pytest.warns(PeftWarning, match=r"has adapters already, .* unload\(\) it first"):
+        second = get_peft_model(first, LoraConfig(r=4, target_modules=["0"]))
+    assert second.model is first.model
+    assert second.model[0].r == {"default": 4}
+    assert type(second.model[2]) is nn.Linear
 
 
-def test_running_the_same_cell_twice_is_refused_and_leaves_the_adapter() -> None:
+def test_a_cell_that_is_run_twice_starts_over_with_a_warning() -> None:
+    base = mlp()
+    get_peft_model(base, LoraConfig(target_modules=["0"]), "other")
+    first = get_peft_model_warned(base, LoraConfig(target_modules=["0"]))
+    weight = first.model[0].lora_A["default"].weight
+    second = get_peft_model_warned(base, LoraConfig(target_modules=["0"]))
+    assert second.model[0].lora_A["default"].weight is not weight
+    assert sorted(second.model[0].r) == ["default", "other"]
+
+
+def test_a_second_wrapping_that_fails_leaves_the_first_adapter() -> None:
     base = mlp()
     first = get_peft_model(base, LoraConfig(target_modules=["0"]))
     weight = first.model[0].lora_A["default"].weight
-    with pytest.raises(AdapterError, match=r"0: .*'default'"):
-        get_peft_model(base, LoraConfig(target_modules=["0"]))
+    with pytest.warns(PeftWarning), pytest.raises(TargetError, match="nowhere"):
+        get_peft_model(base, LoraConfig(target_modules=["nowhere"]))
     assert first.model[0].lora_A["default"].weight is weight
-    assert first.active_adapters == ["default"]
+
+
+def get_peft_model_warned(base: nn.Module, config: LoraConfig) -> PeftModel:
+    with pytest.warns(PeftWarning):
+        return get_peft_model(base, config)
 
 
 def test_set_requires_grad_leaves_the_active_adapter() -> None:

@@ -1,0 +1,5 @@
+"""``PeftMixedModel``."""
+
+from ..tasks import PeftMixedModel
+
+__all__ = ["PeftMixedModel"]

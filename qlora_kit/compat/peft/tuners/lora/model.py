@@ -1,0 +1,5 @@
+"""``LoraModel``."""
+
+from .....model.lora_model import LoraModel
+
+__all__ = ["LoraModel"]

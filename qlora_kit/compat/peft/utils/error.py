@@ -1,0 +1,5 @@
+"""Error classes."""
+
+from ...errors import NoMatchingPeftModuleError, PeftError
+
+__all__ = ["NoMatchingPeftModuleError", "PeftError"]

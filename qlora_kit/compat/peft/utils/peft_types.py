@@ -1,0 +1,5 @@
+"""Enumerations."""
+
+from ...configs import PeftType, TaskType
+
+__all__ = ["PeftType", "TaskType"]

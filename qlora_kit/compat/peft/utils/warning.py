@@ -1,0 +1,5 @@
+"""Warning classes."""
+
+from ...errors import PeftWarning
+
+__all__ = ["PeftWarning"]
