@@ -10,6 +10,7 @@ from live_bytes import LiveBytes
 from torch import nn
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
+from qlora_kit.checkpoints import spill
 from qlora_kit.codecs import blockwise, packing, pieces
 from qlora_kit.preparation.quantize import quantize_
 
@@ -31,6 +32,7 @@ BASES = ["float32", "bfloat16", "nf4", "nf4-double", "int8", "nf3"]
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "IN_MEMORY", 0)  # which a model that matters has soon filled
     monkeypatch.setattr(pieces, "PIECE", 1 << 13)
     monkeypatch.setattr(blockwise, "_CHUNK", 1 << 13)
     monkeypatch.setattr(packing, "_CHUNK", 1 << 10)
