@@ -76,7 +76,9 @@ class Writers:
         order = {unit.name: number for number, unit in enumerate(checkpoint.units)}
         lines = sorted((line for line in self.journal.done if line["row"]), key=lambda line: order[line["unit"]])
         rows = [LayerReport(**line["row"]) for line in lines]
-        digests = {line["path"]: line["digest"] for line in self.journal.done if line["digest"]}
+        # Journals of earlier releases name the path in the report's row alone.
+        made = [line for line in self.journal.done if line["digest"]]
+        digests = {line.get("path") or line["row"]["path"]: line["digest"] for line in made}
         self.adapter.finish({METADATA_KEY: combine(digests)})
         self.model.place(out)
         self.model.write_index(out)

@@ -117,12 +117,23 @@ class Codec:
         """``contents``, copied, for a bitwise ``restore_``."""
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.contents(module))
 
+    def take_over_(self, module: nn.Module, weight: Tensor) -> Any:
+        """Make ``weight`` the module's own memory, where it can be just that, and give back what that was: a
+        ``snapshot`` that no one has copied. None, with nothing done, where ``write_`` is needed.
+
+        Raises:
+            CodecError: as ``write_``; the module is as it was.
+        """
+        return None
+
     def exchange_(self, module: nn.Module, weight: Tensor) -> Any:
         """``write_``, and the ``snapshot`` of what was stored before; ``weight`` may become the module's own memory.
 
         Raises:
             CodecError: as ``write_``; the module is as it was.
         """
+        if (taken := self.take_over_(module, weight)) is not None:
+            return taken
         before = self.snapshot(module)
         try:
             self.write_(module, weight)

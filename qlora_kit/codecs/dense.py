@@ -57,16 +57,16 @@ class DenseCodec(Codec):
         stored.copy_(self._from_matrix(weight, stored.shape))
 
     @torch.no_grad()
-    def exchange_(self, module: nn.Module, weight: Tensor) -> Any:
-        """In float32 a weight takes the other's place, and nothing is copied: for memory that is the weight's alone."""
+    def take_over_(self, module: nn.Module, weight: Tensor) -> Any:
+        """In float32, where the memory is the weight's alone."""
         if type(self).write_ is not DenseCodec.write_:  # of another storage
-            return super().exchange_(module, weight)
+            return None
         stored = self._weight(module)
         matrix = self._from_matrix(weight, stored.shape)
         alone = stored.untyped_storage().nbytes() == stored.nbytes and not stored.is_shared()
         like = (stored.dtype, stored.device, stored.shape) == (matrix.dtype, matrix.device, matrix.shape)
         if not (alone and like and stored.is_contiguous() and matrix.is_contiguous()):
-            return super().exchange_(module, weight)
+            return None
         before: Tensor = stored.data
         stored.data = checked_weight(module, weight, self.shape(module), stored.dtype).view(stored.shape)
         return before

@@ -214,7 +214,11 @@ class Merger:
 
     def _exchange(self, codec: Codec, base: nn.Module, weight: Tensor) -> None:
         """Have ``base`` store ``weight``; what it stored is put back on an error."""
-        before = codec.exchange_(base, weight)
+        before = codec.take_over_(base, weight)
+        if before is None:
+            self._keep(codec, base)
+            codec.write_(base, weight)
+            return
         try:
             kept = self.spill.take(before)
         except BaseException:

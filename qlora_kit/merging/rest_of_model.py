@@ -33,8 +33,9 @@ def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
     biases), to be put back as it is now once the modules are."""
     held = [_held(adapted, name) for name in _RECORDS]
     for module in ([face] if isinstance(face, nn.Module) else []) + list(adapted.root.modules()):
-        held.append(_held(module, "training"))
-        held += [_held(module, name) for name in _HOOKS if vars(module)[name]]  # none is added by a merge
+        # Of hooks only those that are there: a merge adds none. torch.compile's wrapper has some of these from inside.
+        names = ["training", *(name for name in _HOOKS if vars(module).get(name))]
+        held += [_held(module, name) for name in names if name in vars(module)]
         if isinstance(module, StandIn):
             held += [_held(module, name) for name in _ADAPTER_FLAGS if name in vars(module)]
     kept = adapted.kept_biases.values

@@ -29,14 +29,19 @@ def import_after(awaited: str, ours: str) -> None:
 class _Waiting(importlib.abc.MetaPathFinder):
     def __init__(self, awaited: str, ours: str) -> None:
         self.awaited, self.ours = awaited, ours
+        self.asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.awaited:
+        if fullname != self.awaited or self.asking:
             return None
-        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((found for found in others if found is not None), None)
+        self.asking = True  # others may wait for the same module, and ask in turn
+        try:
+            others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+            spec = next((found for found in others if found is not None), None)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Following(spec.loader, self)
         return spec

@@ -144,7 +144,10 @@ def test_merge(arguments: str, message: str, room: Path, monkeypatch: pytest.Mon
         ),
         ("compress adapter --rank 0 --out out", "integer of at least 1, found 0; pass a rank such as 8"),
         ("compress adapter --rank 8 --energy 0.5 --out out", "found 8 and 0.5; leave one of them out"),
-        ("compress adapter --rank 1 --out adapter", "adapter: expected a new or empty folder, found ['adapter_config"),
+        (
+            "compress adapter --rank 1 --out adapter",
+            "adapter: expected a new or empty folder, found ['README.md', 'adapter",
+        ),
         ("compress adapter --energy 3 --out out", "compress: --energy: expected a share in (0, 1]"),
         ("compress gone --rank 2 --out out", "gone: expected a local folder"),
         ("compress model --rank 2 --out out", "model: expected adapter_config.json, found none"),
@@ -215,7 +218,7 @@ INIT = "init --model model --out out --device cpu"
         (f"{INIT} --targets nothing", "init: --targets: 'nothing' matches no module of the model"),
         (
             f"{INIT} --rank 4000",
-            "--rank: expected an integer between 1 and 64 for shape (64, 96), found 4000; lower --rank",
+            "--rank: expected a rank of at most 64, which is the largest that a module of this model has, found 4000",
         ),
         (
             f"{INIT} --alpha -1",

@@ -80,7 +80,6 @@ def test_what_the_journal_doesn_t_know_of_is_cut_away(llama_dir: Path, whole: di
     "place",
     [
         "loftq.disk.writers.write_text_atomically",
-        "loftq.disk.writers.write_atomically",
         "loftq.disk.writers.quantization_config",
         "loftq.disk.writers.place",
         "qlora_kit.checkpoints.growing_model.place",

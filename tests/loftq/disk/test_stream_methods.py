@@ -95,7 +95,7 @@ def test_base_and_adapter_are_those_made_in_memory_and_load_back(
     assert torch.equal(logits(LoraModel.from_pretrained(base, tmp_path / "out" / ADAPTER_FOLDER).eval()), expected)
     if method != "pissa":  # which doesn't look at the inputs by itself
         assert all(row.tokens and row.output_error is not None for row in report.layers)
-    assert len(list(verify(tmp_path / "out", source, layers=100))) == 2 + len(report.layers)
+    assert len(list(verify(tmp_path / "out", source, layers=100))) == 4 + len(report.layers)
 
 
 def test_an_embedding_calibrated_in_memory_computes_with_its_quantized_weight(tmp_path: Path) -> None:
