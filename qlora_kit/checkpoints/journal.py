@@ -129,11 +129,13 @@ class Journal:
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` with those of a group of them, a budget's say, beside the others."""
+    """``options`` with those of a group of them, a budget's say, beside the others, and its bits as all layers'."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
         flat.update({key: value} if key != "budget" else value if isinstance(value, dict) else {})
-    return flat
+    if (bits := flat.pop("bits", None)) is not None:
+        flat["loftq_bits"] = bits
+    return {key: None if value == [] else value for key, value in flat.items()}
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:

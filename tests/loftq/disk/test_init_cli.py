@@ -178,7 +178,8 @@ def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Pat
     code, said = init(source, tmp_path / "out", "--bits", 3, "--method", "cloq", "--calibration", text)
     assert code == 1
     assert "--method qera then, --method cloq now" in said
-    assert "options budget: {'bits': 2.5" in said
+    assert "--bits 2.5 then, --bits 3 now" in said
+    assert "--ranks" not in said
 
 
 # -- refusals --------------------------------------------------------------------------------------------------
