@@ -66,7 +66,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def other_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation config and the like: to be copied as they are."""
     entries = sorted(entry for entry in folder.iterdir() if entry.is_file())
-    return [entry for entry in entries if not NOT_COPIED.match(entry.name)]
+    return [entry for entry in entries if not NOT_COPIED.match(entry.name) and not _is_adapters_card(entry)]
+
+
+def _is_adapters_card(file: Path) -> bool:
+    """Whether ``file`` is the README of an adapter that lies beside the model, by the front matter that hubs read."""
+    return file.name == "README.md" and b"library_name: peft" in file.read_bytes()[:4096]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_files_that_cannot_be_combined_leave_nothing(tmp_path: Path) -> None:
         (([good, tmp_path / "nothing"], [1, 1]), "expected a local folder with adapter_config.json"),
         (([good, other], [1]), "expected 2 weights, one for each adapter, found 1"),
         (([good], [1], good / WEIGHTS), "expected a new or empty folder, found a file"),
-        (([good], [1], good), r"expected a new or empty folder, found \['adapter_config.json'"),
+        (([good], [1], good), r"expected a new or empty folder, found \['README.md', 'adapter_config.json'"),
         (
             ([good], [1], good / WEIGHTS / "in" / "a" / "file"),
             "expected a folder that can be written to, found Not a directory; choose another",

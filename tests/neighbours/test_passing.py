@@ -62,7 +62,8 @@ def test_a_configuration_passes_for_pefts(kind: type[LoraConfig]) -> None:
     changed = dataclasses.replace(config, r=8)
     assert type(changed) is kind
     assert (changed.r, config.r) == (8, 4)
-    assert repr(config).startswith("LoraConfig(r=4")
+    assert repr(config).startswith("LoraConfig(")
+    assert "r=4" in repr(config)
 
 
 def test_peft_makes_our_model_of_our_configuration_and_its_own_of_its_own() -> None:
