@@ -121,6 +121,7 @@ def test_a_half_precision_load_keeps_every_bit_of_the_scales(
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.filterwarnings("ignore:.*load report.*")
+@pytest.mark.slow
 def test_the_backbone_loads_without_its_head(tmp_path: Path, llama_dir: Path, bits: int) -> None:
     base = packed_base(tmp_path, llama_dir, bits)
     bare = AutoModel.from_pretrained(tmp_path / "base")
@@ -169,6 +170,7 @@ def test_a_loaded_model_is_saved_unchanged(tmp_path: Path, llama_dir: Path, doub
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.slow
 def test_the_file_holds_no_more_than_codes_scales_and_tables(
     tmp_path: Path, llama_dir: Path, bits: int, double_quant: bool
 ) -> None:
@@ -236,6 +238,7 @@ def test_a_dense_model_is_left_without_a_configuration() -> None:
         (lambda c: c["groups"][0]["modules"].append("model.norm"), TargetError, "a linear layer at 'model.norm'"),
     ],
 )
+@pytest.mark.slow
 def test_a_configuration_that_doesn_t_fit_is_named(
     tmp_path: Path, llama_dir: Path, change: Callable[[dict[str, Any]], Any], error: type[Exception], message: str
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_model_of_many_storages_reloads_bit_for_bit(tmp_path: Path, llama_dir:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.slow
 def test_linears_that_transformers_does_not_convert_reload(tmp_path: Path, bits: int) -> None:
     """Falcon's are of a class of their own."""
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ def rebuilt(triplets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.
 
 @pytest.mark.parametrize("solver", ["auto", "full", "gram"])
 @pytest.mark.parametrize("shape", [(12, 12), (17, 9), (9, 17), (24, 31)])
+@pytest.mark.slow
 def test_is_the_best_approximation(shape: tuple[int, int], solver: str) -> None:
     matrix = flat(shape)
     for rank in (1, 4, min(shape)):

@@ -107,6 +107,7 @@ def test_a_start_from_a_similar_matrix_beats_a_random_one(solver: str, depth: in
 @pytest.mark.parametrize("solver", BLOCKS)
 @pytest.mark.parametrize("columns", [4, RANK, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_a_start_may_have_any_number_of_columns(solver: str, columns: int, dtype: torch.dtype) -> None:
     matrix = residual()
     start = truncated_svd(matrix, columns, solver="full")[0].to(dtype)

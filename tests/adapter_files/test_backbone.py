@@ -144,6 +144,7 @@ def another(bits_from: Path) -> nn.Module:
     return start(model, bits).unload()
 
 
+@pytest.mark.slow
 def test_a_loftq_adapter_carries_its_backbone_and_finds_it(saved: Path) -> None:
     carried = stored_backbone(saved / "adapter")
     assert carried is not None
@@ -197,6 +198,7 @@ def test_on_the_right_base_an_adapter_is_added(saved: Path) -> None:
     assert lora.backbones == {}
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_is_saved_with_its_backbone(saved: Path) -> None:
     base = LlamaForCausalLM.from_pretrained(saved / "base")
     LoraModel.from_pretrained(base, saved / "adapter").save_pretrained(saved / "again")

@@ -142,6 +142,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("alpha", [3, 100], ids=["same config", "other config"])
 @pytest.mark.parametrize("step", range(9))
+@pytest.mark.slow
 def test_a_killed_save_never_mixes_old_and_new(
     alpha: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("tied", "case"), BOTH)
+@pytest.mark.slow
 def test_an_adapter_on_a_larger_vocabulary_comes_back_everywhere(tied: bool, case: str, tmp_path: Path) -> None:
     """Onto another resized base, whose new rows are others; from the folder alone; in PEFT; merged on disk."""
     source = base(tmp_path, tied)
@@ -108,6 +109,7 @@ def test_an_adapter_on_a_larger_vocabulary_comes_back_everywhere(tied: bool, cas
 
 
 @pytest.mark.parametrize(("tied", "case"), BOTH)
+@pytest.mark.slow
 def test_what_peft_stored_comes_back(tied: bool, case: str, tmp_path: Path) -> None:
     source = base(tmp_path, tied)
     torch.manual_seed(2)
@@ -239,6 +241,7 @@ def test_a_table_in_four_bit_models(tmp_path: Path) -> None:
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.slow
 def test_training_is_resumed_with_the_rows_it_had(tmp_path: Path) -> None:
     source = base(tmp_path, tied=True)
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4

@@ -99,6 +99,7 @@ def test_mixed_ranks_alphas_and_patterns(kind: str, svd_rank: int | None, tmp_pa
 
 
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.slow
 def test_other_targets_are_united(kind: str, tmp_path: Path) -> None:
     lora = ours({"target_modules": ["fc"]}, {"target_modules": ["conv", "fc"]}, {"target_modules": ["head"]})
     found, expected = both(lora, tmp_path, WEIGHTS, kind)

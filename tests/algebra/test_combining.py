@@ -56,6 +56,7 @@ def test_the_weighted_sum_on_every_family_with_any_ranks_and_scalings(kind: str)
 
 
 @pytest.mark.parametrize("storage", merge_nets.STORAGES)
+@pytest.mark.slow
 def test_the_base_plays_no_part_whatever_its_storage(storage: str) -> None:
     lora = merge_nets.adapted(storage, ("a", "b"))
     before = {path: merge_nets.stored_weight(layer.base_layer) for path, layer in lora.adapter_layers().items()}

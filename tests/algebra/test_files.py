@@ -49,6 +49,7 @@ def assert_same_files(left: Path, right: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", combination_types())
+@pytest.mark.slow
 def test_files_and_model_give_the_same_bits(kind: str, tmp_path: Path) -> None:
     """On a linear layer, an embedding, a Conv1D and a convolution; one source lacks modules."""
     lora = ours({"lora_alpha": 5}, {"use_rslora": True, "target_modules": ["fc", "emb", "conv"]})

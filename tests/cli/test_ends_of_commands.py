@@ -59,6 +59,7 @@ def test_a_package_is_its_command(package: str) -> None:
         (loftq.cli.app, INIT, "loftq init: stopped; what is finished is kept: the same command goes on from there"),
     ],
 )
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(app: Any, command: str, said: str, tmp_path: Path, monkeypatch: Any) -> None:
     add = Journal.add
 
@@ -114,6 +115,7 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("app", "command"), [(qlora_kit.cli.app, MERGE), (loftq.cli.app, INIT)])
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_gone_on_with(app: Any, command: str, tmp_path: Path, monkeypatch: Any) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     fsync, calls = os.fsync, iter(range(1000))

@@ -110,6 +110,7 @@ MERGE = "merge --base model --adapter adapter --out out"
         ),
     ],
 )
+@pytest.mark.slow
 def test_merge(arguments: str, message: str, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message in said(qlora_kit.cli.app, arguments, room, monkeypatch)
 

@@ -24,6 +24,7 @@ from qlora_kit.errors import CodecError, UnsupportedModuleError
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("out", "fan_in", "blocksize"), SHAPES)
+@pytest.mark.slow
 def test_read_and_write(
     out: int, fan_in: int, blocksize: int, quant_type: str, double_quant: bool, storage: torch.dtype
 ) -> None:
@@ -284,6 +285,7 @@ def test_on_cuda(out: int, fan_in: int, blocksize: int) -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("out", "fan_in", "blocksize"), [(32, 64, 64), (37, 96, 64), (5, 7, 64), (8, 512, 4096)])
+@pytest.mark.slow
 def test_codes_are_taken(
     out: int, fan_in: int, blocksize: int, quant_type: str, double_quant: bool, storage: torch.dtype
 ) -> None:

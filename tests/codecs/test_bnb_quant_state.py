@@ -83,6 +83,7 @@ def test_what_is_stored_is_bitsandbytes(shape: tuple[int, int], quant_type: str,
 @plain_and_double
 @both_types
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 def test_writing_stores_what_bitsandbytes_would(shape: tuple[int, int], quant_type: str, double_quant: bool) -> None:
     linear = nn.Linear(shape[1], shape[0])
     module = quantize_linear(linear, linear.weight, quant_type=quant_type, double_quant=double_quant)

@@ -80,6 +80,7 @@ def test_symmetric_tables_are_symmetric(quant_type: str, blocksize: int) -> None
 
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 @pytest.mark.parametrize("quant_type", FITTED)
+@pytest.mark.slow
 def test_multipliers_bring_the_top_level_to_the_largest_value(quant_type: str, blocksize: int) -> None:
     plain, larger = scheme(quant_type).multipliers(blocksize)
     assert plain == 1

@@ -59,6 +59,7 @@ def raw(module: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...], byte
 @plain_and_double
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.slow
 def test_reads_what_was_quantized(
     quant_type: str, shape: tuple[int, int], double_quant: bool, blocksize: int | None
 ) -> None:
@@ -281,6 +282,7 @@ def test_requantizing_what_was_read_doesn_t_shrink_it(quant_type: str) -> None:
 @plain_and_double
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize(("out", "fan_in", "blocksize"), [(37, 96, 64), (7, 5, 64), (9, 33, None)])
+@pytest.mark.slow
 def test_codes_are_taken(out: int, fan_in: int, blocksize: int | None, quant_type: str, double_quant: bool) -> None:
     linear = nn.Linear(fan_in, out)
     quantized = quantize_matrix(linear.weight.detach(), quant_type, blocksize, double_quant=double_quant)

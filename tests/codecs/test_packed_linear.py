@@ -83,6 +83,7 @@ def test_it_computes_in_its_inputs_dtype(
 
 
 @every_type
+@pytest.mark.slow
 def test_float64_gradients_are_the_references(quant_type: str) -> None:
     module = make(7, 13, quant_type, blocksize=16, double_quant=True).double()
     module.bias.requires_grad_()
@@ -165,6 +166,7 @@ def randomize_(lora: LoraModel) -> None:
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @every_type
+@pytest.mark.slow
 def test_adapters_train_over_it_and_leave_it(quant_type: str, double_quant: bool) -> None:
     lora = adapted(quant_type, double_quant)
     x, target, before = torch.randn(32, 47), torch.randn(32, 4), base_bits(lora)

@@ -205,6 +205,7 @@ def searched(levels: tuple[float, ...]) -> Tensor:
 
 @pytest.mark.parametrize("blocksize", [1, 2, 64, 4096])
 @pytest.mark.parametrize("quant_type", [*SCHEMES, "dynamic"])
+@pytest.mark.slow
 def test_the_search_by_bins_is_the_binary_search(quant_type: str, blocksize: int) -> None:
     levels = dynamic_map() if quant_type == "dynamic" else scheme(quant_type).table(blocksize)
     values = searched(levels)

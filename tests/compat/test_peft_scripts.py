@@ -90,6 +90,7 @@ def run(source: str, folders: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.slow
 def test_a_script_finds_the_same_after_changing_its_import(
     name: str, checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

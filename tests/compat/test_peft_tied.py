@@ -73,6 +73,7 @@ def peft_model(base: Path, ensured: bool, **config: Any) -> Any:
 
 
 @pytest.mark.parametrize(("case", "ensured"), EACH)
+@pytest.mark.slow
 def test_both_libraries_compute_the_same_from_either_s_file(case: str, ensured: bool, base: Path, tmp_path: Path):
     theirs = peft_model(base, ensured, **copy.deepcopy(CASES[case]))
     expected = logits(theirs)
@@ -87,6 +88,7 @@ def test_both_libraries_compute_the_same_from_either_s_file(case: str, ensured: 
 
 
 @pytest.mark.parametrize(("case", "ensured"), EACH)
+@pytest.mark.slow
 def test_a_merge_in_memory_and_on_disk_computes_the_same(case: str, ensured: bool, base: Path, tmp_path: Path):
     theirs = peft_model(base, ensured, **copy.deepcopy(CASES[case]))
     expected = logits(theirs)
@@ -105,6 +107,7 @@ def test_a_merge_in_memory_and_on_disk_computes_the_same(case: str, ensured: boo
 
 @pytest.mark.parametrize("ensured", [False, True])
 @pytest.mark.parametrize("case", [name for name in CASES if name != "one of each"])
+@pytest.mark.slow
 def test_what_is_ensured_trains_as_one(case: str, ensured: bool):
     torch.manual_seed(1)
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **CASES[case]}, ensure_weight_tying=ensured)
@@ -190,6 +193,7 @@ def test_what_was_trained_as_one_is_loaded_apart_on_an_untied_model(case: str, b
 
 @pytest.mark.parametrize("ensured", [False, True])
 @pytest.mark.parametrize("case", ["branch on the table", "branch on the head", "branch on both"])
+@pytest.mark.slow
 def test_a_merge_into_few_bits_is_the_same_on_disk(case: str, ensured: bool, base: Path, tmp_path: Path):
     """The head is quantized then, and the table isn't, so they can't stay one."""
     torch.manual_seed(1)

@@ -137,6 +137,7 @@ def stir_(lora: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
 @pytest.mark.parametrize(("build", "task", "names"), TRAINED.values(), ids=TRAINED)
+@pytest.mark.slow
 def test_the_head_of_a_task_is_trained_and_stored_for_both_libraries(
     build: Callable[[], Any], task: str, names: list[str], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def made(saved, dtype, prepared=False):
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("saved", [["table"], ["norm"], ["conv"], ["head"], ["table", "norm", "conv", "head"]])
+@pytest.mark.slow
 def test_a_float32_copy_speaks_the_dtype_of_its_half_precision_model(saved, dtype, prepared, autocast):
     lora = made(saved, dtype, prepared)
     inner = {id(p): p.dtype for m in lora.saved_modules().values() for p in m.modules_to_save.parameters()}

@@ -133,6 +133,7 @@ class Product(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("way", ["kernel", "checkpointed", "vmap", "compiled"])
+@pytest.mark.slow
 def test_kernels_and_transforms_compute_with_it(way: str) -> None:
     lora, layer = adapt(nn.Linear(12, 8, bias=False).double())
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)

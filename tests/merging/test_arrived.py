@@ -29,6 +29,7 @@ def statistics(lora: Any, *, diagonal: bool = False) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("options", [{}, {"residual_rank": 2}, {"into": "nf3"}])
+@pytest.mark.slow
 def test_it_is_the_projection_by_the_inputs_moments(options: dict[str, Any], diagonal: bool) -> None:
     lora = adapted("nf4", ("a", "b"), size=0.05)
     before = {path: stored_weight(layer.base_layer) for path, layer in lora.adapter_layers().items()}

@@ -32,6 +32,7 @@ REPORT = 3e-5
         ("packed-nf3", {"residual_rank": 3, "residual_dtype": torch.bfloat16}),
     ],
 )
+@pytest.mark.slow
 def test_every_number_by_its_definition(storage: str, options: dict[str, Any], weights: list[float] | None) -> None:
     if options.get("into") == "packed":
         options = {**options, "into": "affine3"}

@@ -59,6 +59,7 @@ def deltas(lora: LoraModel) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("storage", ["nf3", "nf4", "int8"])
 @pytest.mark.parametrize("into", ["float32", "same"])
+@pytest.mark.slow
 def test_the_original_plus_the_delta(folder: Path, storage: str, into: str) -> None:
     lora, full = trained(folder, storage), originals(folder)
     added = deltas(lora)

@@ -58,6 +58,7 @@ def same(one: Quantized, other: Quantized) -> bool:
 
 
 @pytest.mark.parametrize("kind", [{}, {"double_quant": True}, {"quant_type": "affine3"}])
+@pytest.mark.slow
 def test_a_small_delta_is_met_by_changed_codes_and_a_large_one_by_new_ones(kind: dict[str, Any]) -> None:
     R = moments(96)
     quantizer, small, ideal = grid(SMALL, **kind)
@@ -183,6 +184,7 @@ def test_the_adapters_effect_is_in_the_output(monkeypatch: pytest.MonkeyPatch, s
     assert (report.model(x) - apart).norm() < (nearest.model(x) - apart).norm()
 
 
+@pytest.mark.slow
 def test_statistics_of_other_dtypes_and_ones_that_are_none() -> None:
     given = {path: moments(width).bfloat16() for path, width in zip(PATHS, (64, 96, 64), strict=True)}
     merged = []

@@ -54,6 +54,7 @@ def test_unmerging_is_bitwise(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_merges_one_after_the_other_requantize_from_the_base(storage: str) -> None:
     together = adapted(storage, ("a", "b"))
     stepwise = copy.deepcopy(together)
@@ -66,6 +67,7 @@ def test_merges_one_after_the_other_requantize_from_the_base(storage: str) -> No
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_an_in_place_merge_writes_what_merge_writes(storage: str) -> None:
     lora = adapted(storage, ("a", "b"))
     final = merge(copy.deepcopy(lora)).model
@@ -125,6 +127,7 @@ def test_a_merge_set_aside_while_switched_off() -> None:
 @pytest.mark.parametrize("storage", list(FOUR_BIT))
 @pytest.mark.parametrize("when", ["before the adapter", "under the adapter", "while merged"])
 @pytest.mark.filterwarnings("ignore:.*an earlier evaluation forward had repacked:UserWarning")
+@pytest.mark.slow
 def test_merging_after_an_evaluation_forward(storage: str, when: str) -> None:
     """On CPUs with AVX512_BF16 a stock evaluation forward repacks 4-bit weights, and garbage is read from them."""
     torch.manual_seed(5)
@@ -157,6 +160,7 @@ def test_merging_after_an_evaluation_forward(storage: str, when: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("into", ["same", *DENSE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_every_kind_of_module_merges_into_every_dtype(case: str, into: str, dtype: str) -> None:
     base = TinyNet().to(DENSE[dtype]).eval()
     lora = apply_lora(base, LoraConfig(**CASES[case]))

@@ -87,6 +87,7 @@ def test_a_write_that_fails_at_the_third_layer(
         ("merged and disabled", "float32", 3),
     ],
 )
+@pytest.mark.slow
 def test_a_failure_over_an_earlier_merge_or_a_switched_off_adapter(
     monkeypatch: pytest.MonkeyPatch, storage: str, state: str, into: str, nth: int
 ) -> None:

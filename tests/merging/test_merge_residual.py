@@ -59,6 +59,7 @@ def assert_best(error: np.ndarray, A: np.ndarray, B: np.ndarray) -> None:
         ("packed-nf3", "nf2", 0.3, ("a",)),
     ],
 )
+@pytest.mark.slow
 def test_the_branch_is_the_best_beside_what_is_stored(
     storage: str, into: str, size: float, names: tuple[str, ...]
 ) -> None:

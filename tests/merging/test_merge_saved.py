@@ -36,6 +36,7 @@ def adapted(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("into", ["same", "bfloat16", "nf3"])
+@pytest.mark.slow
 def test_a_model_loaded_from_quantized_files(tmp_path: Path, into: str) -> None:
     """transformers would undo the steps by which it loaded them, and has no way to."""
     llama().save_pretrained(tmp_path / "full")

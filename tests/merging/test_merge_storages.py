@@ -50,6 +50,7 @@ def every_kind(storage: str | None = None, dtype: torch.dtype = torch.float32) -
 
 @pytest.mark.parametrize("into", ["float32", "float16", "nf4", "fp4", "int8", "nf3", "nf2"])
 @pytest.mark.parametrize(("storage", "dtype"), [(None, "float32"), (None, "bfloat16"), ("nf4", "float32")])
+@pytest.mark.slow
 def test_every_kind_into_every_storage(storage: str | None, dtype: str, into: str) -> None:
     lora = every_kind(storage, getattr(torch, dtype))
     ideal = {path: layer.merged_weight(["default"]) for path, layer in lora.adapter_layers().items()}

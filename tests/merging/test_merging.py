@@ -85,6 +85,7 @@ def test_weights_and_report_are_the_references(storage: str, into: str) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("into", ["same", "float32", "bfloat16"])
+@pytest.mark.slow
 def test_one_write_a_layer_however_many_adapters(writes: Counter[int], storage: str, into: str) -> None:
     lora = adapted(storage, ("a", "b", "c"))
     merge(lora, into=into)
@@ -114,6 +115,7 @@ def test_adapters_are_summed_before_they_are_quantized(storage: str) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("into", list(DENSE))
+@pytest.mark.slow
 def test_a_dense_merge_is_the_adapted_function(storage: str, into: str) -> None:
     lora = adapted(storage, ("a", "b")).train(storage == "int8")  # its evaluation also rounds activations
     x = inputs(lora)

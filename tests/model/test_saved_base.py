@@ -78,6 +78,7 @@ def loaded(folder: Path) -> Any:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_base_and_adapter_reload_bit_for_bit(llama_dir: Path, tmp_path: Path, storage: str, way: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama_dir)
     lora = started(model, **STORAGES[storage])
@@ -122,6 +123,7 @@ def test_the_adapter_names_the_base_that_was_saved(llama_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_a_base_that_was_loaded_quantized_is_saved(llama_dir: Path, tmp_path: Path, way: str) -> None:
     """transformers itself can't save such a model a second time."""
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -143,6 +143,7 @@ def one_process() -> Iterator[None]:
     [distributed, blocks(distributed), sharded, blocks(sharded)],
     ids=["DDP", "blocks in DDP", "FSDP", "blocks in FSDP"],
 )
+@pytest.mark.slow
 def test_in_the_wrappers_of_several_processes(
     wrap: Callable[[Any], Any], before: bool, plain: tuple[Path, Tensor], tmp_path: Path
 ) -> None:

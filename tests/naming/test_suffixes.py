@@ -45,6 +45,7 @@ EXPRESSION = st.sampled_from([r".*\.a", r"^a\.b", r"[ab]+\.0", r"a|b", r"(q|k)_p
 
 
 @given(PATH, st.dictionaries(st.one_of(PATH.filter(lambda path: "." not in path), EXPRESSION), st.integers(0, 9)))
+@pytest.mark.slow
 def test_the_first_pattern_that_fits_counts(path: str, patterns: dict[str, int]) -> None:
     assert Patterns(patterns).value(path, -1) == pattern_value(path, patterns, -1) == first_fit(path, patterns)
 

@@ -37,6 +37,7 @@ def test_evaluation_does_not_change_4bit_weights(llama_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_copies_right_after_training(llama_dir: Path, storage: str) -> None:
     """Evaluation, deepcopy, a pickle of the model and of its state all show the same trained model."""
     lora = adapted(prepare_model_for_kbit_training(load(llama_dir, storage, torch.bfloat16))).train()

@@ -51,6 +51,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("storage", [*STORAGES, "packed"])
+@pytest.mark.slow
 def test_load_state_restores_bit_for_bit(storage: str, folder: Path, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     lora = adapter_model(folder, storage)
@@ -77,6 +78,7 @@ def test_load_state_restores_bit_for_bit(storage: str, folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("storage", [*STORAGES, "packed"])
+@pytest.mark.slow
 def test_a_whole_state_goes_into_another_model(storage: str, folder: Path) -> None:
     """Of other weights too: what a k-bit layer keeps beside its codes is restored with them."""
     lora, other = adapter_model(folder, storage), adapter_model(folder, storage, seed=9)

@@ -140,6 +140,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(storage: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.slow
 def test_its_loss_is_that_of_the_bare_model(storage: str, tmp_path: Path, lm: Path) -> None:
     """At B = 0 the wrapper computes what the base does; the base alone is refused only where it is quantized."""
     lora = wrapped(load_storage(lm, storage), config(lora_dropout=0.0))
@@ -153,6 +154,7 @@ def test_its_loss_is_that_of_the_bare_model(storage: str, tmp_path: Path, lm: Pa
     assert found == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_the_model_goes_on_as_before(tmp_path: Path, lm: Path) -> None:
     lora = wrapped(load_storage(lm, "4-bit"))
     signature = list(inspect.signature(lora.forward).parameters)

@@ -35,6 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
         (["--rank", "1", "--targets", r".*\.(up|down)_proj"], {"rank": 1, "target_modules": r".*\.(up|down)_proj"}),
     ],
 )
+@pytest.mark.slow
 def test_the_command_does_what_the_function_does(
     options: list[str], fields: dict, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

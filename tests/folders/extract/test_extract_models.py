@@ -131,6 +131,7 @@ def test_embeddings_and_a_resized_vocabulary(tmp_path: Path) -> None:
     assert_reproduces(resized, tmp_path / "out", model, inputs())
 
 
+@pytest.mark.slow
 def test_tied_weights_count_once(tmp_path: Path) -> None:
     model = llama(tied=True)
     base, tuned = pair(model, tmp_path, low_rank(2))
@@ -306,6 +307,7 @@ def test_experts_are_named_where_they_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["4-bit", "8-bit", "packed"])
+@pytest.mark.slow
 def test_a_quantized_base(storage: str, tmp_path: Path) -> None:
     """The branch holds what tuning and quantizing changed together, and fits this base alone."""
     source, tuned = pair(llama(), tmp_path / "dense", low_rank(2, only="proj"))

@@ -93,6 +93,7 @@ def test_convolutions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("into", ["float32", "same"])
+@pytest.mark.slow
 def test_codes_that_are_stored_as_floats(into: str, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "dense")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16)

@@ -61,6 +61,7 @@ def test_conv1d_and_biases(into: str, gpt2_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["nf4", "nf3"])
+@pytest.mark.slow
 def test_a_dequantized_conv1d_is_stored_as_its_model_loads_it(storage: str, tmp_path: Path) -> None:
     base = save_base(gpt2(), tmp_path / "base", storage)
     adapter = save_adapter(base, tmp_path / "adapter")
@@ -121,6 +122,7 @@ def test_trained_copies(storage: str, into: str, bases: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize(("storage", "into"), [("nf4", "same"), ("bfloat16", "nf3")])
+@pytest.mark.slow
 def test_searched_scales(storage: str, into: str, bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(bases[storage], tmp_path / "adapter", ["q_proj"])
     nearest = on_disk(bases[storage], [adapter], tmp_path / "nearest", into=into)

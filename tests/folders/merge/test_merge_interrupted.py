@@ -81,6 +81,7 @@ def test_a_cut_at_every_unit(bases: dict[str, Path], adapter: Path, whole: dict[
 
 
 @pytest.mark.parametrize("count", [1, 8, 20])
+@pytest.mark.slow
 def test_nothing_finished_is_redone(
     count: int, bases: dict[str, Path], adapter: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_what_the_journal_doesn_t_know_of_is_cut_away(
         "qlora_kit.folders.merge.run.other_files",
     ],
 )
+@pytest.mark.slow
 def test_a_cut_while_finishing(
     place: str, bases: dict[str, Path], adapter: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_finished_merge_is_left_alone(bases: dict[str, Path], adapter: Path, t
 
 
 @pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.slow
 def test_another_command_is_refused(
     finished: bool, bases: dict[str, Path], adapter: Path, second: Path, tmp_path: Path
 ) -> None:

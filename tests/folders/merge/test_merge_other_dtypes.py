@@ -34,6 +34,7 @@ def base(bases: dict[str, Path]) -> Path:
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("into", ["bfloat16", "nf4"])
+@pytest.mark.slow
 def test_float8_weights_are_widened(dtype: torch.dtype, into: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     """The result is that of the same values in bfloat16, in which float8's are exact."""
     matrices = {name: t.to(dtype) for name, t in tensors(base).items() if t.dim() == 2}
@@ -93,6 +94,7 @@ def test_factors_that_are_no_floats(dtype: torch.dtype, base: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.bool, torch.int16])
+@pytest.mark.slow
 def test_other_tensors_are_copied(dtype: torch.dtype, base: Path, adapter: Path, tmp_path: Path) -> None:
     more = torch.arange(6).reshape(2, 3).to(dtype)
     odd = rewritten(base, tmp_path / "odd", {"extra.table": more})

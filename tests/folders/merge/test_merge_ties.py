@@ -79,6 +79,7 @@ def test_what_doesn_t_change_stays_tied(tied: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "v_proj"]])
+@pytest.mark.slow
 def test_an_adapter_on_one_of_two_tied_unties_them(targets: list[str], tied: Path, tmp_path: Path) -> None:
     adapted = peft_adapter(AutoModelForCausalLM.from_pretrained(tied), tmp_path / "adapter", targets)
     report = on_disk(tied, [tmp_path / "adapter"], tmp_path / "out", into="float32")

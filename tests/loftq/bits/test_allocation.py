@@ -139,6 +139,7 @@ LORAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+@pytest.mark.slow
 def test_chosen_ranks_keep_every_scaling(lora: dict[str, Any]) -> None:
     model, config = llama(), asked(lora=lora)
     zero = apply_lora(

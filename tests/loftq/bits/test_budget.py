@@ -107,6 +107,7 @@ def test_ranks_under_mean_bits_take_no_more_factors_than_the_own_rank(seed: int,
 
 
 @pytest.mark.parametrize("ranks", [(), (2, 8)])
+@pytest.mark.slow
 def test_a_larger_budget_never_leaves_more_error(ranks: tuple[int, ...]) -> None:
     choices, weights = case(11, ranks or (4,), layers=12)
     by_bits = [error(chosen(choices, weights, Budget(bits=bits, ranks=ranks))) for bits in np.linspace(2, 8, 13)]

@@ -170,6 +170,7 @@ def test_the_first_layers_get_4_bits(source: Path, tmp_path: Path) -> None:
     assert_verified(tmp_path / "out", source)
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
     first = ("--bits", 2.5, "--method", "qera", "--calibration", text)
     assert init(source, tmp_path / "out", *first)[0] == 0

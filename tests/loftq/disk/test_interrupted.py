@@ -63,6 +63,7 @@ def test_several_cuts(llama_dir: Path, whole: dict[str, bytes], tmp_path: Path) 
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_what_the_journal_doesn_t_know_of_is_cut_away(llama_dir: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     cut_after(9, llama_dir, out)
@@ -102,6 +103,7 @@ def test_a_cut_while_finishing(
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(llama_dir: Path, tmp_path: Path) -> None:
     first = streamed(llama_dir, tmp_path / "out", config(2), **OPTIONS)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")}

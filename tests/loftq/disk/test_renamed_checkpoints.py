@@ -99,6 +99,7 @@ def test_what_is_written_is_what_a_start_in_memory_gives(
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own use of it
+@pytest.mark.slow
 def test_peft_takes_the_adapter(sources: dict[str, Path], tmp_path: Path) -> None:
     report = streamed(sources["llava"], tmp_path / "out", config(4))
     adapter = tmp_path / "out" / ADAPTER_FOLDER
@@ -126,6 +127,7 @@ def test_the_originals_of_a_quantized_model(sources: dict[str, Path]) -> None:
     assert torch.equal(original_weight(sources["gemma3"], path, stored), full)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_stored_twice_is_written_once(sources: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(sources["vit"], tmp_path / "source")
     stored = tensors(source)

@@ -79,6 +79,7 @@ def test_a_missing_or_foreign_report_is_an_error(tmp_path: Path) -> None:
         Report.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_start_in_memory_has_the_same_report(llama_dir: Path, tmp_path: Path) -> None:
     lora = apply_lora(AutoModelForCausalLM.from_pretrained(llama_dir, dtype="auto"), config(2))
     streamed(llama_dir, tmp_path / "out", config(2))
@@ -135,6 +136,7 @@ CHANGES: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.slow
 def test_a_changed_tensor_is_found(finished: Path, tmp_path: Path, what: str) -> None:
     out = copied(finished, tmp_path)
     file, change, pattern = CHANGES[what]
@@ -155,6 +157,7 @@ OF_ADAPTER = f"{ADAPTER_FOLDER}/adapter_config.json"
     ("file", "key", "place"),
     [(OF_ADAPTER, "lora_alpha", "base_model_name_or_path"), ("config.json", "rms_norm_eps", "_name_or_path")],
 )
+@pytest.mark.slow
 def test_a_changed_configuration_is_found(finished: Path, tmp_path: Path, file: str, key: str, place: str) -> None:
     out = copied(finished, tmp_path)
     settings = json.loads((out / file).read_text())
@@ -195,6 +198,7 @@ def test_what_transformers_can_not_load_is_found(finished: Path, tmp_path: Path)
         next(lines)
 
 
+@pytest.mark.slow
 def test_another_source_is_found(finished: Path, tmp_path: Path) -> None:
     model = llama()
     with torch.no_grad():

@@ -53,6 +53,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("method", ["loftq", "srr"])
+@pytest.mark.slow
 def test_the_rank_is_that_of_the_weight_on_disk_as_in_memory(
     folder: Path, tmp_path: Path, method: str, rslora: bool
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_name_that_ends_another_path_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize(("budget", "lowered"), [({"bits": 2.5}, {GATE: RANK}), ({"bits": 3, "ranks": (4, 8)}, {})])
+@pytest.mark.slow
 def test_a_budget_counts_the_rank_that_there_is(
     folder: Path, tmp_path: Path, budget: dict[str, Any], lowered: dict[str, int]
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_checkpoint_in_eight_bit_floats_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2])
+@pytest.mark.slow
 def test_a_tensor_of_any_type_that_no_module_has_is_copied(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

@@ -93,6 +93,7 @@ def test_biases_conv1d_and_tied_heads_load_back(tmp_path: Path, save: Callable[[
     assert torch.equal(logits(reloaded(tmp_path / "out")), expected)
 
 
+@pytest.mark.slow
 def test_shards_on_either_side_change_nothing_but_the_files(tmp_path: Path, llama_dir: Path) -> None:
     sharded = save_llama(tmp_path / "sharded", shard_size="60KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -114,6 +115,7 @@ def test_shards_on_either_side_change_nothing_but_the_files(tmp_path: Path, llam
     assert len(report.layers) == 14
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path, llama_dir: Path) -> None:
     for workers in (1, 3):
         stream(task(llama_dir, tmp_path / str(workers), workers=workers, loftq_bits=2, shard_bytes=50_000))

@@ -113,6 +113,7 @@ def test_an_embedding_is_stored_as_in_memory(tmp_path: Path) -> None:
     assert_same_folders(tmp_path / "out", tmp_path / "memory")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_as_in_memory(tmp_path: Path) -> None:
     source, lora = write(t5(), tmp_path / "source"), calibrated("qera")
     report = streamed(source, tmp_path / "out", lora)

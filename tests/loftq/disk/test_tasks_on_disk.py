@@ -41,6 +41,7 @@ def stored_config(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_a_classifier_s_head_is_copied_into_its_adapter(tmp_path: Path) -> None:
     source, out = write(roberta(), tmp_path / "source"), tmp_path / "out"
     streamed(source, out, config(2))
@@ -87,6 +88,7 @@ def test_what_is_asked_for_is_copied_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_a_model_of_sounds_has_no_task_of_peft_s(tmp_path: Path) -> None:
     model = make("WhisperForConditionalGeneration", "WhisperConfig", WHISPER)
     streamed(write(model, tmp_path / "source"), tmp_path / "out", config(2))

@@ -153,6 +153,7 @@ def of_path(model: nn.Module, changed: set[str], wanted: str) -> Seen:
         ("mlp.up_proj", "model.layers.0.self_attn.o_proj", False),  # comes before it
     ],
 )
+@pytest.mark.slow
 def test_later_modules_see_earlier_replacements_and_no_others(changed: str, wanted: str, sees: bool) -> None:
     plain = of_path(tiny_llama(), set(), wanted)
     found = of_path(tiny_llama(), {f"{FIRST}.{changed}"}, wanted)

@@ -57,6 +57,7 @@ def dropping() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [*MODELS, "dropout while training"])
+@pytest.mark.slow
 def test_walking_sees_what_one_pass_sees(name: str) -> None:
     make, draw = MODELS.get(name, (dropping, tokens))
     model, batches = make(), draw()
@@ -105,6 +106,7 @@ def outputs(model: nn.Module, batches: Batches, folder: Path, limit: int) -> lis
 
 @pytest.mark.parametrize("limit", [0, PLENTY], ids=["in files", "in memory"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_a_walk_s_outputs_are_the_model_s_bit_for_bit(name: str, limit: int, tmp_path: Path) -> None:
     make, draw = MODELS[name]
     model, batches = make(), draw()
@@ -193,6 +195,7 @@ def _nothing_stays() -> Iterator[None]:
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("taken", range(5))
+@pytest.mark.slow
 def test_a_walk_that_is_left_midway_leaves_nothing(
     taken: int, sequential: bool, model: nn.Module, tmp_path: Path
 ) -> None:

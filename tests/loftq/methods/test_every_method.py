@@ -70,6 +70,7 @@ def of_output(error: np.ndarray, statistics: Tensor) -> float:
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("quant_type", ["nf2", "affine3", "int8"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_errors_are_those_of_what_is_returned(method: str, quant_type: str, steps: int, scaling: float) -> None:
     full, given = weight(), options(method)
     result = factorize(full, 5, quant_type=quant_type, blocksize=16, steps=steps, scaling=scaling, **given)
@@ -101,6 +102,7 @@ def test_errors_are_those_of_what_is_returned(method: str, quant_type: str, step
 
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (40, 13), (13, 40)])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_odd_shapes_and_ranks_from_one_to_full(method: str, shape: tuple[int, int]) -> None:
     full = weight(shape)
     for rank in {1, min(shape)}:
@@ -264,6 +266,7 @@ def test_the_aligned_weight_is_the_least_squares_solution(count: int, damping: f
 
 
 @pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.slow
 def test_aligned_makes_up_for_what_earlier_layers_did(bits: int) -> None:
     for seed in range(3):
         rows = inputs(seed=seed)

@@ -142,6 +142,7 @@ def test_blocks_of_zeros_read_as_zeros(quant_type: str, double_quant: bool) -> N
 
 
 @pytest.mark.parametrize("quant_type", SCHEMES)
+@pytest.mark.slow
 def test_blocks_of_one_value_are_met(quant_type: str) -> None:
     full = torch.tensor([[0.3, -0.2, 0.0, 7e-5]] * 2).repeat_interleave(8, dim=1)
     quantizer = quantizer_for(quant_type=quant_type, blocksize=8)

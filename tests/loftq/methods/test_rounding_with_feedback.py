@@ -100,6 +100,7 @@ def test_blocks_of_zeros_stay_zero_and_their_neighbours_aren_t_disturbed() -> No
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.slow
 def test_leaves_less_weighted_error_than_the_nearest_codes(quant_type: str) -> None:
     """Not for every weight: a greedy choice may lose. Over ten it gains a third at least."""
     quantizer, gains = quantizer_for(quant_type=quant_type, blocksize=16), []

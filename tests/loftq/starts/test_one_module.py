@@ -53,6 +53,7 @@ def distance(full: torch.Tensor, base: nn.Module, start: Start | None, scaling: 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(40, 72), (33, 47)])
+@pytest.mark.slow
 def test_is_nearer_than_the_zero_start(shape: tuple[int, int], dtype: torch.dtype, bits: int, scaling: float) -> None:
     base = linear(*shape, dtype=dtype)
     full = read(base)

@@ -182,6 +182,7 @@ def test_a_4_bit_base_starts_from_its_weights_under_the_inputs(method: str, llam
         assert row.output_error < row.zero_output_error
 
 
+@pytest.mark.slow
 def test_a_second_adapter_starts_beside_the_first_where_the_base_stays(llama_dir: Path) -> None:
     ids = torch.randint(128, (16, 12))
     model = load(llama_dir, "4-bit", torch.float32)
