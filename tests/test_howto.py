@@ -1,4 +1,4 @@
-"""Every example of docs/HOWTO.md runs as it stands; only the numbers of steps are cut."""
+"""Every example of docs/HOWTO.md runs as it stands, in a folder where others ran; only the numbers of steps are cut."""
 
 from __future__ import annotations
 
@@ -33,11 +33,18 @@ def test_contents_name_every_task() -> None:
     assert all(BLOCK.search(section) for section in SECTIONS), "a task without an example"
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (opening,) = BLOCK.findall(OPENING)
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all: what a task leaves behind must not be in another's way."""
+    folder = tmp_path_factory.mktemp("checkout")
     for name in ("benchmarks", "README.md"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example(code: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (opening,) = BLOCK.findall(OPENING)
+    monkeypatch.chdir(checkout)
     program = re.sub(r"max_steps=\d+", "max_steps=2", opening + code)
     exec(compile(program, "docs/HOWTO.md", "exec"), {"__name__": "howto"})
