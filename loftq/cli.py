@@ -17,6 +17,9 @@ app = command_group(
     "Quantize a model and start its adapters together, a tensor at a time, from folder to folder.",
     resumed={"init": "what is finished is kept: the same command goes on from there"},
 )
+# Panels of the help of ``init``. Each has columns as wide as its own options need: in one panel the longest option
+# leaves the others no room for their names at 80 columns.
+_SWITCHES, _BUDGET, _CALIBRATION, _RUN = "Switches", "Bits under a budget", "Calibration", "The run itself"
 OutFolder = Annotated[Path, typer.Argument(help="What loftq init wrote.", show_default=False)]
 
 
@@ -33,30 +36,55 @@ def init(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="The most alternations.")] = 5,
     alpha: Annotated[Optional[float], typer.Option(help="lora_alpha. Default: the rank.")] = None,  # noqa: UP045
-    rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(rank).")] = False,
+    rslora: Annotated[bool, typer.Option(rich_help_panel=_SWITCHES, help="Scale by alpha / sqrt(rank).")] = False,
     quant_type: Annotated[Optional[str], typer.Option(help="nf4, signed2, affine3, ...")] = None,  # noqa: UP045
     blocksize: Annotated[str, typer.Option(help="Weights that share a scale, or row.")] = "64",
-    double_quant: Annotated[bool, typer.Option(help="Keep the scales in 8 bits.")] = False,
+    double_quant: Annotated[bool, typer.Option(rich_help_panel=_SWITCHES, help="Keep the scales in 8 bits.")] = False,
     targets: Annotated[str, typer.Option(help="all-linear, names with commas between, or a regex.")] = "all-linear",
-    memory: Annotated[Optional[str], typer.Option(help="Bytes of model and adapters, 4GiB say, to fit in.")] = None,  # noqa: UP045
-    ranks: Annotated[Optional[str], typer.Option(help="Ranks to choose from under a budget: 8,16,32.")] = None,  # noqa: UP045
-    allocation: Annotated[str, typer.Option(help="Under a budget: milp, or first-layers (4 bits, then 2).")] = "milp",
+    memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(rich_help_panel=_BUDGET, help="Bytes of model and adapters, 4GiB say, to fit in."),
+    ] = None,
+    ranks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(rich_help_panel=_BUDGET, help="Ranks to choose from under a budget: 8,16,32."),
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option(rich_help_panel=_BUDGET, help="Under a budget: milp, or first-layers (4 bits, then 2).")
+    ] = "milp",
     method: Annotated[str, typer.Option(help="loftq, qera-diag, qera, pissa, srr, cloq, aligned, or auto.")] = "auto",
     calibration: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Text to look at the inputs with: a file, or builtin. Default: builtin if needed."),
+        typer.Option(
+            rich_help_panel=_CALIBRATION,
+            help="Text to look at the inputs with: a file, or builtin. Default: builtin if needed.",
+        ),
     ] = None,
-    calibration_rows: Annotated[int, typer.Option(min=1, help="Rows to cut from the text.")] = 128,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 512,
-    activations: Annotated[str, typer.Option(help="Memory for activations; more goes to the disk.")] = "2GiB",
+    calibration_rows: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_CALIBRATION, help="Rows to cut from the text.")
+    ] = 128,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_CALIBRATION, help="Tokens of a row.")
+    ] = 512,
+    activations: Annotated[
+        str, typer.Option(rich_help_panel=_CALIBRATION, help="Memory for activations; more goes to the disk.")
+    ] = "2GiB",
     scale_search: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--scale-search/--no-scale-search", help="Search each block's scale. Default: as the method."),
+        typer.Option(
+            "--scale-search/--no-scale-search",
+            rich_help_panel=_SWITCHES,
+            help="Search each block's scale. Default: as the method.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the decomposition's random start.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one.")] = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="Tensors worked on at a time; more take more memory.")] = 1,
-    shard_size: Annotated[float, typer.Option(min=0.001, help="GB a shard of the output.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, rich_help_panel=_RUN, help="Of the decomposition's random start.")] = 0,
+    device: Annotated[
+        str, typer.Option(rich_help_panel=_RUN, help="cpu, cuda, or auto: cuda if there is one.")
+    ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_RUN, help="Tensors worked on at a time; more take more memory.")
+    ] = 1,
+    shard_size: Annotated[float, typer.Option(min=0.001, rich_help_panel=_RUN, help="GB a shard of the output.")] = 5.0,
 ) -> None:
     """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on."""
     from qlora_kit.checkpoints.model_folder import locate

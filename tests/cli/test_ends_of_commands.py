@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from interrupted_runs import ADAPTER, BASE
 from typer.testing import CliRunner
 
@@ -43,6 +44,16 @@ def test_help_is_short_too(app: Any) -> None:
         short, long = (CliRunner().invoke(app, [*command, option]) for option in ("-h", "--help"))
         assert short.exit_code == long.exit_code == 0
         assert short.output == long.output != ""
+
+
+@pytest.mark.parametrize("app", [qlora_kit.cli.app, loftq.cli.app])
+def test_help_names_every_option_in_full(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        shown = CliRunner().invoke(app, [command.name, "-h"]).output
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+        for option in command.params:
+            assert all(name in shown for name in [*option.opts, *option.secondary_opts] if name.startswith("--"))
 
 
 @pytest.mark.slow
