@@ -22,6 +22,8 @@ from ..config.lora import LoraConfig
 NAME = "README.md"
 _BEGIN, _END = "<!-- adapter: begin -->", "<!-- adapter: end -->"
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+#: What hubs name repositories: OWNER/NAME or NAME, none of them beginning as ``./here`` does.
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?\Z")
 _OURS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 
@@ -69,8 +71,8 @@ def card(before: str | None, config: LoraConfig, about: About) -> str:
 def about_start(config: LoraConfig, reports: Sequence[Any]) -> dict[str, str]:
     """Rows about the start that ``config`` asked for, and what its ``reports``, one a layer, say of it."""
     method = getattr(config.loftq_config, "chosen_method", None)
-    kind = str(config.init_lora_weights) + (f" ({method})" if method and config.init_lora_weights == "loftq" else "")
-    rows = {"start": {"True": "zero", "False": "random"}.get(kind, kind)}
+    kind = str(method if method and config.init_lora_weights == "loftq" else config.init_lora_weights)
+    rows = {"start": {"True": "zero", "False": "random", "loftq": "LoftQ"}.get(kind, kind)}
     errors = [(r.error, r.zero_error) for r in reports if hasattr(r, "error") and hasattr(r, "zero_error")]
     if errors:
         ours, plain = (fmean(column) for column in zip(*errors, strict=True))
@@ -96,9 +98,12 @@ def _described(config: LoraConfig, about: Mapping[str, str]) -> str:
 
 
 def _public_base(config: LoraConfig) -> str | None:
-    """The base model's name, unless it is a folder of this machine, which nobody else has."""
+    """The base model's name on a hub, unless it is a folder of this machine, which nobody else has.
+
+    A folder that is there is what libraries load where it is named as a repository is.
+    """
     base = config.base_model_name_or_path
-    return None if base is None or os.path.isabs(base) else base
+    return base if base and _REPOSITORY.match(base) and not os.path.isdir(base) else None
 
 
 def _counted(usual: float, pattern: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from torch import nn
@@ -54,7 +55,7 @@ def test_it_gives_the_numbers_of_a_start(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     ours, plain = (sum(getattr(r, name) for r in reports) / 2 for name in ("error", "zero_error"))
     assert f"{ours:.4f}, where plain quantization has {plain:.4f}" in text
-    assert "| start | loftq" in text
+    assert "| start | LoftQ |" in text
     assert ours < plain
 
 
@@ -86,10 +87,25 @@ def test_our_own_part_is_brought_up_to_date_and_the_rest_stays() -> None:
     assert card(second, LoraConfig(r=5, target_modules=["0"]), About({"seen": "a | b"})) == second
 
 
-def test_folders_of_this_machine_are_not_told() -> None:
-    text = card(None, LoraConfig(target_modules=["0"], base_model_name_or_path="/home/me/secret"), About())
+@pytest.mark.parametrize(
+    "name",
+    ["/home/me/secret", "./secret", "../secret", "my/own/secret", "~/secret", "C:\\secret", "kept/secret", "secret"],
+)
+def test_folders_of_this_machine_are_not_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kept" / "secret").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = card(None, LoraConfig(target_modules=["0"], base_model_name_or_path=name), About())
     assert "secret" not in text
     assert "| base model | a local folder |" in text
+    assert "base_model:" not in text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "facebook/opt-350m", "some/base_1.5-x"])
+def test_names_on_a_hub_are_told(name: str) -> None:
+    text = card(None, LoraConfig(target_modules=["0"], base_model_name_or_path=name), About())
+    assert front_matter(text)["base_model"] == name
+    assert f"# LoRA adapter for {name}\n" in text
 
 
 def test_front_matter_that_is_no_yaml_is_left_alone() -> None:
