@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from torch import nn
+
 from ..errors import ConfigError, closest
 from ..naming import Expression
 
@@ -11,6 +13,13 @@ from ..naming import Expression
 def failure(name: str, expected: str, value: object, fix: str) -> ConfigError:
     """The error to raise for a field that holds what it can't."""
     return ConfigError(f"{name}: expected {expected}, found {value!r}; {fix}")
+
+
+def check_model(model: object, call: str) -> None:
+    """Refuse what isn't a module: a name where the model goes, or arguments in another order."""
+    if not isinstance(model, nn.Module):
+        found = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise ConfigError(f"model: expected a model that is loaded (torch.nn.Module), found {found}; call {call}")
 
 
 def check_int(name: str, value: object, least: int, fix: str) -> None:

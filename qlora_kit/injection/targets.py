@@ -166,6 +166,12 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
         expression = Expression(names, "target_modules")
         chosen = [path for path in candidates if expression.fullmatch(path)]
         if not chosen:
+            if advice := _meant_by(names, candidates):
+                raise TargetError(
+                    f'target_modules={names!r}: expected a list of names, "all-linear", or a regular expression of '
+                    f"whole module paths (they look like {_example(candidates)!r}), found a text that is none; pass "
+                    f"{advice}"
+                )
             near = closest(re.sub(r"[\\^$.*+?()\[\]{}|]+", " ", names), _names_of(candidates))
             raise TargetError(
                 f"target_modules={names!r}: the regular expression matches no whole module path; closest names: "
@@ -281,6 +287,14 @@ def _check_patterns(selected: list[str], config: LoraConfig) -> None:
 def _is_live(pattern: str, selected: Suffixes) -> bool:
     """Whether a rank's or an alpha's ``pattern`` fits one of the ``selected`` paths."""
     return pattern in selected or any(pattern_value(path, {pattern: True}, False) for path in selected.paths)
+
+
+def _meant_by(text: str, candidates: Iterable[str]) -> str | None:
+    """What to pass in the place of a text that matches no path, where what it means is plain."""
+    if re.sub(r"[\W_]+", "-", text.strip().lower()) in ("all-linear", "all-linears", "all", "linear", "alllinear"):
+        return 'target_modules="all-linear"'
+    names = [name for name in re.split(r"[\s,|]+", text) if name]
+    return f"target_modules={names!r}" if names and set(names) <= _names_of(candidates) else None
 
 
 def _names_of(paths: Iterable[str]) -> set[str]:

@@ -34,7 +34,7 @@ from .keywords import check_save_keywords
 from .life import add_, delete_, take_out_, train_
 from .loading import AdapterContents, config_for, fill_, load_, record_, resumed_
 from .of_transformers import dequantize, resize_token_embeddings
-from .proxy import ModelProxy
+from .proxy import ModelProxy, check_model
 
 L = TypeVar("L", bound="LoraModel")
 
@@ -224,11 +224,11 @@ class LoraModel(ModelProxy):
     ) -> L:
         """``model`` with the adapter stored in folder ``model_id``; on any error ``model`` is as it was.
 
-        Unless ``is_trainable`` the adapter is frozen and the model put into evaluation mode. A ``config`` given
-        replaces the stored one. An adapter that LoftQ started fits the quantized base that it was started on,
-        and ``check_backbone`` refuses others; ``check_finite`` refuses NaN and infinity. ``ignore_mismatched_sizes``
-        leaves out, with a warning, what doesn't fit.
+        Unless ``is_trainable`` the adapter is frozen and the model in evaluation mode. ``config`` replaces the stored
+        one. ``check_backbone`` refuses a LoftQ adapter on another base than its own, ``check_finite`` NaN and infinity;
+        ``ignore_mismatched_sizes`` leaves out, with a warning, what doesn't fit.
         """
+        check_model(model, "LoraModel.from_pretrained(model, folder)")
         stored = AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite)
         config = stored.config if config is None else config
         with uncollected():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import registered_codec, shielded_storage
+from ..config.checks import check_model
 from ..errors import AdapterError, CodecError
 from ..injection.ties import end_tables
 from ..layers import AdapterLayer
@@ -48,6 +49,7 @@ class ModelProxy(nn.Module):
     is_loaded_in_8bit = False
 
     def __init__(self, model: nn.Module) -> None:
+        check_model(model, "apply_lora(model, config)")
         super().__init__()
         self.model = model
 

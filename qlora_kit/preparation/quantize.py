@@ -15,6 +15,7 @@ from torch import nn
 from ..codecs import codec_for
 from ..codecs.packed import pack_linear
 from ..codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
+from ..config.checks import failure
 from ..config.loftq import DEFAULT_TYPES
 from ..config.lora import LoraConfig
 from ..errors import CodecError, TargetError
@@ -52,10 +53,13 @@ def quantize_(
             dtype) the model reads past the layer, see ``qlora_kit.injection.read_past``: few bits would break these.
 
     Raises:
+        ConfigError: a number of bits that no type has.
         TargetError: nothing is matched, or something that isn't a dense linear layer, or one that is named and whose
             weight nobody but others read.
         CodecError: an unknown type, or a weight that it can't hold.
     """
+    if quant_type is None and bits not in DEFAULT_TYPES:
+        raise failure("bits", f"one of {list(DEFAULT_TYPES)}", bits, "pass bits=4, or a quant_type")
     kind = quant_type or DEFAULT_TYPES[bits]
     undo = Injection()
     try:

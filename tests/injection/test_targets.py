@@ -55,6 +55,22 @@ def test_a_regex_matches_the_whole_path() -> None:
         paths(model, target_modules=r"self_attn\.q_proj")
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("all_linear", '"all-linear"'),
+        ("all", '"all-linear"'),
+        ("q_proj", "['q_proj']"),
+        ("q_proj, v_proj", "['q_proj', 'v_proj']"),
+        ("self_attn.q_proj", None),
+    ],
+)
+def test_a_text_that_is_no_expression_is_told_what_to_pass(text: str, advice: str | None) -> None:
+    with pytest.raises(TargetError) as caught:
+        paths(llama(), target_modules=text)
+    assert str(caught.value).endswith(f"pass target_modules={advice}") == (advice is not None)
+
+
 def test_all_linear_leaves_the_output_head_out() -> None:
     for tied in (True, False):
         found = paths(llama(tie_word_embeddings=tied), target_modules="all-linear")

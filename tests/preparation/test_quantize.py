@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit import quantize_
-from qlora_kit.errors import CodecError, TargetError
+from qlora_kit.errors import CodecError, ConfigError, TargetError
 
 
 def test_quantizing_a_model_is_all_or_nothing() -> None:
@@ -23,6 +23,11 @@ def test_quantizing_a_model_is_all_or_nothing() -> None:
     with pytest.raises(CodecError, match=r"^0: .*below 65504"):
         quantize_(net, 8, target_modules=["0"])
     assert net[0] is first
+
+
+def test_a_number_of_bits_that_no_type_has() -> None:
+    with pytest.raises(ConfigError, match=r"^bits: expected one of \[.*2.*\], found 5; pass bits=4, or a quant_type"):
+        quantize_(nn.Sequential(nn.Linear(8, 8)), 5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
