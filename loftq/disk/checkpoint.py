@@ -106,6 +106,7 @@ class Checkpoint:
         again = {stored for stored, name in self.names.twice.items() if name in quantized}
         types = self.reader.types()
         units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
+        self.names.check_whole(self.folder)
         self.units = [replace(u, kept=kept.get(u.name), copied_as=copies.get(u.name)) for u in units]
 
     @property

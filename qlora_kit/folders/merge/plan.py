@@ -17,7 +17,7 @@ from ...checkpoints.quantized_tensors import PARTS, weight_bytes
 from ...checkpoints.stored_model import StoredModel, is_float8
 from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
-from ...errors import MergeError, StorageError
+from ...errors import MergeError
 from ...injection.read_past import ReadPast
 from ...merging.task import MergeTask
 from ...preparation.quantize import DENSE_LINEARS
@@ -102,12 +102,7 @@ class MergePlan:
 
     def _check_whole(self, sources: dict[str, str], changes: dict[str, Change]) -> None:
         given = [name for name, change in changes.items() if change.value is not None]
-        if missing := self.base.names.missing([*sources, *given]):
-            raise StorageError(
-                f"{self.base.folder}: expected all weights of a {type(self.base.model).__name__}, found {len(missing)} "
-                f"missing ({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); finish the download, or, if "
-                "the model was saved without them, load and save it with transformers, which makes them"
-            )
+        self.base.names.check_whole(self.base.folder, [*sources, *given])
 
     @property
     def nbytes(self) -> int:
