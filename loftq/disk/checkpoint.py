@@ -88,6 +88,7 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
+        self.names.check_whole(self.folder)
         self.config, plan = planned(self.model, self._for_its_task(config))
         self.plan, self.kept, self.reasons = _split(self.model, self.config, plan)
         self.lowered = lowered(self.adapted)
@@ -106,7 +107,6 @@ class Checkpoint:
         again = {stored for stored, name in self.names.twice.items() if name in quantized}
         types = self.reader.types()
         units = [self._unit(name, *types[name], by_name.get(name)) for name in types if name not in again]
-        self.names.check_whole(self.folder)
         self.units = [replace(u, kept=kept.get(u.name), copied_as=copies.get(u.name)) for u in units]
 
     @property
@@ -147,7 +147,7 @@ class Checkpoint:
             )
         config = replace(config, task_type=config.task_type or task_type(self.model))
         head = resolve_saved(tree, head_of_task(tree, config.task_type))
-        if any(name not in self.names.stored for name in self._inside(head)):  # of a backbone's checkpoint
+        if any(name not in self.names.stored for name in self._inside(head)):  # tied to another
             config = replace(config, task_type=None)
         self.task_type, self.modules_to_save = config.task_type, saved_names(tree, config) or None
         return config
