@@ -208,6 +208,7 @@ def begun(request: pytest.FixtureRequest, room: Path) -> tuple[Path, Any, str]:
     return room / "source", app, f"{command} --shard-size 0.001"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [*GONE_ON_WITH], indirect=True)
 def test_runs_are_gone_on_with(begun: tuple[Path, Any, str]) -> None:
     source, app, command = begun

@@ -32,6 +32,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "started"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["nf4", "int8", "lloyd3", "same", "bfloat16"])
 def test_it_loads_and_is_the_merge_in_memory(into: str, started: Path, tmp_path: Path) -> None:
     out, adapter = tmp_path / "out", started / "loftq_init"

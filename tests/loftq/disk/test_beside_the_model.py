@@ -104,6 +104,7 @@ def test_a_class_whose_head_is_not_stored_is_refused_as_a_merge_refuses_it(tmp_p
         calibrated(tmp_path / "base", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
