@@ -10,6 +10,7 @@ goes, and how a run that is cut off goes on. Nothing here may depend on the whol
 - ``calibration``: text through the model, whose weights stay in their shards
 - ``kept_weights``: a block's, read once while it is computed many times
 - ``replacements``: from a stored tensor to what takes its place
+- ``resumed``: what an earlier run's journal says, held against what is to be done
 - ``writers``: the files while they grow
 - ``output``: what the output is called and how large it will be
 - ``progress``: the bar

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from qlora_kit.checkpoints.model_folder import plainly
+
 from ..inputs.groups import Stage, stages
 from ..methods.registry import needs_of
 from .checkpoint import Checkpoint
@@ -68,7 +70,13 @@ def offloaded(checkpoint: Checkpoint, folder: Path) -> Iterator[nn.Module]:
         transformers_logging.disable_progress_bar()
         try:
             kind: Any = type(checkpoint.model)
-            model = kind.from_pretrained(checkpoint.folder, dtype="auto", device_map={"": "disk"}, offload_folder=room)
+            model = kind.from_pretrained(
+                checkpoint.folder,
+                dtype="auto",
+                device_map={"": "disk"},
+                offload_folder=room,
+                **plainly(checkpoint.folder),
+            )
             yield model.eval()
         finally:
             logger.setLevel(level)

@@ -88,6 +88,7 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         self.model = skeleton(self.folder)
         self.names = StoredNames(self.model, self.reader)
+        self.names.check_whole(self.folder)
         self.config, plan = planned(self.model, self._for_its_task(config))
         self.plan, self.kept, self.reasons = _split(self.model, self.config, plan)
         self.lowered = lowered(self.adapted)
@@ -146,7 +147,7 @@ class Checkpoint:
             )
         config = replace(config, task_type=config.task_type or task_type(self.model))
         head = resolve_saved(tree, head_of_task(tree, config.task_type))
-        if any(name not in self.names.stored for name in self._inside(head)):  # of a backbone's checkpoint
+        if any(name not in self.names.stored for name in self._inside(head)):  # tied to another
             config = replace(config, task_type=None)
         self.task_type, self.modules_to_save = config.task_type, saved_names(tree, config) or None
         return config

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_kit.checkpoints.checksums import check_tensors, checksum_of
-from qlora_kit.checkpoints.model_folder import skeleton
+from qlora_kit.checkpoints.model_folder import plainly, skeleton
 from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.checkpoints.stored_names import StoredNames
 from qlora_kit.config.lora import CONFIG_NAME
@@ -71,7 +71,7 @@ def check_loads(out: Path) -> str:
     stored = StoredNames(bare, ShardReader(out), quantized=True).stored
     try:
         with _quiet():
-            model, found = kind.from_pretrained(out, dtype="auto", output_loading_info=True)
+            model, found = kind.from_pretrained(out, dtype="auto", output_loading_info=True, **plainly(out))
         lost = sorted({str(name) for name in found["missing_keys"]} & set(stored))
         if lost:
             raise StorageError(f"{len(lost)} stored weights that don't get to their places ({', '.join(lost[:3])})")

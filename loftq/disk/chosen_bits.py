@@ -14,11 +14,12 @@ from qlora_kit.initializers import Request
 from qlora_kit.injection.engine import PlanEntry
 
 from ..bits.allocation import costs_of, decide, measured, undecided
-from ..bits.budget import Choice, check_possible
+from ..bits.budget import check_possible
 from ..inputs.groups import Seen
 from ..methods.registry import needs_of
 from .calibration import streamed_stages
 from .checkpoint import Checkpoint
+from .resumed import noted_choices
 from .task import Task
 
 
@@ -77,7 +78,10 @@ def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Seq
     for path in entries:
         if path not in journal.measured:
             measure(path, None)
-    choices = {path: [Choice(**choice) for choice in journal.measured[path]] for path in entries}
+    choices = {
+        path: noted_choices(journal, entry, costs_of(_request(task, checkpoint, entry), task.loftq, budget))
+        for path, entry in entries.items()
+    }
     found = decide(task.lora, choices, _sizes(checkpoint), budget, _fixed(checkpoint), checkpoint.plan.entries)
     return replace(task, lora=found.config)
 

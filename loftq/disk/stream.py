@@ -32,6 +32,7 @@ from .checks import check_written
 from .chosen_bits import allocated, check_budget, provisional
 from .output import expected_bytes
 from .replacements import computed, in_forward_order
+from .resumed import finished_units
 from .task import WORK_FOLDER, Task
 from .writers import Writers
 
@@ -63,7 +64,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     tell = progress or (lambda unit, weights: None)
     head = {"options": asked.options(), "source": identity(task.source)}
     with closing(Journal(task.out, head, WORK_FOLDER)) as journal:
-        finished = {line["unit"] for line in journal.done}
+        finished = journal.finished(unit.name for unit in checkpoint.units)
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
             clear(task.out / WORK_FOLDER)
             report = Report.load(task.out)
@@ -75,6 +76,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
             checkpoint = Checkpoint(task.source, task.lora)  # ranks may differ now
             checkpoint.lowered = {} if task.budget.ranks else before
             check_disk(task.out, expected_bytes(checkpoint, task.loftq))
+        finished = finished_units(checkpoint, journal)
         with closing(Writers(task, checkpoint, journal)) as writers:
             left = [unit for unit in checkpoint.units if unit.name not in finished]
             for unit in checkpoint.units:

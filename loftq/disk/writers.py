@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora_kit.checkpoints.growing_model import GrowingModel, clear, place
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.checkpoints.model_folder import other_files, read_settings
 from qlora_kit.checkpoints.quantized_tensors import weight_of
+from qlora_kit.checkpoints.records import read_record
 from qlora_kit.config.lora import CONFIG_NAME
 from qlora_kit.injection.engine import PlanEntry
 from qlora_kit.injection.targets import shortest_names
@@ -29,6 +31,7 @@ from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint, StoredTensor
 from .checks import ADAPTER, ADAPTER_FOLDER, CONFIGS, MODEL, config_checksum
 from .output import adapter_names, quantization_config, stored_names
+from .resumed import check_bytes
 from .task import WORK_FOLDER, Replacement, Task
 
 
@@ -39,11 +42,18 @@ class Writers:
         self.task, self.journal = task, journal
         self.work = task.out / WORK_FOLDER
         self.storage = quantization_config(checkpoint, task.loftq)
-        self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
         names = [PREFIX + name for entry in checkpoint.adapted for name in adapter_names(entry)]
         room = header_room([*names, *(unit.copied_as for unit in checkpoint.units if unit.copied_as)])
-        self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
+        with ExitStack() as opened:  # closed again if what an earlier run left isn't what it noted
+            self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
+            opened.callback(self.model.close)
+            self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
+            opened.callback(self.adapter.close)
+            for number, entries in self.model.placed.items():
+                check_bytes(self.model.part(number), self.model.room, entries)
+            check_bytes(self.adapter.path, room, placed)
+            opened.pop_all()
 
     def write(self, unit: StoredTensor, made: Replacement) -> dict[str, Any]:
         """Append one unit's tensors; the journal's line for it, once they are on the disk."""
@@ -75,7 +85,7 @@ class Writers:
         task, out = self.task, self.task.out
         order = {unit.name: number for number, unit in enumerate(checkpoint.units)}
         lines = sorted((line for line in self.journal.done if line["row"]), key=lambda line: order[line["unit"]])
-        rows = [LayerReport(**line["row"]) for line in lines]
+        rows = [read_record(LayerReport, line["row"], self.journal.path) for line in lines]
         # Journals of earlier releases name the path in the report's row alone.
         made = [line for line in self.journal.done if line["digest"]]
         digests = {line.get("path") or line["row"]["path"]: line["digest"] for line in made}

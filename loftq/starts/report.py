@@ -173,7 +173,25 @@ class Report:
             f"left as it was: {name}: {count} tensor{'s' if count > 1 else ''}, {size / 1e6:,.1f} MB{self._share(size)}"
             for name, (count, size) in self.left_out.items()
         ]
+        if (several := self._several_scales()) is not None:
+            lines.append(f"servers: {several}")
         return "\n".join(lines)
+
+    def _several_scales(self) -> str | None:
+        """What to do before servers take the adapter; None if all of them scale it as it is meant."""
+        ranks = sorted({layer.rank for layer in self.layers})
+        why = [f"ranks from {ranks[0]} to {ranks[-1]}"] if len(ranks) > 1 else []
+        if not why and self.lowered.keys() & self.kept.keys():
+            why = ["several ranks"]
+        if self.options.get("use_rslora"):
+            why.append("rslora's scale")
+        if not why:
+            return None
+        return (
+            f"they know one rank and the scale alpha / rank, and this adapter has {' and '.join(why)}; once it is "
+            f"trained, `qlora-kit compress ADAPTER --rank {max([*ranks, *self.lowered.values()])} --out SERVED` writes "
+            "the same with one rank and scale 1"
+        )
 
     def _share(self, size: int) -> str:
         return f", {size / self.source_bytes:.1%} of the model" if self.source_bytes else ""

@@ -63,7 +63,7 @@ class Journal:
                 check_line(line)
         except (OSError, ValueError) as error:  # an error of ours is a ValueError too
             self._lock.close()
-            raise error if isinstance(error, StorageError) else self._damaged(error) from error
+            raise error if isinstance(error, StorageError) else self.damaged(error) from error
         # What a killed run kept there of activations, which can be large.
         for left in (entry for entry in self.folder.iterdir() if entry.is_dir()):
             shutil.rmtree(left)
@@ -98,9 +98,9 @@ class Journal:
         names = [line["unit"] for line in self.done]
         known = set(units)
         if odd := [name for name in names if name not in known]:
-            raise self._damaged(ValueError(f"{odd[0]!r} is no tensor of this run"))
+            raise self.damaged(f"{odd[0]!r} is no tensor of this run")
         if len(set(names)) != len(names):
-            raise self._damaged(ValueError("a tensor stands twice"))
+            raise self.damaged("a tensor stands twice")
         return set(names)
 
     def close(self) -> None:
@@ -119,9 +119,10 @@ class Journal:
         try:
             return [json_object(line) for line in whole.splitlines()], len(whole)
         except ValueError as error:
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
 
-    def _damaged(self, error: Exception) -> StorageError:
+    def damaged(self, error: object) -> StorageError:
+        """What to say of a journal of which ``error`` was found."""
         return StorageError(
             f"{self.path}: expected a journal of JSON lines, found a damaged one ({error}); remove the output "
             "folder and begin again"

@@ -118,7 +118,21 @@ def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.M
         raise _not_built(folder, error) from error
 
 
-def _config(folder: Path, overrides: Mapping[str, Any]) -> Any:
+def plainly(folder: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """Keyword arguments for transformers' ``from_pretrained`` of ``folder``, or of a name on the Hub, that load its
+    model and nothing else: no code or kernel that its config names, and no adapter that lies beside it.
+
+    Args:
+        options: for the configuration, ``local_files_only`` say.
+    """
+    config = _config(folder, options)
+    config._attn_implementation = config._experts_implementation = None
+    # An adapter is looked for in a folder within, which no system has.
+    alone = {"adapter_kwargs": {"subfolder": "\0"}} if Path(folder).is_dir() else {}
+    return {"config": config, "trust_remote_code": False, **alone}
+
+
+def _config(folder: str | os.PathLike[str], overrides: Mapping[str, Any]) -> Any:
     """transformers' object of config.json; code that lies beside it is never run or asked about."""
     import transformers
 
@@ -151,13 +165,13 @@ def _check_layers(folder: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _not_built(folder: Path, error: Exception) -> StorageError:
+def _not_built(folder: str | os.PathLike[str], error: Exception) -> StorageError:
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         said = "one whose code lies beside it (auto_map), which is never run here"
     return StorageError(
-        f"{folder / 'config.json'}: expected a config of a model that transformers has, found another ({said}); save "
-        "the model again with transformers' save_pretrained"
+        f"{Path(folder) / 'config.json'}: expected a config of a model that transformers has, found another "
+        f"({said}); save the model again with transformers' save_pretrained"
     )
 
 

@@ -17,6 +17,8 @@ from .shards import FORMAT_NAMES
 T = TypeVar("T")
 
 _BYTES = {name: dtype.itemsize for dtype, name in FORMAT_NAMES.items()}
+# No number of ours has more digits, and JSON's may have thousands, which neither a float nor an array holds.
+_MOST = 2**63
 # Of fields whose type is one of these words, whatever else it may be.
 _KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
@@ -67,6 +69,8 @@ def read_record(kind: type[T], data: object, where: object) -> T:
 
 def _is_of(value: object, annotation: str) -> bool:
     kinds = [kind for word in annotation.split(" | ") for kind in _KINDS.get(word, ())]
+    if isinstance(value, int) and abs(value) >= _MOST:
+        return False
     return not kinds or (value is None and "None" in annotation) or isinstance(value, tuple(kinds))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import codec_for
+from ..codecs.packed import PackedLinear
 from ..errors import StorageError
 from .model_folder import read_settings, skeleton
 from .quantized_tensors import module_of, packing_of
@@ -76,7 +77,10 @@ class StoredModel:
         if len(tensors) == 1:
             return holding(own, widened(tensors["weight"]))
         kind, options = packing_of(self.settings.get("quantization_config"), lambda p: self.names.path_of(p) == path)
-        return module_of(tensors, codec_for(own, path).shape(own), kind, options, f"{self.folder}: {path}.")
+        made = module_of(tensors, codec_for(own, path).shape(own), kind, options, f"{self.folder}: {path}.")
+        if isinstance(made, PackedLinear):  # whose tensors don't say it, and a type it is requantized to notes it
+            made.compute_dtype = getattr(self.model.config, "dtype", None) or made.compute_dtype
+        return made
 
     def _take_over(self, overrides: Mapping[str, Any]) -> None:
         """Have ``settings`` say what ``overrides`` says, in the words that transformers writes."""

@@ -16,9 +16,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import nn
 
+from ..errors import StorageError
 from ..naming import Tree, Variants, canonical
 from .quantized_tensors import PARTS
 
@@ -87,6 +89,19 @@ class StoredNames:
         ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         names = dict.fromkeys(self.known.get(name, name) for name, _ in self.model.named_parameters())
         return [name for name in names if name not in there and not any(re.search(p, name) for p in ignored)]
+
+    def check_whole(self, folder: Path, given: Iterable[str] = ()) -> None:
+        """Refuse a checkpoint, in ``folder``, from which weights are ``missing``.
+
+        Raises:
+            StorageError: names them.
+        """
+        if missing := self.missing(given):
+            raise StorageError(
+                f"{folder}: expected all weights of a {type(self.model).__name__}, found {len(missing)} "
+                f"missing ({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); finish the download, or, if "
+                "the model was saved without them, load and save it with transformers, which makes them"
+            )
 
     def ties(self) -> list[list[str]]:
         """Groups of names that one parameter has in the model."""

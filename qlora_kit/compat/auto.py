@@ -87,8 +87,12 @@ class _AutoPeftModel:
                 f"{folder}: expected an auto_mapping with the base model's class in adapter_config.json, found none; "
                 "load the base model yourself and use PeftModel.from_pretrained(model, folder)"
             )
+        if hasattr(
+            auto_class, "_model_mapping"
+        ):  # one of transformers', which asks at the terminal where it isn't told
+            kwargs.setdefault("trust_remote_code", False)
         model = auto_class.from_pretrained(found.base_model_name_or_path, revision=found.revision, **kwargs)
-        _resize_(model, adapter, folder)
+        _resize_(model, adapter, folder, trusted=bool(kwargs.get("trust_remote_code")))
         return cls.peft_class.from_pretrained(model, adapter, adapter_name, is_trainable, config, **ours)
 
     @classmethod
@@ -135,7 +139,7 @@ class AutoPeftModel(_AutoPeftModel):
     peft_class = PeftModel
 
 
-def _resize_(model: Any, adapter: Path, folder: Path) -> None:
+def _resize_(model: Any, adapter: Path, folder: Path, *, trusted: bool) -> None:
     """Give ``model`` as many words as the stored adapter's own tables have, padding included; or, where it has none,
     as the tokenizer beside it knows: they may have been added for the training."""
     import transformers
@@ -148,7 +152,7 @@ def _resize_(model: Any, adapter: Path, folder: Path) -> None:
         if stored != present:
             model.resize_token_embeddings(stored, mean_resizing=False)  # the new rows are in the file
     elif (folder / "tokenizer_config.json").is_file():
-        tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
+        tokens = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted))
         if tokens > present:
             model.resize_token_embeddings(tokens)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
-from ..naming import Suffixes, ends_with
+from ..naming import Expression, Suffixes, ends_with
 from ..naming.suffixes import suffixes
 
 
@@ -25,7 +24,7 @@ def check_target_module_exists(config: LoraConfig, key: str) -> bool:
 
 def _named(names: Iterable[str], key: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, key) is not None
+        return Expression(names, "target_modules").fullmatch(key)
     return any(ends_with(key, name) for name in names)
 
 
@@ -42,8 +41,9 @@ def _in_layers(config: LoraConfig, key: str) -> bool:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # The first index after a name counts; without a pattern there is a name before that one, too.
         lead = r".*?\." if config.layers_pattern is None else r"(?:^|.*?\.)"
-        if found := re.match(rf"{lead}{pattern}\.(\d+)\.", key):
-            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+        found = Expression(rf"{lead}{pattern}\.(\d+)\.", "layers_pattern").group(key)
+        if found is not None:
+            return int(found) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..checkpoints.model_folder import plainly
 from ..config.checks import check_device
 from ..errors import StorageError
 
@@ -81,12 +82,13 @@ class Source:
 
     def _load(self, name: str, **options: Any) -> PreTrainedModel:
         try:
+            local = Path(name).is_dir()
             return AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=self.dtype,
                 device_map={"": self.device},
-                local_files_only=Path(name).is_dir(),
-                trust_remote_code=False,
+                local_files_only=local,
+                **plainly(name, local_files_only=local),
                 **options,
             )
         except torch.OutOfMemoryError:

@@ -16,7 +16,7 @@ from ..adapter_files.folder import PREFIX, WEIGHTS_NAME, read_adapter, read_meta
 from ..algebra import Branch
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import AdapterError, StorageError
-from ..naming import pattern_value
+from ..naming import Patterns
 
 _FACTOR = re.compile(
     re.escape(PREFIX) + r"(?P<path>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?P<end>\.weight)?"
@@ -58,19 +58,20 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
             stored.rest[key] = state[key]
         else:
             sides.setdefault(match["path"], {})[match["side"]] = key
+    ranks, alphas = Patterns(config.rank_pattern), Patterns(config.alpha_pattern)
     for path, found in sides.items():
         if found.keys() != {"A", "B"}:
             raise StorageError(
                 f"{folder}: expected factors A and B of {path}, found only {list(found.values())}; save it again"
             )
         A, B = (_widened(state[found[side]]) for side in "AB")
-        rank = pattern_value(path, config.rank_pattern, config.r)
+        rank = ranks.value(path, config.r)
         if min(A.dim(), B.dim()) < 2 or A.shape[0] != rank or B.flatten(1).shape[1] != rank:
             raise StorageError(
                 f"{folder}: expected factors of rank {rank} for {path}, as its config says, found {tuple(A.shape)} and "
                 f"{tuple(B.shape)}; the config and the weights aren't of one adapter, so save it again"
             )
-        scaling = config.scaling_of(rank, pattern_value(path, config.alpha_pattern, config.lora_alpha))
+        scaling = config.scaling_of(rank, alphas.value(path, config.lora_alpha))
         stored.branches[path] = Branch(A.flatten(1), B.flatten(1), scaling)
         stored.keys[path] = found["A"], found["B"]
         stored.shapes[path] = A.shape, B.shape

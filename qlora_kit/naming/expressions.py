@@ -4,6 +4,9 @@ A pattern comes from an adapter's file as often as from its user, and ``(a+)+$``
 than anyone waits; ``.*.*.*.*.*.*.*.*x`` does so without nesting. No look at the pattern tells all that are slow from
 those that aren't. With one repetition or choice at most there is nothing to try but where it ends, and Python's own
 engine decides; else ``regex`` does, which means the same by what both know and can be stopped.
+
+The time is one for all of them: a file may hold thousands of patterns, each just quick enough, and is asked about as
+many paths. What is decided at once, as patterns of modules are, takes nothing of it.
 """
 
 from __future__ import annotations
@@ -16,9 +19,33 @@ from typing import Any
 
 from ..errors import ConfigError
 
-# For all paths of a model together.
+# For all patterns and paths together.
 SECONDS = 2.0
+# What a decision may take before it counts, and what it is given at least, since a thread may be made to wait as long.
+_AT_ONCE, _LEAST = 1e-3, 0.01
+# How much of each second that passes is given back, to a process that goes on after it has refused some.
+_GIVEN_BACK = 0.1
+# In one table of patterns that aren't plain names: they are asked one after the other about every path.
+MOST = 2000
 _CHOICES = re.compile(r"[*+{?|]")
+
+
+class _Allowance:
+    """The seconds that are left."""
+
+    def __init__(self) -> None:
+        self._left, self._at = SECONDS, time.monotonic()
+
+    def left(self) -> float:
+        now = time.monotonic()
+        self._left, self._at = min(SECONDS, self._left + _GIVEN_BACK * (now - self._at)), now
+        return self._left
+
+    def take(self, seconds: float) -> None:
+        self._left = max(0.0, self._left - seconds)
+
+
+_ALLOWANCE = _Allowance()
 
 
 class Expression:
@@ -33,7 +60,6 @@ class Expression:
 
     def __init__(self, pattern: str, name: str = "pattern") -> None:
         self.pattern, self.name = pattern, name
-        self._left = SECONDS
         try:
             self._plain = re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
@@ -63,16 +89,22 @@ class Expression:
     def _asked(self, how: str, path: str) -> Any:
         if self._bounded is None:
             return getattr(self._plain, how)(path)
-        begun = time.monotonic()
+        left, begun = _ALLOWANCE.left(), time.thread_time()
+        found, in_time = None, True
         try:
-            return getattr(self._bounded, how)(path, timeout=max(self._left, 1e-3))
-        except TimeoutError as error:
+            found = getattr(self._bounded, how)(path, timeout=max(left, _LEAST))
+        except TimeoutError:
+            in_time = False
+        if (spent := time.thread_time() - begun) > _AT_ONCE:
+            _ALLOWANCE.take(spent)
+            in_time = in_time and spent < max(left, _AT_ONCE)
+        if not in_time:
             raise ConfigError(
-                f"{self.name}: expected a regular expression that can be decided in {SECONDS:g} seconds, found "
-                f"{_shown(self.pattern)}, which can't on {path!r}; write it with fewer repetitions, or list the names"
-            ) from error
-        finally:
-            self._left -= time.monotonic() - begun
+                f"{self.name}: expected a regular expression that can be decided in {SECONDS:g} seconds, with all "
+                f"before it, found {_shown(self.pattern)}, which can't on {path!r}; write it with fewer repetitions, "
+                "or list the names"
+            )
+        return found
 
 
 def _shown(pattern: str) -> str:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from .expressions import Expression
+from ..errors import ConfigError
+from .expressions import MOST, Expression
 
 T = TypeVar("T")
 
@@ -57,6 +58,9 @@ class Patterns(Generic[T]):
     """Values by pattern, the first that fits a path counting: a plain name (its last components) or a regex for them.
 
     A plain name is of word characters, dots and hyphens; a dot in it is a dot.
+
+    Raises:
+        ConfigError: a pattern is no regular expression, or there are thousands that are no plain names.
     """
 
     def __init__(self, patterns: Mapping[str, T]) -> None:
@@ -68,6 +72,11 @@ class Patterns(Generic[T]):
                 self._plain[pattern] = place
             else:
                 self._expressions.append((place, Expression(rf"(?:.*\.)?(?:{pattern})", pattern)))
+            if len(self._expressions) > MOST:
+                raise ConfigError(
+                    f"patterns: expected at most {MOST:,} regular expressions, found more among {len(patterns):,} "
+                    "(of rank_pattern, alpha_pattern or the like); use plain names, which may be any number"
+                )
 
     def value(self, path: str, default: T) -> T:
         """The value of the first pattern that fits ``path``."""

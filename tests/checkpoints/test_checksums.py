@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_kit.checkpoints.checksums import KEY, check_tensors, checksum, checksum_of, checksums_in
 from qlora_kit.checkpoints.growing_file import GrowingFile, header_room
-from qlora_kit.checkpoints.shards import ShardReader
+from qlora_kit.checkpoints.shards import FORMAT_NAMES, ShardReader
 from qlora_kit.errors import StorageError
 
 TENSORS = {
@@ -26,10 +26,18 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_checksum_is_that_of_the_bytes_in_order(name: str) -> None:
+def test_a_checksum_is_that_of_type_and_shape_and_the_bytes_in_order(name: str) -> None:
     tensor = TENSORS[name]
     data = bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
-    assert checksum(tensor) == checksum_of(data) == f"{zlib.crc32(data):08x}"
+    head = f"{FORMAT_NAMES[tensor.dtype]} {list(tensor.shape)}".encode()
+    assert checksum(tensor) == checksum_of(data, head) == f"{zlib.crc32(head + data):08x}"
+    assert checksum_of(data) == f"{zlib.crc32(data):08x}"
+
+
+def test_the_same_bytes_are_another_tensor_in_another_shape_or_type() -> None:
+    matrix = TENSORS["matrix"]
+    found = {checksum(matrix), checksum(matrix.reshape(4, 3)), checksum(matrix.view(torch.int32)), checksum(matrix[:0])}
+    assert len(found) == 4
 
 
 def test_the_layout_in_memory_has_no_part_in_it() -> None:

@@ -180,20 +180,52 @@ def _run(seed: int, count: int, source: Path, commands: tuple[str, ...], room: P
             )
 
 
+# Of kept runs: the command that goes on with them, and what a command would have given otherwise than they were made.
+_INIT = "init --model {base} --out {spoiled} --rank 2 --targets q_proj,down_proj --steps 2 --device cpu"
+_SHARDS = {'"shard_bytes": 8000': '"shard_bytes": 1000000'}  # a command's aren't as small
+_TEXT = {'"aligned"': '"loftq"', '"Tensor, 90c3ad6ad6405e7f"': "null", '"budget": {"bits": 3': '"budget": {"bits": 2.5'}
+GONE_ON_WITH: dict[str, tuple[Any, str, dict[str, str]]] = {
+    **dict.fromkeys(
+        ("merge-cut", "merge-finished"),
+        (qlora_kit.cli.app, "merge --base {base} --adapter {adapter} --out {spoiled} --into nf4 --force", {}),
+    ),
+    "init-cut": (loftq.cli.app, f"{_INIT} --bits 4", {}),
+    **dict.fromkeys(("init-on-text-cut", "init-on-text-finished"), (loftq.cli.app, f"{_INIT} --bits 2.5", _TEXT)),
+}
+
+
+@pytest.fixture
+def begun(request: pytest.FixtureRequest, room: Path) -> tuple[Path, Any, str]:
+    """A kept run in a folder of its own, and what goes on with it: the command line and the command."""
+    app, command, changes = GONE_ON_WITH[request.param]
+    shutil.copytree(JOURNALS / request.param, room / "source")
+    (journal,) = room.glob("source/.*/journal.jsonl")
+    head, rest = journal.read_text().split("\n", 1)
+    for before, after in {**_SHARDS, **changes}.items():
+        assert before in head
+        head = head.replace(before, after)
+    journal.write_text(f"{head}\n{rest}")
+    return room / "source", app, f"{command} --shard-size 0.001"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [*GONE_ON_WITH], indirect=True)
+def test_runs_are_gone_on_with(begun: tuple[Path, Any, str]) -> None:
+    source, app, command = begun
+    arguments = command.format(base=BASE, adapter=ADAPTER, spoiled=source).split()
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("which", ["merge-cut", "merge-finished"])
-def test_runs_that_are_gone_on_with(which: str, seed: int, room: Path) -> None:
+@pytest.mark.parametrize("begun", [*GONE_ON_WITH], indirect=True)
+def test_runs_that_are_gone_on_with(begun: tuple[Path, Any, str], seed: int, room: Path) -> None:
     chance = random.Random(seed)
-    command = "merge --base {base} --adapter {adapter} --out {spoiled} --into nf4 --shard-size 0.001 --force"
-    shutil.copytree(JOURNALS / which, room / "source")
-    kept = room / "source" / ".qlora_kit_merge" / "journal.jsonl"
-    before = kept.read_text()  # a command's shards aren't as small
-    kept.write_text(before.replace('"shard_bytes": 8000', '"shard_bytes": 1000000'))
-    assert kept.read_text() != before
+    source, app, command = begun
     for number in range(10):
-        what = spoiled(chance, room / "source", room / "spoiled")
-        assert_ends_well(qlora_kit.cli.app, command, f"seed {seed}.{number}, {what}", spoiled=room / "spoiled")
+        what = spoiled(chance, source, room / "spoiled")
+        assert_ends_well(app, command, f"seed {seed}.{number}, {what}", spoiled=room / "spoiled")
 
 
 @pytest.mark.slow

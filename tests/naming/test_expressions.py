@@ -49,6 +49,29 @@ def test_one_that_would_run_for_minutes_ends(pattern: str, monkeypatch: pytest.M
     assert time.monotonic() - begun < 30
 
 
+def test_many_that_are_each_just_quick_enough_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expressions, "SECONDS", 0.002)
+    monkeypatch.setattr(expressions, "_AT_ONCE", 0.0)
+    monkeypatch.setattr(expressions, "_ALLOWANCE", expressions._Allowance())
+    many = {rf"(?:(?:a|aa)+)+[^!a]{{{number + 1}}}": 1 for number in range(500)}
+    with pytest.raises(ConfigError, match="with all before it"):
+        Patterns(many).value("a" * 12 + "!", 0)
+
+
+def test_thousands_that_are_no_plain_names_are_refused() -> None:
+    assert Patterns({f"layers.{n}.q_proj": n for n in range(50_000)}).value("layers.7.q_proj", 0) == 7
+    with pytest.raises(ConfigError, match=r"at most 2,000 regular expressions, found more among 50,000"):
+        Patterns({rf"layers\.{n}\..*": n for n in range(50_000)})
+
+
+def test_quick_ones_take_nothing_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expressions, "_ALLOWANCE", expressions._Allowance())
+    monkeypatch.setattr(expressions, "_AT_ONCE", 1.0)
+    patterns = Patterns({rf"model\.layers\.{n}\..*_(q|k)": n for n in range(200)})
+    assert [patterns.value(f"model.layers.{n}.to_k", -1) for n in range(200)] == list(range(200))
+    assert expressions._ALLOWANCE.left() == expressions.SECONDS
+
+
 def test_every_field_that_takes_one_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expressions, "SECONDS", 0.05)
     slow = "(?:(?:[a-z0-9_]|[a-z0-9_.])+)+[A-Z]"

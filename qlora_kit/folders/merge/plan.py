@@ -17,7 +17,7 @@ from ...checkpoints.quantized_tensors import PARTS, weight_bytes
 from ...checkpoints.stored_model import StoredModel, is_float8
 from ...codecs import codec_for, find_codec
 from ...codecs.quantized import Quantizer
-from ...errors import MergeError, StorageError
+from ...errors import MergeError
 from ...injection.read_past import ReadPast
 from ...merging.task import MergeTask
 from ...preparation.quantize import DENSE_LINEARS
@@ -70,6 +70,8 @@ class MergePlan:
     Attributes:
         units: in the order of their names.
         quantized: how each quantized module of the output is stored, by path.
+        packed: paths of those that stay packed by us, also in a type that bitsandbytes has: what is written into the
+            type that it is in goes into the module that it is in.
         untied: groups of names that were one parameter and no longer are.
         settings: the output's config.json.
 
@@ -80,6 +82,7 @@ class MergePlan:
     def __init__(self, base: StoredModel, changes: dict[str, Change], task: MergeTask) -> None:
         self.base, self.task = base, task
         self.quantized: dict[str, Quantizer] = {}
+        self.packed: set[str] = set()
         changes, sources = dict(changes), dict(base.names.stored)
         dense, groups = not isinstance(task.target(None, linear=True), Quantizer), base.names.ties()
         self.untied = [group for group in groups if not settle(base, group, changes, sources, dense=dense)]
@@ -98,16 +101,11 @@ class MergePlan:
         units += [self._only_in_adapter(name, change) for name, change in changes.items()]
         units += [self._foreign(stored) for stored in base.names.foreign]
         self.units = sorted(units, key=lambda unit: unit.name)
-        self.settings = settings_of(base, task, self.quantized, untied=bool(self.untied))
+        self.settings = settings_of(base, task, self.quantized, self.packed, untied=bool(self.untied))
 
     def _check_whole(self, sources: dict[str, str], changes: dict[str, Change]) -> None:
         given = [name for name, change in changes.items() if change.value is not None]
-        if missing := self.base.names.missing([*sources, *given]):
-            raise StorageError(
-                f"{self.base.folder}: expected all weights of a {type(self.base.model).__name__}, found {len(missing)} "
-                f"missing ({', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}); finish the download, or, if "
-                "the model was saved without them, load and save it with transformers, which makes them"
-            )
+        self.base.names.check_whole(self.base.folder, [*sources, *given])
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +139,8 @@ class MergePlan:
         if isinstance(kept, Quantizer):
             path = name.rpartition(".")[0]
             self.quantized[path] = kept
+            if kept == own and any(part.startswith("scales") for part in reads):
+                self.packed.add(path)
             matrix = codec_for(base.modules[path], path).shape(base.modules[path])
             nbytes = weight_bytes(matrix, kept.quant_type, kept.blocksize, kept.double_quant)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,18 @@ from ...preparation.quantize import in_bitsandbytes
 
 
 def settings_of(
-    base: StoredModel, task: MergeTask, quantized: Mapping[str, Quantizer], *, untied: bool
+    base: StoredModel,
+    task: MergeTask,
+    quantized: Mapping[str, Quantizer],
+    packed: Container[str] = (),
+    *,
+    untied: bool,
 ) -> dict[str, Any]:
     """What goes into config.json.
 
     Args:
         quantized: how each quantized module of the output is stored, by path.
+        packed: paths of those that are packed by us whatever the type.
         untied: parameters that were tied no longer are.
 
     Raises:
@@ -42,18 +48,20 @@ def settings_of(
                 f"into={task.into!r}: expected at least one adapted linear layer to quantize, found none; merge into "
                 "'bfloat16'"
             )
-        settings["quantization_config"] = _quantization_config(base, quantized)
+        settings["quantization_config"] = _quantization_config(base, quantized, packed)
     return settings
 
 
-def _quantization_config(base: StoredModel, quantized: Mapping[str, Quantizer]) -> dict[str, Any]:
+def _quantization_config(
+    base: StoredModel, quantized: Mapping[str, Quantizer], packed: Container[str]
+) -> dict[str, Any]:
     from ...hf_quantizer import Stored, storage_config
 
     before = base.settings.get("quantization_config") or {}
     threshold = before.get("llm_int8_threshold", 0.0) if before.get("load_in_8bit") else 0.0
     stored: dict[str, Stored] = {}
     for path, kind in quantized.items():
-        by_bitsandbytes = in_bitsandbytes(kind.quant_type, kind.blocksize)
+        by_bitsandbytes = path not in packed and in_bitsandbytes(kind.quant_type, kind.blocksize)
         outliers = threshold if kind.quant_type == "int8" else 0.0
         own = Stored(kind.quant_type, kind.blocksize, kind.double_quant, by_bitsandbytes, outliers)
         stored |= dict.fromkeys(_everywhere(base, [path]), own)

@@ -64,16 +64,13 @@ def test_a_classifier_s_head_is_copied_into_its_adapter(tmp_path: Path) -> None:
     assert len(list(verify(out, source))) > 2
 
 
-def test_a_head_that_is_not_stored_brings_no_task_and_one_that_is_asked_for_has_to_be(tmp_path: Path) -> None:
+def test_a_head_that_is_not_stored_is_a_missing_weight(tmp_path: Path) -> None:
     source = write(roberta(), tmp_path / "source")
     left = {name: value for name, value in tensors(source).items() if not name.startswith("classifier.")}
     save_file(left, source / "model.safetensors", {"format": "pt"})
-    streamed(source, tmp_path / "out", config(2))
-    assert stored_config(tmp_path / "out")["task_type"] is None
-    asked = config(2)
-    asked.modules_to_save = ["classifier"]
-    with pytest.raises(StorageError, match=r"^classifier\..*modules_to_save=\['classifier'\] asks for a copy"):
-        streamed(source, tmp_path / "asked", asked)
+    with pytest.raises(StorageError, match=r"all weights of a RobertaForSequenceClassification, found 4 missing"):
+        streamed(source, tmp_path / "out", config(2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_asked_for_is_copied_too(tmp_path: Path) -> None:
