@@ -42,6 +42,12 @@ class MovedBuffers:
         live = _live(model) if self.base else {}
         return {name: live[name] for name, kept in self.base.items() if name in live and _differ(live[name], kept)}
 
+    def originals(self, model: nn.Module) -> dict[int, Tensor]:
+        """The base's values of the buffers that the adapters shown have moved, by the id of the model's own tensor."""
+        live = _live(model) if self.shown else {}
+        moved = [name for name in live if name in self.base and _differ(live[name], self.base[name])]
+        return {id(live[name]): self.base[name].to(live[name].device, live[name].dtype) for name in moved}
+
     def place(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """The tensor to write the value of buffer ``name`` of ``adapter`` into."""
         if adapter in self.shown:

@@ -11,6 +11,13 @@ from ..errors import CodecError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection
 from ..layers import AdapterLayer
+from ..layers.rescaled import at_full_size_
+
+
+def layers_to_merge(adapted: Adapted) -> dict[str, AdapterLayer]:
+    """The adapter layers by path, their weights at full size."""
+    at_full_size_(adapted.root)
+    return adapted.layers()
 
 
 def merge_in_place_(
@@ -39,7 +46,7 @@ def merge_in_place_(
 def unmerge_(adapted: Adapted) -> None:
     """Put every base weight back as it was before anything was merged in place, bit for bit."""
     adapted.set_aside.clear()
-    for layer in adapted.layers().values():
+    for layer in layers_to_merge(adapted).values():
         layer.unmerge_()
 
 
@@ -47,7 +54,7 @@ def switch_off_(adapted: Adapted) -> None:
     """Compute as the base model does: branches, saved copies, trained biases and merges are set aside."""
     if adapted.disabled:
         return
-    for path, layer in adapted.layers().items():
+    for path, layer in layers_to_merge(adapted).items():
         if layer.merged_adapters:
             adapted.set_aside[path] = list(layer.merged_adapters)
             layer.unmerge_()
@@ -60,7 +67,7 @@ def switch_on_(adapted: Adapted) -> None:
     """Undo ``switch_off_``."""
     if not adapted.disabled:
         return
-    merge_in_place_(adapted.layers(), adapted.set_aside)
+    merge_in_place_(layers_to_merge(adapted), adapted.set_aside)
     adapted.set_aside.clear()
     adapted.kept_biases.swap_(adapted.root)
     adapted.disabled = False
