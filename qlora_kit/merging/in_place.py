@@ -12,6 +12,7 @@ from ..injection.adapted import Adapted
 from ..injection.engine import Injection
 from ..layers import AdapterLayer
 from ..layers.rescaled import at_full_size_
+from .task import check_in_memory
 
 
 def layers_to_merge(adapted: Adapted) -> dict[str, AdapterLayer]:
@@ -29,6 +30,7 @@ def merge_in_place_(
     if held and all(name in layers[path].merged_adapters for path, name in held):
         known = sorted({name for _, name in held})
         raise MergeError(f"nothing to merge: {known} are merged already; name others, or unmerge_adapter() first")
+    check_in_memory({path: layers[path] for path, names in merges.items() if set(names) & set(layers[path].r)})
     injection = Injection()
     try:
         for path, names in merges.items():

@@ -51,8 +51,12 @@ def tie_base_(adapted: Adapted, *args: Any, **kwargs: Any) -> None:
 @contextmanager
 def _without_stand_ins(model: nn.Module) -> Iterator[None]:
     """In the block ``model`` has the modules in its tree that adapters stand in for."""
-    children = [(module._modules, name, child) for module in model.modules() for name, child in module._modules.items()]
-    hidden = [(held, name, child) for held, name, child in children if isinstance(unwrapped(child), StandIn)]
+    every = [(module._modules, name, child) for module in model.modules() for name, child in module._modules.items()]
+    hidden = [
+        (held, name, child)
+        for held, name, child in every
+        if child is not None and isinstance(unwrapped(child), StandIn)
+    ]
     try:
         for held, name, child in hidden:
             held[name] = base_of(child)
