@@ -226,3 +226,15 @@ def test_the_saved_base_has_its_own_running_statistics(tmp_path: Path) -> None:
     lora.model.save_pretrained(tmp_path)
     stored = ResNetForImageClassification.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
+
+
+def test_being_active_beside_another_moves_nothing(two: tuple[LoraModel, Tensor, Tensor]) -> None:
+    lora = two[0]
+    first, *_ = lora.peft_config
+    lora.add_adapter("fresh", settings())
+    lora.set_adapter("fresh")
+    expected = outputs(lora)
+    lora.set_adapter([first, "fresh"])
+    assert lora.adapted.buffers.of(lora.model, "fresh") == {}
+    lora.set_adapter("fresh")
+    assert torch.equal(outputs(lora), expected)
