@@ -82,3 +82,14 @@ def test_tables_that_came_apart_are_tied_again() -> None:
     assert head.base_layer.weight is lora.model.model.embed_tokens.weight
     assert torch.equal(logits(lora), expected)
     assert torch.equal(logits(lora.unload()), without)
+
+
+def test_an_adapter_added_while_another_is_merged() -> None:
+    lora, without = trained("one on each")
+    before = logits(lora)
+    lora.merge_adapter()
+    lora.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"]))
+    with lora.disable_adapter():
+        assert torch.equal(logits(lora), without)
+    lora.unmerge_adapter()
+    assert torch.equal(logits(lora), before)
