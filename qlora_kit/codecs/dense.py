@@ -65,6 +65,7 @@ class DenseCodec(Codec):
         matrix = self._from_matrix(weight, stored.shape)
         alone = stored.untyped_storage().nbytes() == stored.nbytes and not stored.is_shared()
         like = (stored.dtype, stored.device, stored.shape) == (matrix.dtype, matrix.device, matrix.shape)
+        like = like and stored.is_inference() == matrix.is_inference()  # such memory can't be trained beside afterwards
         if not (alone and like and stored.is_contiguous() and matrix.is_contiguous()):
             return None
         before: Tensor = stored.data

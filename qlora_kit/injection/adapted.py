@@ -15,11 +15,15 @@ from torch import nn
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
+from ..layers.rescaled import at_full_size_
 from ..naming import Tree, base_of, chain
 from .biases import KeptBiases, bias_parameters
 from .buffers import MovedBuffers
 from .engine import Plan, swap_
 from .ties import end_tables
+
+#: Methods of transformers' models that others stand in for while adapters are on a model.
+STANDING_IN = ("save_pretrained", "tie_weights")
 
 
 class Adapted:
@@ -134,6 +138,7 @@ class Adapted:
 
     def apply_state_(self) -> None:
         """Make every layer, every ``requires_grad`` and every buffer say what the adapters' state is."""
+        at_full_size_(self.root)
         for parameter in self.root.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.requires_grad_(False)
@@ -167,9 +172,10 @@ class Adapted:
         self.buffers = MovedBuffers(self.root)
         self.backbones.clear()
         self.disabled = False
-        for module in self.root.modules():  # what was put in the place of its own method while adapters were on it
-            if getattr(vars(module).get("save_pretrained"), "args", (None,))[0] is self:
-                del module.save_pretrained
+        for module in self.root.modules():  # what was put in the place of its own methods while adapters were on it
+            for name in STANDING_IN:
+                if getattr(vars(module).get(name), "args", (None,))[0] is self:
+                    delattr(module, name)
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self.trained_before)

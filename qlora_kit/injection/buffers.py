@@ -34,13 +34,23 @@ class MovedBuffers:
         self.base = {name: buffer.detach().clone() for name, buffer in _live(model).items()}
         self.moved: dict[str, dict[str, Tensor]] = {}
         self.shown: list[str] = []
+        self.placed: dict[str, Tensor] = {}  # what was put there for several at once: until it moves, its own's alone
 
     def of(self, model: nn.Module, adapter: str) -> dict[str, Tensor]:
         """The buffers that ``adapter`` has moved, by name; the model's own tensors while it is shown."""
         if adapter not in self.shown:
             return dict(self.moved.get(adapter, {}))
         live = _live(model) if self.base else {}
-        return {name: live[name] for name, kept in self.base.items() if name in live and _differ(live[name], kept)}
+        found = {name: live[name] for name, kept in self.base.items() if name in live and _differ(live[name], kept)}
+        own = self.moved.get(adapter, {})
+        still = [name for name in self.placed if name in live and not _differ(live[name], self.placed[name])]
+        return {**{name: t for name, t in found.items() if name not in still}, **{n: own[n] for n in still if n in own}}
+
+    def originals(self, model: nn.Module) -> dict[int, Tensor]:
+        """The base's values of the buffers that the adapters shown have moved, by the id of the model's own tensor."""
+        live = _live(model) if self.shown else {}
+        moved = [name for name in live if name in self.base and _differ(live[name], self.base[name])]
+        return {id(live[name]): self.base[name].to(live[name].device, live[name].dtype) for name in moved}
 
     def place(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """The tensor to write the value of buffer ``name`` of ``adapter`` into."""
@@ -54,8 +64,9 @@ class MovedBuffers:
         """Put the buffers of ``adapters`` into the model, and set aside those of the adapters shown before."""
         if not self.base or list(adapters) == self.shown:
             return
-        for adapter in self.shown:
-            self.moved[adapter] = {name: tensor.detach().clone() for name, tensor in self.of(model, adapter).items()}
+        moved = {adapter: self.of(model, adapter) for adapter in self.shown}
+        for adapter, tensors in moved.items():
+            self.moved[adapter] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         wanted = dict(self.base)
         for adapter in reversed(adapters):
             wanted.update(self.moved.get(adapter, {}))
@@ -64,6 +75,7 @@ class MovedBuffers:
             if value is not None and value.shape == buffer.shape and _differ(buffer, value):
                 buffer.copy_(value)
         self.shown = list(adapters)
+        self.placed = {name: value.clone() for name, value in wanted.items()} if len(self.shown) > 1 else {}
 
     def forget_(self, adapter: str) -> None:
         """Drop what ``adapter``, which isn't shown any more, has moved."""

@@ -261,7 +261,7 @@ def _build(
         use_rslora=config.use_rslora,
         tied_to=source,
     )
-    layer.shares_weight = entry.shared
+    layer.shares_weight = entry.shared or bool(layer._shared)  # while it is merged it has one of its own
     if source is not None:
         layer.tied_to[name] = entry.tied_to
     if begun.report is not None:

@@ -5,6 +5,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``base``: ``AdapterLayer``, what every family shares
 - ``registry``: from a module's type to its family
 - ``weight_in_effect``: what a layer answers when its weight is read
+- ``rescaled``: weights that a model rescales for inference, at the size that they are stored in
 - ``linear``: y = W x + b, however W is stored
 - ``conv1d``: transformers' ``Conv1D``, which is linear too
 - ``conv``: convolutions in one, two and three dimensions

@@ -251,6 +251,20 @@ class AdapterLayer(AdjustedByHand, StandIn):
             self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
     @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Context in which the base holds the weight that it shares with others, whatever is merged here."""
+        if not self._shared:
+            yield
+            return
+        merged = self.base_layer.weight
+        (self.base_layer.weight,) = self._shared
+        try:
+            yield
+        finally:
+            self._shared = (self.base_layer.weight,)
+            self.base_layer.weight = merged
+
+    @contextmanager
     def unmerged(self) -> Iterator[None]:
         """Context in which the base weight is the one from before ``merge_``."""
         if self._unmerged is None:

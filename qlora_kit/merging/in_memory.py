@@ -25,6 +25,7 @@ from ..injection.adapted import Adapted, adapted_of
 from ..injection.engine import Injection, uncollected
 from ..injection.read_past import ReadPast
 from ..layers import AdapterLayer, ModulesToSave
+from ..layers.rescaled import at_full_size_
 from ..naming import unwrapped
 from ..preparation.float32 import release_from_float32_
 from ..preparation.trainers import leave_training_
@@ -120,6 +121,7 @@ def merge(
         StorageError: the original weights or a text can't be read, or the disk is full.
     """
     adapted = adapted_of(model)
+    at_full_size_(adapted.root)
     with uncollected(), adapted.mapped():
         parts = chosen_parts(adapted, adapters, weights)
         task = MergeTask(

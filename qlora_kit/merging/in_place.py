@@ -11,6 +11,14 @@ from ..errors import CodecError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection
 from ..layers import AdapterLayer
+from ..layers.rescaled import at_full_size_
+from .task import check_in_memory
+
+
+def layers_to_merge(adapted: Adapted) -> dict[str, AdapterLayer]:
+    """The adapter layers by path, their weights at full size."""
+    at_full_size_(adapted.root)
+    return adapted.layers()
 
 
 def merge_in_place_(
@@ -22,6 +30,7 @@ def merge_in_place_(
     if held and all(name in layers[path].merged_adapters for path, name in held):
         known = sorted({name for _, name in held})
         raise MergeError(f"nothing to merge: {known} are merged already; name others, or unmerge_adapter() first")
+    check_in_memory({path: layers[path] for path, names in merges.items() if set(names) & set(layers[path].r)})
     injection = Injection()
     try:
         for path, names in merges.items():
@@ -39,7 +48,7 @@ def merge_in_place_(
 def unmerge_(adapted: Adapted) -> None:
     """Put every base weight back as it was before anything was merged in place, bit for bit."""
     adapted.set_aside.clear()
-    for layer in adapted.layers().values():
+    for layer in layers_to_merge(adapted).values():
         layer.unmerge_()
 
 
@@ -47,7 +56,7 @@ def switch_off_(adapted: Adapted) -> None:
     """Compute as the base model does: branches, saved copies, trained biases and merges are set aside."""
     if adapted.disabled:
         return
-    for path, layer in adapted.layers().items():
+    for path, layer in layers_to_merge(adapted).items():
         if layer.merged_adapters:
             adapted.set_aside[path] = list(layer.merged_adapters)
             layer.unmerge_()
@@ -60,7 +69,7 @@ def switch_on_(adapted: Adapted) -> None:
     """Undo ``switch_off_``."""
     if not adapted.disabled:
         return
-    merge_in_place_(adapted.layers(), adapted.set_aside)
+    merge_in_place_(layers_to_merge(adapted), adapted.set_aside)
     adapted.set_aside.clear()
     adapted.kept_biases.swap_(adapted.root)
     adapted.disabled = False

@@ -187,15 +187,22 @@ def original_folder(root: nn.Module, base: str, original: str | os.PathLike[str]
     return Path(source)
 
 
-def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
-    """Refuse before anything is written what can be seen before: offloaded weights, factors not finite, a base that an
-    adapter wasn't made for."""
-    for path, layer in adapted.layers().items():
+def check_in_memory(layers: Mapping[str, AdapterLayer]) -> None:
+    """Raise a MergeError unless the weights under ``layers``, by path, are there to be merged into."""
+    for path, layer in layers.items():
         if layer.codec.device(layer.base_layer).type == "meta":
             raise MergeError(
                 f"{path}: expected a weight in memory, found one on the meta device (offloaded, or never loaded); "
                 "load the model without offloading to merge it, or merge the files (qlora-kit merge)"
             )
+
+
+def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
+    """Refuse before anything is written what can be seen before: offloaded weights, factors not finite, a base that an
+    adapter wasn't made for."""
+    layers = adapted.layers()
+    check_in_memory(layers)
+    for path, layer in layers.items():
         for name in task.parts:
             if name in layer.r and not all(map(all_finite, layer.factors(name))):
                 raise MergeError(

@@ -3,8 +3,8 @@
 transformers' own would write the adapted layers under names that no model has (``q_proj.base_layer.weight``), so that
 they begin anew when it is loaded, in silence. While adapters are on a model, its ``save_pretrained`` therefore writes
 what ``unload()`` would leave: the base's own tensors under their own names, in the dtypes from before a preparation,
-with the biases and whole modules from before training. A base that a start has quantized says so in its config from
-then on, so that the folder loads as it is stored; and adapters that belong to it name that folder as their base.
+with the biases, buffers and whole modules from before training. A base that a start has quantized says so in its config
+from then on, so that the folder loads as it is stored; and adapters that belong to it name that folder as their base.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..injection.adapted import Adapted
+from ..injection.adapted import STANDING_IN, Adapted
+from ..layers.rescaled import at_full_size_
 from ..naming import StandIn, canonical, unwrapped
 from ..preparation.float32 import held_in_float32
+from .of_transformers import tie_base_
 
 _SAVE = "save_pretrained"
 
 
-def guard_saving_(adapted: Adapted) -> None:
-    """Have the wrapped model's ``save_pretrained`` save the base alone, for as long as adapters are on it."""
+def guard_methods_(adapted: Adapted) -> None:
+    """Have the wrapped model's ``save_pretrained`` save, and its ``tie_weights`` tie, the base alone, for as long as
+    adapters are on it."""
     root: Any = unwrapped(adapted.root)
-    if hasattr(type(root), _SAVE) and _SAVE not in vars(root):
-        setattr(root, _SAVE, partial(save_base, adapted))
+    for name, own in zip(STANDING_IN, (save_base, tie_base_), strict=True):
+        if hasattr(type(root), name) and name not in vars(root):
+            setattr(root, name, partial(own, adapted))
 
 
 def record_start_(adapted: Adapted, name: str) -> None:
@@ -56,6 +60,7 @@ def save_base(adapted: Adapted, save_directory: str | Path, *args: Any, **kwargs
             f"save_pretrained: expected a base without merged adapters, found some merged (into {merged[0]}, ...); "
             "lora.unmerge_adapter() first, or save the merged model: merge(lora).model.save_pretrained(folder)"
         )
+    at_full_size_(root)
     if getattr(root, "_weight_conversions", None):
         from ..hf_quantizer import forget_gathering_
 
@@ -80,11 +85,12 @@ def base_state(adapted: Adapted) -> dict[str, Tensor]:
     holds = {path: m.holds for path, m in root.named_modules(remove_duplicate=False) if isinstance(m, StandIn)}
     dtypes = {id(tensor): dtype for _, tensor, dtype in held_in_float32(root)}
     kept = {} if adapted.disabled else {f"{path}.bias": value for path, value in adapted.kept_biases.values.items()}
+    buffers = adapted.buffers.originals(adapted.root)
     state = {}
     for key, tensor in root.state_dict(keep_vars=True).items():
         own = _own_name(key, holds)
         if own is not None:
-            value = kept.get(own, tensor).detach()
+            value = kept.get(own, buffers.get(id(tensor), tensor)).detach()
             state[own] = value.to(dtypes.get(id(tensor), value.dtype))
     return state
 

@@ -20,16 +20,18 @@ from ..injection.left_out import warn_of_left_out
 from ..injection.targets import shortest_names
 from ..injection.ties import warn_of_ties
 from ..layers import RESERVED, AdapterLayer
+from ..layers.rescaled import at_full_size_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
 from ..preparation.trainers import leave_training_
-from .base_files import guard_saving_, record_start_
+from .base_files import guard_methods_, record_start_
 
 
 def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     """Inject another adapter, neither active nor trainable yet. See ``LoraModel.add_adapter``."""
     check_new(adapted, name, config)
     root, dtype = adapted.root, adapted.adapter_dtype
+    at_full_size_(root)
     tree = Tree(root)
     twin = _made_by(adapted, config)
     config, plan = planned(tree, config)
@@ -57,7 +59,7 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     adapted.kept_biases.keep(bias_parameters(root, config.bias, name))
     adapted.apply_state_()
     record_start_(adapted, name)
-    guard_saving_(adapted)
+    guard_methods_(adapted)
     return plan
 
 

@@ -24,7 +24,7 @@ from ..injection.engine import Plan
 from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
-from ..merging.in_place import merge_in_place_, switch_off_, switch_on_, unmerge_
+from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
 from ..preparation.kbit import count_parameters
 from ..preparation.trainers import marks_of
@@ -139,7 +139,7 @@ class LoraModel(ModelProxy):
             raise MergeError(f"nothing to merge: no adapter is active or named; the model has {list(self.peft_config)}")
         if self.adapted.disabled:
             raise MergeError("adapters are switched off, and so would the merge be; enable_adapter_layers() first")
-        layers = self.adapter_layers()
+        layers = layers_to_merge(self.adapted)
         of_each = {path: layer.active_adapters if adapter_names is None else names for path, layer in layers.items()}
         merge_in_place_(layers, of_each, safe=safe_merge)
 

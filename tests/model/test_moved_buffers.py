@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, check_gradients, merge
 from qlora_kit.adapter_files.tensors import adapter_state, load_adapter_state_, load_resume_state_
@@ -214,3 +215,26 @@ def test_check_gradients_moves_none() -> None:
     check_gradients(lora, x=X)
     assert torch.equal(outputs(lora), before)
     assert lora.model.averaging.last is last
+
+
+def test_the_saved_base_has_its_own_running_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    lora = apply_lora(net, LoraConfig(r=2, target_modules=["convolution"]))
+    lora.train()(torch.randn(2, 3, 32, 32))
+    lora.model.save_pretrained(tmp_path)
+    stored = ResNetForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
+
+
+def test_being_active_beside_another_moves_nothing(two: tuple[LoraModel, Tensor, Tensor]) -> None:
+    lora = two[0]
+    first, *_ = lora.peft_config
+    lora.add_adapter("fresh", settings())
+    lora.set_adapter("fresh")
+    expected = outputs(lora)
+    lora.set_adapter([first, "fresh"])
+    assert lora.adapted.buffers.of(lora.model, "fresh") == {}
+    lora.set_adapter("fresh")
+    assert torch.equal(outputs(lora), expected)

@@ -55,6 +55,7 @@ class Member:
         targets: what to adapt; ``all-linear`` where the linears are what matters.
         aside: names of modules that ``all-linear`` must leave out, and say so: stacked experts, linears whose weight
             is read past the module or computed, and those that don't give what a linear layer gives.
+        aside_in_4_bits: what it must leave out as well, and say so, where transformers has made the linears 4-bit ones.
         unused: a regular expression for the paths of linears that this batch doesn't reach.
         model_class: transformers' class; None for a plain net, which has no folder.
         generates: whether ``generate`` is for it. checkpoints: whether it can recompute activations.
@@ -69,6 +70,7 @@ class Member:
     head: tuple[str, ...] = ()
     targets: str | list[str] = "all-linear"
     aside: tuple[str, ...] = ()
+    aside_in_4_bits: tuple[str, ...] = ()
     unused: str = ""
     model_class: str | None = None
     generates: bool = False

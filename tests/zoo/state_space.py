@@ -81,6 +81,7 @@ causal(
     "state_space",
     batch=text_alone,
     head=("head",),
+    aside_in_4_bits=("attention.output", "feed_forward.value"),
     refuses=LOST_IN_TWO_BITS,
     impossible={"generate": "its cache changes what it computes"},
 )

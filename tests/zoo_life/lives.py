@@ -30,9 +30,10 @@ class Life:
     def __init__(self, member: Member, room: Path) -> None:
         self.member, self.room = member, room
 
-    def config(self) -> LoraConfig:
-        """Adapters on the member's targets, less those that are to stay aside."""
-        excluded = list(self.member.aside) or None
+    def config(self, base: nn.Module | None = None) -> LoraConfig:
+        """Adapters on the member's targets, less those that are to stay aside (in ``base``, if it has 4 bits)."""
+        in_4_bits = self.member.aside_in_4_bits if getattr(base, "is_loaded_in_4bit", False) else ()
+        excluded = [*self.member.aside, *in_4_bits] or None
         return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=self.member.targets, exclude_modules=excluded)
 
     def base(self) -> Any:
@@ -41,7 +42,7 @@ class Life:
 
     def adapted(self, base: nn.Module | None = None) -> LoraModel:
         """``base``, or a new model, with adapters that matter: a delta of about a third of the weight's norm each."""
-        lora = apply_lora(self.member.make() if base is None else base, self.config()).eval()
+        lora = apply_lora(self.member.make() if base is None else base, self.config(base)).eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for layer in lora.adapter_layers().values():
