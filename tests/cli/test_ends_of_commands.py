@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,13 @@ def test_ctrl_c_where_nothing_is_kept(function: str, command: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_real_ctrl_c(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "qlora_kit", *MERGE.split(), "--out", str(tmp_path / "out")]
     code = "import qlora_kit.checkpoints.journal as j, time; a = j.Journal.add\n"
     code += "j.Journal.add = lambda *x, **y: (a(*x, **y), time.sleep(0.5))\n"
     code += "import sys; from qlora_kit.cli import app; app(sys.argv[1:])"
     command = [sys.executable, "-W", "ignore", "-c", code, *MERGE.split(), "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts what runs behind it with the signal ignored, and children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         journal = tmp_path / "out" / ".qlora_kit_merge" / "journal.jsonl"
         while not (journal.exists() and journal.stat().st_size):
             assert process.poll() is None
