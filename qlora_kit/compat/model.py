@@ -235,7 +235,7 @@ class PeftModel(LenientModel):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Any,
         strict: bool,
@@ -245,6 +245,7 @@ class PeftModel(LenientModel):
     ) -> None:
         # torch's own takes the first part of a key for a child's name, which has a dot here. There are no tensors
         # beside that child's.
+        self._load_stored_(state_dict, f"{prefix}{self.held_under}", error_msgs)
         if strict:
             own = f"{prefix}{self.held_under}."
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]

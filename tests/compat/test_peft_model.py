@@ -259,3 +259,20 @@ def test_the_state_of_a_packed_base_comes_back_too() -> None:
     state = get_base_model_state_dict(model)
     set_base_model_state_dict(other, state)
     torch.testing.assert_close(other.model[0].get_base_weight(), model.model[0].get_base_weight(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_whole_state_brings_the_scales_of_few_bits(bits: int) -> None:
+    """What a k-bit layer keeps beside its codes is restored under PEFT's names too."""
+
+    def adapted(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        base = quantize_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), bits)
+        return get_peft_model(base, LoraConfig(target_modules=["0", "1"], init_lora_weights=False)).eval()
+
+    one, other, x = adapted(1), adapted(2), torch.randn(3, 64)
+    with torch.no_grad():
+        expected = one(x)
+        assert not torch.equal(other(x), expected)
+        other.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
+        assert torch.equal(other(x), expected)
