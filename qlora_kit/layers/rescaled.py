@@ -8,14 +8,18 @@ adapters change, and files are written, at full size; the next forward does its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+
+from ..naming import StandIn
 
 
 @torch.no_grad()
 def at_full_size_(model: nn.Module) -> None:
     """Have every part of ``model`` whose weights are rescaled for inference undo that, exactly: by powers of two."""
-    for module in model.modules():
+    for module in _parts(model):
         rescale = getattr(type(module), "_rescale_layers", None)
         if rescale is None or not vars(module).get("layers_are_rescaled", False) or _quantized(module):
             continue
@@ -25,6 +29,16 @@ def at_full_size_(model: nn.Module) -> None:
             rescale(module)
         finally:
             module.training = training
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of ``model``, adapter layers not entered: asked for at every change, of thousands of modules."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if not isinstance(module, StandIn):
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 def _quantized(model: nn.Module) -> bool:
