@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import nn
 
 from ..config.loftq import DEFAULT_TYPES
-from ..hf_quantizer import record_quantization_
 from ..injection.engine import make_plan
 from ..merging.in_memory import merge
 from ..model.lora_model import LoraModel, apply_lora
@@ -164,17 +163,15 @@ def save_and_reload(
     """Write the adapter in PEFT's format and its quantized base in transformers', read both, compare logits.
 
     LoftQ changes the base it quantizes, so the adapter belongs to that base and not to the original model
-    quantized afresh; the two are kept together. ``lora`` is taken apart.
+    quantized afresh; the two are kept together, the base first, so that the adapter names it.
     """
     base_folder, adapter_folder = folders(settings, bits)
     rows = windows.held_out[:4].to(lora.device)
     with torch.no_grad():
         expected = lora(input_ids=rows).logits
-    lora.save_pretrained(adapter_folder)
-    base = lora.unload()
-    record_quantization_(base)
-    base.save_pretrained(base_folder)  # type: ignore[operator]
+    lora.get_base_model().save_pretrained(base_folder)  # type: ignore[operator]
     tokenizer.save_pretrained(base_folder)
+    lora.save_pretrained(adapter_folder)
     with torch.no_grad():
         found = reloaded(source, settings, bits)(input_ids=rows).logits
     return Reload(
