@@ -32,12 +32,13 @@ from torch import Tensor
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.stacks import why_no_branch
+from ..injection.ties import words_of
 from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
 from .beside import about, stored_config
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
-from .words import stored_words, table_paths, tables_to_store, words_of
+from .words import stored_words, table_paths, tables_to_store
 
 __all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_adapter", "save_adapter"]
 

@@ -22,7 +22,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..injection.adapted import Adapted
 from ..injection.biases import own_parts
-from ..injection.ties import end_tables
+from ..injection.ties import end_tables, words_of
 from ..naming import Tree, base_of, unwrapped
 from .folder import PREFIX
 
@@ -84,13 +84,6 @@ def stored_words(tree: Tree, shapes: Mapping[str, Sequence[int]]) -> int | None:
             if shape is not None and len(shape) == 2:
                 return int(shape[dimension])
     return None
-
-
-def words_of(model: nn.Module) -> int | None:
-    """Rows of the model's input embeddings; None where they aren't a table of words."""
-    table = end_tables(model)[0]
-    base = None if table is None else base_of(table)
-    return base.num_embeddings if isinstance(base, nn.Embedding) else None  # a sharded weight has no rows to count
 
 
 def _resized(adapted: Adapted, adapter_name: str, tree: Tree) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..adapter_files.folder import read_shapes
-from ..adapter_files.words import stored_words, words_of
+from ..adapter_files.words import stored_words
 from ..config import lora as core
 from ..errors import ConfigError
+from ..injection.ties import words_of
 from ..naming import Tree
 from .configs import PeftConfig
 from .hub import HUB_ARGUMENTS, OF_LOADING, adapter_folder

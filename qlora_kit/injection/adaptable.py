@@ -27,6 +27,10 @@ def is_linear(module: nn.Module) -> bool:
 def refused(tree: Tree) -> dict[str, str]:
     """Linear layers that an adapter can't be put on, by every path, with the reason: "all-linear" and default targets
     leave them out."""
+    return tree.once(_refused)
+
+
+def _refused(tree: Tree) -> dict[str, str]:
     return {path: reason for ask in reversed(_ASKED) for path, reason in ask(tree).items()}
 
 

@@ -16,11 +16,11 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..layers.rescaled import at_full_size_
-from ..naming import Tree, base_of, chain
+from ..naming import Tree, chain
 from .biases import KeptBiases, bias_parameters
 from .buffers import MovedBuffers
 from .engine import Plan, swap_
-from .ties import end_tables
+from .ties import words_of
 
 #: Methods of transformers' models that others stand in for while adapters are on a model.
 STANDING_IN = ("save_pretrained", "tie_weights")
@@ -58,8 +58,7 @@ class Adapted:
         self.buffers = MovedBuffers(root)
         self.backbones: dict[str, str] = {}
         self.plan: Plan | None = None
-        table = end_tables(root)[0]
-        self.words: int | None = getattr(None if table is None else base_of(table), "num_embeddings", None)
+        self.words = words_of(root)
         self.marks: Any = None
         self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
         self._tree: Tree | None = None
@@ -146,11 +145,7 @@ class Adapted:
         for module in self.parts():
             module.active_adapters = list(self.active)  # as in PEFT, held by this layer or not
             module.disable_adapters = self.disabled
-            for name in training:
-                if name in module.adapter_names():
-                    for tensor in module.adapter_tensors(name).values():
-                        if isinstance(tensor, nn.Parameter):
-                            tensor.requires_grad_(True)
+            module.set_requires_grad(training)
         for name in training:
             for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
                 parameter.requires_grad_(True)

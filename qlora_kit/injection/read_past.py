@@ -60,9 +60,7 @@ class ReadPast:
 
     def __init__(self, model: nn.Module | Tree) -> None:
         self.tree = Tree.of(model)
-        self.reads: dict[str, Read] = {}
-        for path, module in self.tree.firsts():
-            self._note(path, base_of(module))
+        self.reads = self.tree.once(_reads_in)
 
     def get(self, path: str) -> Read | None:
         """How the module at ``path`` is read, any of its paths."""
@@ -97,6 +95,21 @@ class ReadPast:
         base = base_of(self.tree.modules[path])
         codec = find_codec(base) if read.needs_matrix else None
         return codec is not None and codec.quantizer(base) is not None
+
+
+def _reads_in(tree: Tree) -> dict[str, Read]:
+    """How modules of ``tree`` are read past, each at its first path."""
+    return _Notes(tree).reads
+
+
+class _Notes:
+    """What the code of one module after the other says."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.reads: dict[str, Read] = {}
+        for path, module in tree.firsts():
+            self._note(path, base_of(module))
 
     def _note(self, path: str, reader: nn.Module) -> None:
         uses = reads_of(reader)

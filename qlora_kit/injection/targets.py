@@ -180,9 +180,8 @@ def _select(tree: Tree, config: LoraConfig, candidates: dict[str, nn.Module]) ->
         return chosen
     brought = set(tree.names.matching(head_of_task(tree, config.task_type)))
     within = tuple(f"{path}." for path in brought) or ("\0",)
-    for name in (
-        sorted(names) if isinstance(names, set) else names
-    ):  # naming the head that the task trains whole asks for no more than that, as in PEFT
+    # Naming the head that the task trains whole asks for no more than that, as in PEFT.
+    for name in sorted(names) if isinstance(names, set) else names:
         found = any(path in candidates or f"{path}.".startswith(within) for path in tree.names.of(name))
         _must_match("target_modules", name, found, candidates)
     if not (chosen := [path for path in tree.names.matching(names) if path in candidates]):

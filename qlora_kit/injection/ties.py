@@ -29,6 +29,13 @@ def end_tables(model: nn.Module) -> list[nn.Module | None]:
     return found
 
 
+def words_of(model: nn.Module) -> int | None:
+    """Rows of the model's input embeddings; None where they aren't a table of words."""
+    table = end_tables(model)[0]
+    base = None if table is None else base_of(table)
+    return base.num_embeddings if isinstance(base, nn.Embedding) else None  # a sharded weight has no rows to count
+
+
 def tied_tables(tree: Tree) -> list[str]:
     """Paths of the input embeddings and of the other modules that hold their weight; empty where there is no other."""
     table = end_tables(tree.model)[0]
@@ -54,15 +61,7 @@ def ties_among(tree: Tree, chosen: Iterable[str]) -> dict[str, str]:
 def sharing(tree: Tree, paths: Iterable[str], *, but_tables: bool = False) -> dict[str, str]:
     """Those of ``paths`` whose module holds a parameter that another module holds too, and the path of that; with
     ``but_tables`` only a matrix that is no embedding's."""
-    owners: dict[int, dict[int, str]] = {}
-    tables: set[int] = set()
-    for path, module in tree.modules.items():
-        base = base_of(module)
-        if isinstance(base, nn.Embedding):
-            tables.add(id(base._parameters.get("weight")))
-        for parameter in base._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), {}).setdefault(id(base), path)
+    owners, tables = tree.once(_owners)
     found: dict[str, str] = {}
     for path in paths:
         module = base_of(tree.modules[path])
@@ -74,6 +73,20 @@ def sharing(tree: Tree, paths: Iterable[str], *, but_tables: bool = False) -> di
             if others:
                 found.setdefault(path, others[0])
     return found
+
+
+def _owners(tree: Tree) -> tuple[dict[int, dict[int, str]], set[int]]:
+    """By the id of each parameter the modules that hold it, by theirs, and the path of each; and which are tables."""
+    owners: dict[int, dict[int, str]] = {}
+    tables: set[int] = set()
+    for path, module in tree.modules.items():
+        base = base_of(module)
+        if isinstance(base, nn.Embedding):
+            tables.add(id(base._parameters.get("weight")))
+        for parameter in base._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), {}).setdefault(id(base), path)
+    return owners, tables
 
 
 def refuse_tied(tree: Tree, paths: Iterable[str], *, but_tables: bool = False) -> None:

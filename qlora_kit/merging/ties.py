@@ -18,7 +18,7 @@ from ..naming import Tree, base_of, module_at
 
 def tied_by_adapters(adapted: Adapted, names: Iterable[str]) -> dict[str, str]:
     """Modules that all of the adapters ``names`` that change them change as one with another, and the path of that."""
-    tree, names = Tree(adapted.root), list(names)
+    tree, names = adapted.tree(), list(names)
     parts: dict[str, Any] = {**adapted.layers(tree), **adapted.saved_modules(tree)}
     held = {path: [name for name in names if name in part.adapter_names()] for path, part in parts.items()}
     found: dict[str, str] = {}
@@ -37,7 +37,7 @@ def check_can_be_parted(adapted: Adapted, names: Iterable[str]) -> None:
     Raises:
         MergeError: names the modules.
     """
-    tree, names = Tree(adapted.root), set(names)
+    tree, names = adapted.tree(), set(names)
     parts: dict[str, Any] = {**adapted.layers(tree), **adapted.saved_modules(tree)}
     changed = {path for path, part in parts.items() if names & set(part.adapter_names())}
     source, *others = tied_tables(tree) or [""]

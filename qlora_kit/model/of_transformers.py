@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..injection.adapted import Adapted
-from ..injection.heads import end_tables
+from ..injection.ties import end_tables
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import StandIn, base_of, unwrapped
 

@@ -11,15 +11,17 @@ second adapter finds exactly the names that the first one did.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .suffixes import Suffixes
 from .variants import Variants
+
+T = TypeVar("T")
 
 # Names under which torch's wrappers hold what they wrap; DDP's "module" is too common a name to be told by itself.
 _HELD_AS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -122,6 +124,7 @@ class Tree:
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = {}
         self._first: dict[int, str] = {}
+        self._answers: dict[Callable[[Tree], Any], Any] = {}
         for path, module in _walk(model, ""):
             self.modules[path] = module
             self._first.setdefault(id(module), path)
@@ -136,6 +139,16 @@ class Tree:
     def of(cls, model: nn.Module | Tree) -> Tree:
         """``model``'s tree; a tree as it is."""
         return model if isinstance(model, Tree) else cls(model)
+
+    def once(self, question: Callable[[Tree], T]) -> T:
+        """What ``question`` finds in this tree, looked for the first time that it is asked.
+
+        An answer holds names and numbers, no tree and no modules: one that did would keep them all until the garbage
+        collector comes by.
+        """
+        if question not in self._answers:
+            self._answers[question] = question(self)
+        return self._answers[question]
 
     @cached_property
     def names(self) -> Suffixes:
