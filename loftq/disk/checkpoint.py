@@ -25,7 +25,7 @@ from qlora_kit.codecs import Codec, codec_for
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import StorageError, TargetError, closest
 from qlora_kit.initializers import planned
-from qlora_kit.injection.engine import Plan, PlanEntry
+from qlora_kit.injection.engine import Plan, PlanEntry, Request
 from qlora_kit.injection.heads import head_of_task, saved_names
 from qlora_kit.injection.ranks import lowered
 from qlora_kit.injection.targets import resolve_saved
@@ -125,6 +125,12 @@ class Checkpoint:
         module, codec = self.empty_module(entry)
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         return module, codec
+
+    def request(self, entry: PlanEntry, lora: LoraConfig, weight: Tensor | None = None) -> Request:
+        """What a start by ``lora`` is told of ``entry``, with ``weight`` as it is stored, or none in memory."""
+        module, codec = self.empty_module(entry) if weight is None else self.filled_module(entry, weight)
+        scaling = lora.scaling_of(entry.rank, entry.alpha)
+        return Request(entry.path, module, codec, entry.rank, scaling, lora, family=entry.family)
 
     def left_out(self) -> dict[str, tuple[int, int]]:
         """Matrices and stacks of matrices that stay as they are, alike ones together: (how many, bytes)."""

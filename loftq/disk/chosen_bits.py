@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from qlora_kit.checkpoints.journal import Journal
-from qlora_kit.initializers import Request
-from qlora_kit.injection.engine import PlanEntry
 
 from ..bits.allocation import costs_of, decide, measured, undecided
 from ..bits.budget import check_possible
@@ -39,7 +37,7 @@ def check_budget(task: Task, checkpoint: Checkpoint) -> None:
     """Raises ConfigError if ``task``'s budget is impossible, and says the smallest possible; reads no weight."""
     if task.budget is not None:
         entries, budget = checkpoint.plan.entries, task.budget
-        costs = {e.path: costs_of(_request(task, checkpoint, e), task.loftq, budget) for e in entries}
+        costs = {e.path: costs_of(checkpoint.request(e, task.lora), task.loftq, budget) for e in entries}
         rank_of = {entry.path: entry.rank for entry in entries}
         check_possible(costs, _sizes(checkpoint), budget, fixed=_fixed(checkpoint), rank_of=rank_of)
 
@@ -61,7 +59,7 @@ def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Seq
     budget = task.budget
 
     def measure(path: str, seen: Seen | None) -> None:
-        request = _request(task, checkpoint, entries[path])
+        request = checkpoint.request(entries[path], task.lora)
         tensor = checkpoint.reader.tensor(units[path].name)
         request.base._parameters["weight"] = nn.Parameter(tensor.to(task.device), requires_grad=False)
         found = measured(request.codec.read(request.base), request, task.loftq, budget, seen)
@@ -79,18 +77,11 @@ def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Seq
         if path not in journal.measured:
             measure(path, None)
     choices = {
-        path: noted_choices(journal, entry, costs_of(_request(task, checkpoint, entry), task.loftq, budget))
+        path: noted_choices(journal, entry, costs_of(checkpoint.request(entry, task.lora), task.loftq, budget))
         for path, entry in entries.items()
     }
     found = decide(task.lora, choices, _sizes(checkpoint), budget, _fixed(checkpoint), checkpoint.plan.entries)
     return replace(task, lora=found.config)
-
-
-def _request(task: Task, checkpoint: Checkpoint, entry: PlanEntry) -> Request:
-    """Of a module whose weight is on the meta device."""
-    module, codec = checkpoint.empty_module(entry)
-    scaling = task.lora.scaling_of(entry.rank, entry.alpha)
-    return Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:

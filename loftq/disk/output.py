@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from qlora_kit.adapter_files.folder import PREFIX
 from qlora_kit.checkpoints.quantized_tensors import PARTS
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.injection.engine import PlanEntry
 from qlora_kit.preparation.quantize import in_bitsandbytes
 
 from ..starts.options import module_bytes, storage_of
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, StoredTensor
 
 
 def adapter_names(entry: PlanEntry) -> tuple[str, str]:
@@ -21,13 +22,19 @@ def adapter_names(entry: PlanEntry) -> tuple[str, str]:
     return f"{entry.path}.lora_A.weight", f"{entry.path}.lora_B.weight"
 
 
-def stored_names(checkpoint: Checkpoint) -> Iterator[str]:
-    """All names that the output's base may hold."""
-    for unit in checkpoint.units:
-        if unit.entry is None:
-            yield unit.name
-        else:
-            yield from (unit.name.removesuffix("weight") + suffix for suffix in ("weight", *PARTS))
+def base_names(unit: StoredTensor) -> Iterator[str]:
+    """All names that the output's base may hold of ``unit``."""
+    yield unit.name
+    if unit.entry is not None:
+        yield from (unit.name.removesuffix("weight") + part for part in PARTS)
+
+
+def adapter_keys(unit: StoredTensor) -> Iterator[str]:
+    """The keys of the adapter's file that come of ``unit``."""
+    if (adapted := unit.entry or unit.kept) is not None:
+        yield from (PREFIX + name for name in adapter_names(adapted))
+    if unit.copied_as is not None:
+        yield unit.copied_as
 
 
 def expected_bytes(checkpoint: Checkpoint, options: LoftQConfig) -> int:

@@ -13,7 +13,7 @@ from qlora_kit.adapter_files.backbone import codes_digest
 from qlora_kit.adapter_files.folder import PREFIX
 from qlora_kit.checkpoints.pipeline import in_order
 from qlora_kit.codecs import codec_for
-from qlora_kit.initializers import Request, Start
+from qlora_kit.initializers import Start
 from qlora_kit.injection.engine import PlanEntry
 
 from ..inputs.groups import Seen
@@ -81,7 +81,7 @@ def replacement_of(
     if unit.entry is None:
         return _as_it_was(task, checkpoint, unit, tensor)
     entry = unit.entry
-    request = _request(task, checkpoint, entry, tensor.to(task.device))
+    request = checkpoint.request(entry, task.lora, tensor.to(task.device))
     changes: list[Tensor] | None = None
     if needs_of(task.loftq.chosen_method).sequential and seen is not None:
         changes = []
@@ -111,15 +111,10 @@ def _as_it_was(task: Task, checkpoint: Checkpoint, unit: StoredTensor, tensor: T
         )
     if unit.kept is None:
         return Replacement({unit.name: tensor})
-    start = plain_start(_request(task, checkpoint, unit.kept, tensor), task.loftq, checkpoint.reasons[unit.kept.path])
+    start = plain_start(
+        checkpoint.request(unit.kept, task.lora, tensor), task.loftq, checkpoint.reasons[unit.kept.path]
+    )
     return Replacement({unit.name: tensor}, _adapter(unit.kept, start), codes_digest(tensor))
-
-
-def _request(task: Task, checkpoint: Checkpoint, entry: PlanEntry, tensor: Tensor) -> Request:
-    """What a start is told of ``entry``, whose weight is stored as ``tensor``."""
-    module, codec = checkpoint.filled_module(entry, tensor)
-    scaling = task.lora.scaling_of(entry.rank, entry.alpha)
-    return Request(entry.path, module, codec, entry.rank, scaling, task.lora, family=entry.family)
 
 
 def _adapter(entry: PlanEntry, start: Start) -> dict[str, Tensor]:

@@ -7,15 +7,13 @@ bytes that were written of them, as long as only a checksum can tell them from t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter_files.folder import PREFIX
 from qlora_kit.checkpoints.checksums import KEY, checksum
 from qlora_kit.checkpoints.growing_file import read_appended
 from qlora_kit.checkpoints.journal import Journal
-from qlora_kit.checkpoints.quantized_tensors import PARTS
 from qlora_kit.checkpoints.records import read_record
 from qlora_kit.errors import StorageError
 from qlora_kit.injection.engine import PlanEntry
@@ -23,7 +21,7 @@ from qlora_kit.injection.engine import PlanEntry
 from ..bits.budget import Choice
 from ..starts.report import LayerReport
 from .checkpoint import Checkpoint, StoredTensor
-from .output import adapter_names
+from .output import adapter_keys, base_names
 
 
 def finished_units(checkpoint: Checkpoint, journal: Journal) -> set[str]:
@@ -87,22 +85,9 @@ def _odd(unit: StoredTensor, line: Mapping[str, Any], path: Path) -> str:
             return f"that it is {found.path!r} with rank {found.rank}"
     if adapted is not None and line.get("path", adapted.path) != adapted.path:
         return f"that it is {line['path']!r}"
-    base, names = set(line["base"]), set(_base_names(unit))
+    base, names = set(line["base"]), set(base_names(unit))
     if not {unit.name} <= base <= names:
         return f"that {sorted(base ^ {unit.name})[:3]} are its tensors"
-    if set(line["adapter"]) != (expected := set(_adapter_names(unit))):
+    if set(line["adapter"]) != (expected := set(adapter_keys(unit))):
         return f"that {sorted(set(line['adapter']) ^ expected)[:3]} are, or aren't, in its adapter"
     return ""
-
-
-def _base_names(unit: StoredTensor) -> Iterator[str]:
-    yield unit.name
-    if unit.entry is not None:
-        yield from (unit.name.removesuffix("weight") + part for part in PARTS)
-
-
-def _adapter_names(unit: StoredTensor) -> Iterator[str]:
-    if (adapted := unit.entry or unit.kept) is not None:
-        yield from (PREFIX + name for name in adapter_names(adapted))
-    if unit.copied_as is not None:
-        yield unit.copied_as

@@ -30,7 +30,7 @@ from qlora_kit.lowrank import delta
 from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint, StoredTensor
 from .checks import ADAPTER, ADAPTER_FOLDER, CONFIGS, MODEL, config_checksum
-from .output import adapter_names, quantization_config, stored_names
+from .output import adapter_keys, adapter_names, base_names, quantization_config
 from .resumed import check_bytes
 from .task import WORK_FOLDER, Replacement, Task
 
@@ -43,10 +43,10 @@ class Writers:
         self.work = task.out / WORK_FOLDER
         self.storage = quantization_config(checkpoint, task.loftq)
         placed = {name: entry for line in journal.done for name, entry in line["adapter"].items()}
-        names = [PREFIX + name for entry in checkpoint.adapted for name in adapter_names(entry)]
-        room = header_room([*names, *(unit.copied_as for unit in checkpoint.units if unit.copied_as)])
+        names = [name for unit in checkpoint.units for name in base_names(unit)]
+        room = header_room(key for unit in checkpoint.units for key in adapter_keys(unit))
         with ExitStack() as opened:  # closed again if what an earlier run left isn't what it noted
-            self.model = GrowingModel(self.work, stored_names(checkpoint), task.shard_bytes, journal.done)
+            self.model = GrowingModel(self.work, names, task.shard_bytes, journal.done)
             opened.callback(self.model.close)
             self.adapter = GrowingFile(self.work / WEIGHTS_NAME, room, placed)
             opened.callback(self.adapter.close)
