@@ -233,23 +233,6 @@ class PeftModel(LenientModel):
             return nn.Module.load_state_dict(self, state_dict, strict, assign)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # torch's own takes the first part of a key for a child's name, which has a dot here. There are no tensors
-        # beside that child's.
-        self._load_stored_(state_dict, f"{prefix}{self.held_under}", error_msgs)
-        if strict:
-            own = f"{prefix}{self.held_under}."
-            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

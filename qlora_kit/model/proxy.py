@@ -165,16 +165,9 @@ class ModelProxy(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._load_stored_(state_dict, f"{prefix}model", error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _load_stored_(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-        """Have codecs take from ``state_dict`` what their modules keep beside parameters and buffers; the model's names
-        begin with ``prefix`` there."""
-        # Within torch's loading and not before it, since DDP's and torch.compile's wrappers come past load_state_dict.
-        for path, module in self.model.named_modules(prefix=prefix, remove_duplicate=False):
+        # Here and not in load_state_dict, since DDP's and torch.compile's wrappers come past that.
+        own = f"{prefix}{self.held_under}"
+        for path, module in self.model.named_modules(prefix=own, remove_duplicate=False):
             codec = registered_codec(module)
             if codec is not None:
                 try:
@@ -184,6 +177,13 @@ class ModelProxy(nn.Module):
                     for key in [key for key in state_dict if key.startswith(f"{path}.")]:
                         del state_dict[key]
                     state_dict.update({f"{path}.{name}": value for name, value in module._parameters.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, False, missing_keys, unexpected_keys, error_msgs
+        )
+        # torch's own takes the first part of a key for a child's name, which may have a dot here. There are no tensors
+        # beside that child's.
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and not k.startswith(f"{own}.")]
 
     def _apply(self: P, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> P:
         # A cast to another dtype must not reach the float-typed storage of packed 4-bit weights.
