@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..naming import Expression, Suffixes, ends_with
-from ..naming.suffixes import suffixes
 
 
 def check_target_module_exists(config: LoraConfig, key: str) -> bool:
@@ -61,5 +60,4 @@ def find_minimal_target_modules(target_modules: Iterable[str], other_module_name
             f"target_modules: expected names, none of them among the others, found {wanted[:3]}, of which "
             f"{sorted(others & set(wanted))[:3]} are among the others; leave these out of one of the two"
         )
-    known = Suffixes(others)
-    return {next((end for end in suffixes(path) if end not in known), path) for path in wanted}
+    return Suffixes(others).apart(wanted)

@@ -20,7 +20,6 @@ from ..config.lora import LoraConfig
 from ..errors import TargetError, closest
 from ..layers import layer_family_for, parts_to_save
 from ..naming import Expression, Patterns, Suffixes, Tree, base_of, pattern_value
-from ..naming.suffixes import suffixes
 from .adaptable import adaptable, is_linear, refused
 from .architectures import default_targets
 from .heads import head_of_task, new_head, output_table, saved_names
@@ -133,8 +132,7 @@ def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None, *, tied:
 def shortest_names(paths: Iterable[str], model: nn.Module | Tree) -> list[str]:
     """The fewest and shortest names that select exactly ``paths``: what an adapter file should say."""
     wanted = set(paths)
-    others = Suffixes(path for path in Tree.of(model).modules if path and path not in wanted)
-    return sorted({next((name for name in suffixes(path) if name not in others), path) for path in sorted(wanted)})
+    return sorted(Suffixes(path for path in Tree.of(model).modules if path and path not in wanted).apart(wanted))
 
 
 def _candidates(tree: Tree, config: LoraConfig) -> dict[str, nn.Module]:

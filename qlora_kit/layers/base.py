@@ -15,7 +15,6 @@ the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -108,7 +107,7 @@ class AdapterLayer(AdjustedByHand, StandIn):
         for container in (*self.factor_names, "lora_dropout"):
             getattr(self, container).train(self.training)
         self.r[name], self.lora_alpha[name], self.use_rslora[name] = rank, alpha, use_rslora
-        self.scaling[name] = (alpha / math.sqrt(rank) if use_rslora else alpha / rank) * self._rescaled
+        self.scaling[name] = self._first_scaling(name)
 
     def delete_adapter(self, name: str) -> None:
         """Forget adapter ``name``; does nothing where this layer doesn't have it."""

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from ..checkpoints.spill import Spill
 from ..errors import MergeError
 from ..injection.adapted import Adapted, adapted_of
-from ..injection.engine import Injection, uncollected
+from ..injection.engine import Injection
 from ..injection.read_past import ReadPast
+from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..layers.rescaled import at_full_size_
 from ..naming import unwrapped

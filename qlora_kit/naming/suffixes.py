@@ -53,6 +53,10 @@ class Suffixes:
         found = {path for name in names for path in self.of(name)}
         return [path for path in self.paths if path in found] if found else []
 
+    def apart(self, paths: Iterable[str]) -> set[str]:
+        """The shortest names that mean each of ``paths`` and none of these; a whole path where there is no other."""
+        return {next((name for name in suffixes(path) if name not in self), path) for path in paths}
+
 
 class Patterns(Generic[T]):
     """Values by pattern, the first that fits a path counting: a plain name (its last components) or a regex for them.
