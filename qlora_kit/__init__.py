@@ -18,7 +18,7 @@ from .errors import (
 )
 from .initializers import register_initializer
 from .injection.engine import Plan, make_plan
-from .layers import AdapterLayer, register_layer
+from .layers import AdapterLayer, register_layer, set_branch
 from .merging.in_memory import merge
 from .merging.report import MergeReport
 from .model.lora_model import LoraModel, apply_lora
@@ -61,4 +61,5 @@ __all__ = [
     "register_codec",
     "register_initializer",
     "register_layer",
+    "set_branch",
 ]

@@ -16,6 +16,8 @@ and says whether it holds that module's matrix.
 - ``packing``: codes in bytes
 - ``lookup``: a linear layer's function straight from its codec
 - ``pieces``: a matrix some rows at a time
+- ``scratch``: memory for a dense weight that is multiplied with once
+- ``native``: the dtype to multiply in on a device
 - ``finite``: is every value of a tensor finite?
 """
 

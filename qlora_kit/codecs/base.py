@@ -169,9 +169,26 @@ class Codec:
         """The base module's output for ``x``; overridden where the platform's own forward is wrong."""
         return module(x, *args, **kwargs)
 
+    def linear_dtypes(self, module: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        """For who computes y = x W^T + b in the module's stead, with W as ``multiplier`` gives it: the dtype of the
+        product and that of y. None, the default, where only the module's own forward knows what it does with ``x``."""
+        return None
+
+    def multiplier(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """The (out, in) weight in ``dtype``, to be multiplied with at once: the stored tensor itself where that will
+        do, else in memory that the next call may overwrite. It isn't to be written to."""
+        return self.read(module).to(dtype)
+
     def dense_like(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """An unquantized module of the same function in ``dtype``; ``module`` itself where it is dense."""
         return module
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that torch's own linear would compute ``x`` in: autocast's where that is on."""
+    kind = x.device.type
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def described(module: nn.Module) -> str:

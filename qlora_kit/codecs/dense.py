@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CodecError
-from .base import Codec, checked_weight, described
+from .base import Codec, autocast_dtype, checked_weight, described
 from .pieces import row_pieces
 from .plain_weight import Trial, filled, holding_values, reason_against_forward, reason_against_weight
 from .registry import register_codec, registered_type
+from .scratch import scratch
 
 
 @register_codec(nn.Linear)
@@ -74,6 +75,14 @@ class DenseCodec(Codec):
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype:
         return self._weight(module).dtype
+
+    def linear_dtypes(self, module: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        dtype, stored = autocast_dtype(x), module.weight.dtype
+        return (dtype, dtype) if dtype == stored or torch.is_autocast_enabled(x.device.type) else None
+
+    def multiplier(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        matrix = self._to_matrix(self._weight(module).detach())
+        return matrix if matrix.dtype == dtype else scratch(matrix.shape, dtype, matrix.device).copy_(matrix)
 
     def laid_out(self, module: nn.Module, matrix: Tensor) -> Tensor | None:
         weight: Any = module.weight

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Codec, checked_weight
+from .base import Codec, autocast_dtype, checked_weight
 from .blockwise import scale_blocks_
 from .codebooks import codebook, scheme
 from .dense import dense_linear, take_bias_
@@ -80,9 +80,7 @@ class PackedLinear(nn.Linear):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = autocast_dtype(x)
         return lookup_linear(self, codec_for(self), x.to(dtype), dtype)
 
     def store_(self, quantized: Quantized) -> None:
@@ -201,6 +199,10 @@ class PackedCodec(Codec):
         module.weight.data = codes.to(device, copy=True)
         for name, buffer in buffers.items():
             setattr(module, name, buffer.to(device, copy=True))
+
+    def linear_dtypes(self, module: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        dtype = autocast_dtype(x)
+        return dtype, dtype
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
         return dense_linear(module, self.read(module), dtype)

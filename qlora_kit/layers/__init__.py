@@ -7,6 +7,11 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``weight_in_effect``: what a layer answers when its weight is read
 - ``rescaled``: weights that a model rescales for inference, at the size that they are stored in
 - ``linear``: y = W x + b, however W is stored
+- ``choice``: the plain form of a linear branch, or the fused one
+- ``fused``: a linear layer and its branches as one function, which keeps and passes over the least
+- ``branch``: one adapter's part of that
+- ``mask``: dropout that is drawn again instead of being kept
+- ``thin``: products of activations with a factor of few rows
 - ``conv1d``: transformers' ``Conv1D``, which is linear too
 - ``conv``: convolutions in one, two and three dimensions
 - ``embedding``: tables
@@ -16,6 +21,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 """
 
 from .base import AdapterLayer
+from .choice import chosen_branch, set_branch
 from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
 from .linear import LinearAdapter
@@ -32,9 +38,11 @@ __all__ = [
     "LinearAdapter",
     "ModulesToSave",
     "RESERVED",
+    "chosen_branch",
     "find_layer_family",
     "layer_family_for",
     "parts_to_save",
     "register_layer",
     "saved_module",
+    "set_branch",
 ]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec
+from ..codecs.base import autocast_dtype
 from .base import AdapterLayer
+from .branch import Branch
+from .choice import why_plain
+from .fused import Base, fused_linear
+from .mask import Mask
 from .named import NamedModules
 from .registry import register_layer
 
@@ -41,6 +48,8 @@ class LinearAdapter(AdapterLayer):
     """``lora_A[name].weight`` is (r, in), ``lora_B[name].weight`` is (out, r)."""
 
     family = "linear"
+    #: What factors are unless someone has put others there.
+    factor_types = (nn.Linear, TiedFactor)
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
@@ -54,6 +63,18 @@ class LinearAdapter(AdapterLayer):
     def tie_factors_(self, name: str, source: AdapterLayer) -> None:
         A, B = source.adapter_tensors(name).values()
         self.lora_A[name], self.lora_B[name] = TiedFactor(B), TiedFactor(A)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self._in_effect
+        if not names or args or kwargs or why_plain(self, x, names) is not None:
+            return super().forward(x, *args, **kwargs)
+        base = Base(self.base_layer, self.codec, autocast_dtype(x))
+        return fused_linear(base, x, self.base_layer.bias, [self._branch(name) for name in names])
+
+    def _branch(self, name: str) -> Branch:
+        dropout = self.lora_dropout[name]
+        mask = Mask.draw(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None
+        return Branch(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], mask)
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name], self.lora_B[name]

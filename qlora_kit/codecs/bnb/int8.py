@@ -16,6 +16,7 @@ from ..pieces import row_pieces
 from ..plain_weight import Trial, filled, holding_values, reason_against_computed
 from ..quantized import Quantized, Quantizer, Scales, quantize_matrix
 from ..registry import register_codec
+from ..scratch import scratch
 from .common import stock_forward
 
 
@@ -124,6 +125,17 @@ class CodecInt8(DenseCodec):
 
     def forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return stock_forward(module, x, x.dtype, *args, **kwargs)
+
+    def linear_dtypes(self, module: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        """In training on a CPU alone: elsewhere bitsandbytes rounds the activations too."""
+        return (x.dtype, x.dtype) if _is_int8(module) and module.training and x.device.type == "cpu" else None
+
+    def multiplier(self, module: Any, dtype: torch.dtype) -> Tensor:
+        if not _is_int8(module):
+            return super().multiplier(module, dtype)
+        codes, scales = _int8_parts(module)
+        out = scratch(tuple(codes.shape), dtype, codes.device)
+        return torch.mul(codes, scales[:, None] / 127.0, out=out)
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
         return dense_linear(module, self.read(module), dtype)

@@ -1,0 +1,141 @@
+"""A linear layer and its branches as one function: y = x W^T + b + sum of s (M . x) A^T B^T, M a dropout mask.
+
+Written as a sum of modules, a branch keeps a float32 copy of the layer's input, another of what dropout left of it and
+the product of rank r, reads the input once more and the output twice. Here
+
+- what is kept is x itself, the tensor that the layer was given. Layers that read the same one (q, k, v; gate, up) keep
+  it together. With A frozen x isn't kept at all, but the product of rank r;
+- masks are drawn again from their seeds, and the product of rank r is computed again;
+- branches are added in the memory of the layer's output, and of its input's gradient, scaled where they have r columns;
+- the base weight is dequantized once forward, and once backward if the input wants a gradient, on CPUs into memory
+  that is reused;
+- where a float32 product has more tokens than the weight has worth of rows, s B A is added to the weight instead,
+  which is cheaper than two passes over the tokens (RunLoRA, arXiv 2312.03415, picks orders by shape likewise).
+
+Precision. Products that a device has no instructions for are computed in float32 (``codecs.native``). Factors keep
+their digits (``thin``), and a sum is rounded to the activations' dtype once. With u = 2^-9 (bfloat16) or 2^-12
+(float16): y is within 2 u (|y| + |y0|) of its value in float32, y0 the base's output, and gradients within 8 u of the
+largest element of theirs; in float32 both differ by the order of sums only. The tests hold these.
+
+The readable form is ``AdapterLayer.forward``; both are tested on the same cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..codecs import Codec
+from ..codecs.native import product_dtype
+from ..codecs.scratch import is_scratch, scratch
+from ..errors import AdapterError
+from .branch import Branch
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base module, how it keeps its weight, and the dtype that its inputs are computed in: autocast's, or theirs."""
+
+    module: nn.Module
+    codec: Codec
+    dtype: torch.dtype
+
+    def own_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        """The dtypes of the product and of the output, where it is multiplied here; None where the module's forward is
+        called, whose kernels are the best there are."""
+        dtypes = self.codec.linear_dtypes(self.module, x) if x.device.type == "cpu" else None
+        return dtypes and (product_dtype("cpu", dtypes[0]), dtypes[1])
+
+    def weight(self, dtype: torch.dtype, branches: Sequence[Branch] = ()) -> Tensor:
+        """W plus the deltas of ``branches``, (out, in), to be used before the next call."""
+        weight = self.codec.multiplier(self.module, dtype)
+        for branch in branches:
+            memory = weight if is_scratch(weight) else scratch(tuple(weight.shape), dtype, weight.device)
+            B, A = branch.B.to(dtype), branch.A.to(dtype)
+            weight = torch.addmm(weight, B, A, alpha=branch.scale, out=memory)
+        return weight
+
+
+def fused_linear(base: Base, x: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+    """The layer's output for ``x`` (..., in), in the dtype that the base gives it in, ``bias`` (out,) included."""
+    factors = (factor for branch in branches for factor in (branch.A, branch.B))
+    y: Tensor = _FusedLinear.apply(base, [(b.s, b.mask) for b in branches], x, bias, *factors)
+    return y
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Base, settings: Sequence[Any], x: Tensor, bias: Tensor | None, *factors: Tensor) -> Any:
+        branches, keeps_x = _branches(factors, settings), any(ctx.needs_input_grad[4::2])  # of some A
+        own = base.own_dtypes(x)
+        ctx.base, ctx.settings, ctx.product = base, settings, own[0] if own else base.dtype
+        y = None if own else base.codec.forward(base.module, x)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = _rows(x, base.dtype)
+            folded = [b for b in branches if own and keeps_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
+            if y is None:
+                weight = base.weight(ctx.product, folded)
+                y = F.linear(_cast(x, rows, ctx.product), weight, None if bias is None else bias.to(ctx.product))
+            flat, narrowed = _flat(y), []
+            for branch in branches:
+                if branch not in folded:
+                    narrowed.append(branch.narrowed(rows))
+                    branch.add_(flat, narrowed[-1])
+        ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*factors, *([x] if keeps_x else narrowed))
+        return flat.view(*x.shape[:-1], flat.shape[-1]).to(own[1] if own else y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise AdapterError(
+                "expected gradients of first order, found create_graph=True, which the fused branch doesn't compute; "
+                "call qlora_kit.set_branch('plain') before the forward pass"
+            )
+        (grad,), base, count = grads, ctx.base, 2 * len(ctx.settings)
+        saved = ctx.saved_tensors  # once: checkpointing computes them at the first access
+        branches, kept = _branches(saved[:count], ctx.settings), saved[count:]
+        needs_x, needs_bias, *needs = ctx.needs_input_grad[2:]
+        with torch.autocast(grad.device.type, enabled=False):
+            rows, grad_x = _rows(grad, base.dtype), None
+            folded = [b for b in branches if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
+            if needs_x:
+                grad_x = _cast(grad, rows, ctx.product) @ base.weight(ctx.product, folded)
+            x = _rows(kept[0], base.dtype) if any(needs[::2]) else None
+            found: list[Tensor | None] = []
+            for i, branch in enumerate(branches):
+                found += branch.backward(
+                    rows,
+                    x=x,
+                    narrowed=kept[i] if x is None else None,
+                    grad_x=None if branch in folded else grad_x,
+                    needs=(needs[2 * i], needs[2 * i + 1]),
+                )
+            if grad_x is not None:
+                grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
+            grad_bias = rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        return None, None, grad_x, grad_bias, *found
+
+
+def _branches(factors: Sequence[Tensor], settings: Sequence[Any]) -> list[Branch]:
+    return [Branch(A, B, s, mask) for A, B, (s, mask) in zip(factors[::2], factors[1::2], settings, strict=True)]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as (tokens, features) in what thin products take: on CPUs at least float32."""
+    rows = _flat(x)
+    return rows.to(torch.promote_types(dtype, torch.float32)) if x.device.type == "cpu" else rows.to(dtype)
+
+
+def _cast(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as (tokens, features) in ``dtype``: ``rows``, which are made from it, where they are."""
+    return rows if rows.dtype == dtype else _flat(x).to(dtype)
