@@ -17,7 +17,13 @@ from torch import Tensor
 # Larger than most layers' weights; a vocabulary's, once, needn't be held for the life of the process.
 MOST_BYTES = 256 << 20
 
-_kept = threading.local()
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+
+_kept = _Kept()
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -25,11 +31,10 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     count = prod(shape)
     if device.type != "cpu" or count * dtype.itemsize > MOST_BYTES or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=device)
-    buffers: dict[torch.dtype, Tensor] = vars(_kept)
-    buffer = buffers.get(dtype)  # type: ignore[call-overload]
+    buffer = _kept.buffers.get(dtype)
     if buffer is None or buffer.numel() < count:
         with torch.inference_mode(False):  # memory made inside it could serve no training afterwards
-            buffer = buffers[dtype] = torch.empty(count, dtype=dtype, device=device)  # type: ignore[index]
+            buffer = _kept.buffers[dtype] = torch.empty(count, dtype=dtype, device=device)
     return buffer[:count].view(shape)
 
 
@@ -49,5 +54,5 @@ def gathered(
 
 def is_scratch(tensor: Tensor) -> bool:
     """Whether ``tensor`` lies in this thread's reused memory, and so may be written to."""
-    buffer = vars(_kept).get(tensor.dtype)
+    buffer = _kept.buffers.get(tensor.dtype)
     return buffer is not None and tensor.device.type == "cpu" and tensor.data_ptr() == buffer.data_ptr()

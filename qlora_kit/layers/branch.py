@@ -66,11 +66,14 @@ class Branch:
             x = x * kept
         grad_A = grad_B = None
         if needs[1]:
-            used = narrow(x, self.A).mul_(self.scale) if x is not None else narrowed
-            grad_B = gathered(used, grad).t().to(self.B.dtype)
+            if x is not None:
+                narrowed = narrow(x, self.A).mul_(self.scale)
+            assert narrowed is not None
+            grad_B = gathered(narrowed, grad).t().to(self.B.dtype)
         if needs[0] or grad_x is not None:
             narrowed_grad = narrow(grad, self.B.t()).mul_(self.scale)
             if needs[0]:
+                assert x is not None
                 grad_A = gathered(narrowed_grad, x).to(self.A.dtype)
             if grad_x is not None:
                 _add_(grad_x, narrowed_grad, self.A, kept)
@@ -81,4 +84,4 @@ def _add_(grad_x: Tensor, narrowed_grad: Tensor, A: Tensor, kept: Tensor | None)
     if kept is None:
         widen_(grad_x, narrowed_grad, A)
     else:
-        grad_x.add_(widen_(torch.zeros_like(grad_x), narrowed_grad, A).mul_(kept))
+        grad_x.addcmul_(widen_(torch.zeros_like(grad_x), narrowed_grad, A), kept)

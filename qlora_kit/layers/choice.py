@@ -94,10 +94,7 @@ def _why_plain_parts(layer: Any, names: Sequence[str]) -> str | None:
 def _watched(module: nn.Module) -> bool:
     """Whether someone is told of ``module``'s calls."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

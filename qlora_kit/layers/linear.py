@@ -74,7 +74,8 @@ class LinearAdapter(AdapterLayer):
     def _branch(self, name: str) -> Branch:
         dropout = self.lora_dropout[name]
         mask = Mask.draw(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None
-        return Branch(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], mask)
+        A, B = self.adapter_tensors(name).values()
+        return Branch(A, B, self.scaling[name], mask)
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name], self.lora_B[name]

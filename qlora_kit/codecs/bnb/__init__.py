@@ -3,6 +3,7 @@
 - ``four_bit``: the codec of 4-bit linears
 - ``int8``: the codec of int8 linears
 - ``common``: the stock forward of both, with the bias left as it is
+- ``kernel``: a 4-bit weight through bitsandbytes' own dequantization
 - ``layout``: where a 4-bit weight's codes and scales are
 - ``quant_state``: bitsandbytes' state of a 4-bit weight, filled with codes and scales that we chose
 """

@@ -37,6 +37,7 @@ from ..quantized import BNB_BLOCKSIZES, Quantized, Quantizer, Scales, quantize_m
 from ..registry import codec_for, register_codec
 from ..scratch import gathered
 from .common import stock_forward
+from .kernel import KERNEL_DTYPES, kernel_pieces
 from .layout import is_repacked, scales_of, standard_bytes
 from .quant_state import (
     adopt_,
@@ -51,10 +52,6 @@ from .quant_state import (
 )
 
 
-# What bitsandbytes' own dequantization gives.
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
     """Whether bitsandbytes' own forward and backward of ``module`` on ``x`` use the right scales and dtype.
 
@@ -62,18 +59,6 @@ def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
     float64 they compute garbage.
     """
     return x.device.type != "cpu" or state_of(module) is None or not _misread(module)
-
-
-def _kernel_pieces(stored: Tensor, state: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in ``dtype`` as bitsandbytes dequantizes it, some rows at a time on a CPU: fresh memory for all of it
-    at once costs more there than filling it."""
-    stored, scales, (rows, width) = stored.view(torch.uint8).view(-1, 1), scales_of(state), state.shape
-    kernel, blocksize = torch.ops.bitsandbytes.dequantize_4bit.default, state.blocksize
-    at_once = stored.device.type != "cpu"
-    for piece in [slice(0, rows)] if at_once else row_pieces((rows, width), lcm(blocksize, 2)):
-        begin, end = piece.start * width, piece.stop * width
-        codes, absmax = stored[begin // 2 : -(-end // 2)], scales[begin // blocksize : -(-end // blocksize)]
-        yield piece, kernel(codes, absmax, blocksize, state.quant_type, (piece.stop - piece.start, width), dtype)
 
 
 @register_codec(Linear4bit)
@@ -266,8 +251,8 @@ class Codec4bit(DenseCodec):
         state: Any = state_of(module)
         if state is None:
             return super().multiplier(module, dtype)
-        ours = dtype not in _KERNEL_DTYPES or is_repacked(state) or not kernel_is_right(module, module.weight)
-        pieces = self.pieces(module) if ours else _kernel_pieces(module.weight.data, state, dtype)
+        ours = dtype not in KERNEL_DTYPES or is_repacked(state) or not kernel_is_right(module, module.weight)
+        pieces = self.pieces(module) if ours else kernel_pieces(module.weight.data, state, dtype)
         return gathered(pieces, tuple(state.shape), dtype, module.weight.device)
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:

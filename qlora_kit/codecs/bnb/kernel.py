@@ -1,0 +1,28 @@
+"""A 4-bit weight through bitsandbytes' own dequantization, where that reads it right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import lcm
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pieces import row_pieces
+from .layout import scales_of
+
+#: What it gives.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernel_pieces(stored: Tensor, state: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in ``dtype`` as bitsandbytes dequantizes it, some rows at a time on a CPU: fresh memory for all of it
+    at once costs more there than filling it."""
+    stored, scales, (rows, width) = stored.view(torch.uint8).view(-1, 1), scales_of(state), state.shape
+    kernel, blocksize = torch.ops.bitsandbytes.dequantize_4bit.default, state.blocksize
+    at_once = stored.device.type != "cpu"
+    for piece in [slice(0, rows)] if at_once else row_pieces((rows, width), lcm(blocksize, 2)):
+        begin, end = piece.start * width, piece.stop * width
+        codes, absmax = stored[begin // 2 : -(-end // 2)], scales[begin // blocksize : -(-end // blocksize)]
+        yield piece, kernel(codes, absmax, blocksize, state.quant_type, (piece.stop - piece.start, width), dtype)
