@@ -16,8 +16,9 @@ import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
 
-from .four_bit import Codec4bit, kernel_is_right, linear_of_codes, quantize_linear
+from .four_bit import Codec4bit, linear_of_codes, quantize_linear
 from .int8 import CodecInt8, linear_of_codes_int8, quantize_linear_int8
+from .kernel import kernel_is_right
 
 __all__ = [
     "Codec4bit",

@@ -37,7 +37,7 @@ from ..quantized import BNB_BLOCKSIZES, Quantized, Quantizer, Scales, quantize_m
 from ..registry import codec_for, register_codec
 from ..scratch import gathered
 from .common import stock_forward
-from .kernel import KERNEL_DTYPES, kernel_pieces
+from .kernel import KERNEL_DTYPES, kernel_is_right, kernel_pieces, misread
 from .layout import is_repacked, scales_of, standard_bytes
 from .quant_state import (
     adopt_,
@@ -50,15 +50,6 @@ from .quant_state import (
     store_scales_,
     stored_state,
 )
-
-
-def kernel_is_right(module: Linear4bit, x: Tensor) -> bool:
-    """Whether bitsandbytes' own forward and backward of ``module`` on ``x`` use the right scales and dtype.
-
-    Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks; and in
-    float64 they compute garbage.
-    """
-    return x.device.type != "cpu" or state_of(module) is None or not _misread(module)
 
 
 @register_codec(Linear4bit)
@@ -196,7 +187,7 @@ class Codec4bit(DenseCodec):
         state = state_of(module)
         if state is None:
             return
-        if _misread(module) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
+        if misread(module) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
             module.forward = partial(_lookup_forward, module)
         if not is_repacked(state):
             return
@@ -257,10 +248,6 @@ class Codec4bit(DenseCodec):
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
         return dense_linear(module, self.read(module), dtype)
-
-
-def _misread(module: Any) -> bool:
-    return bool(module.in_features % state_of(module).blocksize) or module.compute_dtype == torch.float64  # type: ignore[union-attr]
 
 
 def _lookup_forward(module: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A 4-bit weight through bitsandbytes' own dequantization, where that reads it right."""
+"""A 4-bit weight through bitsandbytes' own dequantization, and where that reads it right."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..pieces import row_pieces
 from .layout import scales_of
+from .quant_state import state_of
 
 #: What it gives.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -26,3 +27,17 @@ def kernel_pieces(stored: Tensor, state: Any, dtype: torch.dtype) -> Iterator[tu
         begin, end = piece.start * width, piece.stop * width
         codes, absmax = stored[begin // 2 : -(-end // 2)], scales[begin // blocksize : -(-end // blocksize)]
         yield piece, kernel(codes, absmax, blocksize, state.quant_type, (piece.stop - piece.start, width), dtype)
+
+
+def kernel_is_right(module: Any, x: Tensor) -> bool:
+    """Whether bitsandbytes' own forward and backward of ``module`` on ``x`` use the right scales and dtype.
+
+    Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks; and in
+    float64 they compute garbage.
+    """
+    return x.device.type != "cpu" or state_of(module) is None or not misread(module)
+
+
+def misread(module: Any) -> bool:
+    """Whether its CPU kernels misread this module, which is quantized."""
+    return bool(module.in_features % state_of(module).blocksize) or module.compute_dtype == torch.float64  # type: ignore[union-attr]
