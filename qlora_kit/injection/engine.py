@@ -21,6 +21,7 @@ from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
+from ..layers.fused.blocks import refit_
 from ..naming import Tree, base_of, module_at, slot
 from .free import check_free
 from .heads import saved_names
@@ -205,6 +206,7 @@ def swap_(
 
 def _put_(holder: nn.Module, name: str, module: nn.Module) -> None:
     setattr(holder, name, module)
+    refit_(holder)
     if name == "_orig_mod":  # torch.compile's wrapper calls what it was made for, until it is told
         holder._initialize()  # type: ignore[operator]
 

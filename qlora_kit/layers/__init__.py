@@ -7,11 +7,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``weight_in_effect``: what a layer answers when its weight is read
 - ``rescaled``: weights that a model rescales for inference, at the size that they are stored in
 - ``linear``: y = W x + b, however W is stored
-- ``choice``: the plain form of a linear branch, or the fused one
-- ``fused``: a linear layer and its branches as one function, which keeps and passes over the least
-- ``branch``: one adapter's part of that
-- ``mask``: dropout that is drawn again instead of being kept
-- ``thin``: products of activations with a factor of few rows
+- ``fused/``: the same as one function, which keeps and passes over the least
 - ``conv1d``: transformers' ``Conv1D``, which is linear too
 - ``conv``: convolutions in one, two and three dimensions
 - ``embedding``: tables
@@ -21,9 +17,9 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 """
 
 from .base import AdapterLayer
-from .choice import chosen_branch, set_branch
 from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
+from .fused.choice import chosen_branch, set_branch
 from .linear import LinearAdapter
 from .named import RESERVED
 from .registry import find_layer_family, layer_family_for, on_demand, register_layer

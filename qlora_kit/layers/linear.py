@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..codecs.base import autocast_dtype
 from .base import AdapterLayer
-from .branch import Branch
-from .choice import why_plain
-from .fused import Base, fused_linear
-from .mask import Mask
+from .fused.branch import Branch
+from .fused.choice import watched, why_plain
+from .fused.linear import Base, Made, fused_linear
+from .fused.mask import Mask
 from .named import NamedModules
 from .registry import register_layer
 
@@ -66,10 +68,36 @@ class LinearAdapter(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._in_effect
-        if not names or args or kwargs or why_plain(self, x, names) is not None:
+        if not names or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = Base(self.base_layer, self.codec, autocast_dtype(x))
-        return fused_linear(base, x, self.base_layer.bias, [self._branch(name) for name in names])
+        if not torch.is_grad_enabled():
+            return self._inferred(x, names)
+        if why_plain(self, x, names) is not None:
+            return super().forward(x)
+        return self._fused(x, x, names)
+
+    def _inferred(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The plain form where no gradient is wanted: s goes into the sum, which spares a step of decoding one call."""
+        result = self.codec.forward(self.base_layer, x)
+        for name in names:
+            y = self._low_rank(x, name)
+            y = y if y.dtype is result.dtype else y.to(result.dtype)
+            result = torch.add(result, y, alpha=self.scaling[name])
+        return result
+
+    def of_made(self, made: Made, given: Sequence[Tensor]) -> Tensor:
+        """This layer's output for the input that ``made`` makes of ``given``; in training ``given`` is kept for the
+        backward pass, and the input isn't."""
+        names, first = self._in_effect, given[0]
+        if not names or watched(self) or why_plain(self, first, names) is not None:
+            return self(made.make(*given))
+        return self._fused(given, first, names, made)
+
+    def _fused(self, given: Any, like: Tensor, names: Sequence[str], made: Made | None = None) -> Tensor:
+        base = Base(self.base_layer, self.codec, autocast_dtype(like))
+        return fused_linear(
+            base, given, getattr(self.base_layer, "bias", None), [self._branch(name) for name in names], made
+        )
 
     def _branch(self, name: str) -> Branch:
         dropout = self.lora_dropout[name]
@@ -78,6 +106,27 @@ class LinearAdapter(AdapterLayer):
         return Branch(A, B, self.scaling[name], mask)
 
     def branch(self, x: Tensor, name: str) -> Tensor:
-        A, B = self.lora_A[name], self.lora_B[name]
-        x = self.cast_input(self.lora_dropout[name](x), A.weight.dtype)  # type: ignore[arg-type]
-        return B(A(x) * self.scaling[name])
+        return self._low_rank(x, name, self.scaling[name])
+
+    def _low_rank(self, x: Tensor, name: str, scale: float | None = None) -> Tensor:
+        """B (A dropout(x)), times ``scale`` between the two."""
+        # Each name looked up through this class's own __getattr__ costs as much as a small product.
+        parts: Any = self._modules
+        A, B, dropout = (parts[part]._modules[name] for part in _PARTS)
+        if type(dropout) is not nn.Identity:
+            x = dropout(x)
+        if x.dtype is not (dtype := A.weight.dtype):
+            x = self.cast_input(x, dtype)
+        narrow = _product(A, x)
+        return _product(B, narrow if scale is None else narrow * scale)
+
+
+_PARTS = ("lora_A", "lora_B", "lora_dropout")
+
+
+def _product(factor: Any, x: Tensor) -> Tensor:
+    """``factor(x)``, called as a function where nobody could see the difference."""
+    if type(factor) is nn.Linear and not watched(factor) and "forward" not in vars(factor):
+        return F.linear(x, factor._parameters["weight"])  # type: ignore[arg-type]
+    product: Tensor = factor(x)
+    return product

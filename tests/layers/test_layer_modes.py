@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.layers import LinearAdapter
-from qlora_kit.layers.mask import Mask
+from qlora_kit.layers.fused.mask import Mask
 
 Build = Callable[[], tuple[nn.Module, Tensor]]
 KINDS: dict[str, Build] = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 KINDS = ("auto", "plain", "fused")
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -57,6 +57,11 @@ def chosen_branch() -> str:
     return _chosen
 
 
+def blocks_chosen() -> bool:
+    """Whether blocks compute by their form; nothing but a training step has anything of it."""
+    return _chosen != "plain" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
     """Why ``layer``, a linear one, computes ``x`` with the adapters ``names`` in the plain form; None if it needn't.
     Asked in every forward, so the most frequent reasons come first."""
@@ -71,27 +76,29 @@ def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
     if type(x) not in _PLAIN_TENSORS or not x.is_floating_point() or forward_ad._current_level >= 0:
         return f"its input is a {type(x).__name__} of {x.dtype}"
     base = layer.base_layer
-    if _watched(base) or not _calls_its_type(base):
+    if watched(base) or not _calls_its_type(base):
         return "its base has hooks"
-    if base.weight.requires_grad or not layer.cast_input_dtype_enabled:
-        return "its base is trained, or cast layer by layer"
+    if any(p is not None and p.requires_grad for name, p in base._parameters.items() if name != "bias"):
+        return "its base is trained"
+    if not layer.cast_input_dtype_enabled:
+        return "its weights are cast around each call"
     return _why_plain_parts(layer, names)
 
 
 def _why_plain_parts(layer: Any, names: Sequence[str]) -> str | None:
     for name in names:
         dropout = layer.lora_dropout[name]
-        if type(dropout) not in (nn.Identity, nn.Dropout) or _watched(dropout):
+        if type(dropout) not in (nn.Identity, nn.Dropout) or watched(dropout):
             return "its dropout isn't torch's own, or has hooks"
         for factor in (layer.lora_A[name], layer.lora_B[name]):
-            if type(factor) not in layer.factor_types or _watched(factor):
+            if type(factor) not in layer.factor_types or watched(factor):
                 return "a factor isn't a linear module, or has hooks"
             if type(factor.weight) not in _PLAIN_TENSORS:
                 return f"a factor is a {type(factor.weight).__name__}"
     return None
 
 
-def _watched(module: nn.Module) -> bool:
+def watched(module: nn.Module) -> bool:
     """Whether someone is told of ``module``'s calls."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

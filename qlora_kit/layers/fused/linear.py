@@ -22,7 +22,7 @@ The readable form is ``AdapterLayer.forward``; both are tested on the same cases
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codecs import Codec
-from ..codecs.native import product_dtype
-from ..codecs.scratch import is_scratch, scratch
-from ..errors import AdapterError
+from ...codecs import Codec
+from ...codecs.native import product_dtype
+from ...codecs.scratch import is_scratch, scratch
+from ...errors import AdapterError
 from .branch import Branch
 
 
@@ -61,17 +61,44 @@ class Base:
         return weight
 
 
-def fused_linear(base: Base, x: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
-    """The layer's output for ``x`` (..., in), in the dtype that the base gives it in, ``bias`` (out,) included."""
+@dataclass(frozen=True)
+class Made:
+    """How a layer's input is made of what is kept in its place, elementwise and without parameters of its own."""
+
+    make: Callable[..., Tensor]
+    count: int
+
+    def again(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """What was kept, as leaves, and the input made of them anew, with its graph."""
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in kept]
+            return leaves, self.make(*leaves)
+
+
+def fused_linear(
+    base: Base, x: Tensor | Sequence[Tensor], bias: Tensor | None, branches: Sequence[Branch], made: Made | None = None
+) -> Tensor:
+    """The layer's output for ``x`` (..., in), in the dtype that the base gives it in, ``bias`` (out,) included.
+
+    Args:
+        made: the input is ``made.make`` of the tensors ``x``, which are kept in its place.
+    """
     factors = (factor for branch in branches for factor in (branch.A, branch.B))
-    y: Tensor = _FusedLinear.apply(base, [(b.s, b.mask) for b in branches], x, bias, *factors)
+    kept = (x,) if made is None else x
+    y: Tensor = _FusedLinear.apply(base, [(b.s, b.mask) for b in branches], made, bias, *kept, *factors)
     return y
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base: Base, settings: Sequence[Any], x: Tensor, bias: Tensor | None, *factors: Tensor) -> Any:
-        branches, keeps_x = _branches(factors, settings), any(ctx.needs_input_grad[4::2])  # of some A
+    def forward(
+        ctx: Any, base: Base, settings: Sequence[Any], made: Made | None, bias: Tensor | None, *tensors: Tensor
+    ) -> Any:
+        count = 1 if made is None else made.count
+        given, factors = tensors[:count], tensors[count:]
+        x = given[0] if made is None else made.make(*given)
+        branches = _branches(factors, settings)
+        keeps_x = made is not None or any(ctx.needs_input_grad[4 + count :: 2])  # of some A
         own = base.own_dtypes(x)
         ctx.base, ctx.settings, ctx.product = base, settings, own[0] if own else base.dtype
         y = None if own else base.codec.forward(base.module, x)
@@ -87,7 +114,8 @@ class _FusedLinear(torch.autograd.Function):
                     narrowed.append(branch.narrowed(rows))
                     branch.add_(flat, narrowed[-1])
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(*factors, *([x] if keeps_x else narrowed))
+        ctx.made = made
+        ctx.save_for_backward(*factors, *(given if keeps_x else narrowed))
         return flat.view(*x.shape[:-1], flat.shape[-1]).to(own[1] if own else y.dtype)
 
     @staticmethod
@@ -97,29 +125,42 @@ class _FusedLinear(torch.autograd.Function):
                 "expected gradients of first order, found create_graph=True, which the fused branch doesn't compute; "
                 "call qlora_kit.set_branch('plain') before the forward pass"
             )
-        (grad,), base, count = grads, ctx.base, 2 * len(ctx.settings)
+        (grad,), base, made, count = grads, ctx.base, ctx.made, 2 * len(ctx.settings)
         saved = ctx.saved_tensors  # once: checkpointing computes them at the first access
         branches, kept = _branches(saved[:count], ctx.settings), saved[count:]
-        needs_x, needs_bias, *needs = ctx.needs_input_grad[2:]
+        needs_bias, needs_x, needs = ctx.needs_input_grad[3], *_needs(ctx.needs_input_grad[4:], count)
         with torch.autocast(grad.device.type, enabled=False):
+            leaves, x = (None, kept[0]) if made is None else made.again(kept)
             rows, grad_x = _rows(grad, base.dtype), None
             folded = [b for b in branches if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if needs_x:
                 grad_x = _cast(grad, rows, ctx.product) @ base.weight(ctx.product, folded)
-            x = _rows(kept[0], base.dtype) if any(needs[::2]) else None
+            inputs = _rows(x.detach(), base.dtype) if any(needs[::2]) or made is not None else None
             found: list[Tensor | None] = []
             for i, branch in enumerate(branches):
                 found += branch.backward(
                     rows,
-                    x=x,
-                    narrowed=kept[i] if x is None else None,
+                    x=inputs,
+                    narrowed=kept[i] if inputs is None else None,
                     grad_x=None if branch in folded else grad_x,
                     needs=(needs[2 * i], needs[2 * i + 1]),
                 )
             if grad_x is not None:
                 grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
             grad_bias = rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return None, None, grad_x, grad_bias, *found
+        grads_given = [grad_x] if made is None else _through(leaves, x, grad_x)
+        return None, None, None, grad_bias, *grads_given, *found
+
+
+def _needs(needs: Sequence[bool], factors: int) -> tuple[bool, Sequence[bool]]:
+    """Whether some input wants a gradient, and which of the factors, which come last."""
+    return any(needs[:-factors]), needs[-factors:]
+
+
+def _through(leaves: Sequence[Tensor] | None, x: Tensor, grad_x: Tensor | None) -> Sequence[Tensor | None]:
+    """The gradients of ``leaves``, which ``x`` was made of."""
+    assert leaves is not None
+    return [None] * len(leaves) if grad_x is None else torch.autograd.grad(x, leaves, grad_x)
 
 
 def _branches(factors: Sequence[Tensor], settings: Sequence[Any]) -> list[Branch]:
