@@ -33,6 +33,7 @@ import math
 import torch
 from torch import Tensor
 
+from .codecs.autocast import without_autocast
 from .codecs.pieces import row_pieces
 from .errors import ConfigError
 
@@ -75,7 +76,7 @@ def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
             "A and B: expected shapes (rank, in) and (out, rank) with one rank, found "
             f"{tuple(A.shape)} and {tuple(B.shape)}; pass the canonical factors of one adapter"
         )
-    with torch.autocast(B.device.type if B.device.type != "meta" else "cpu", enabled=False):
+    with without_autocast(B.device):
         return (B.float() @ A.float()) * scaling
 
 
@@ -91,7 +92,7 @@ def norm(matrix: Tensor) -> float:
 
 def add_product_(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """``weight`` (out, in) plus B (out, rank) @ A (rank, in), in its place and without a second matrix of its size."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         return weight.addmm_(B, A)
 
 

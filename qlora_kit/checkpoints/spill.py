@@ -48,6 +48,10 @@ class Spill:
     ) -> None:
         self._file.close()
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether as much would be kept in memory."""
+        return nbytes <= self._room
+
     def keep(self, tree: Any) -> Callable[[], Any]:
         """Keep every tensor in ``tree`` (nested lists, tuples and dictionaries); a call that gives ``tree`` back, with
         new tensors of the same bits on the same devices.
@@ -62,17 +66,17 @@ class Spill:
         return self._kept(tree, lambda tensor: tensor.detach().to("cpu"))
 
     def _kept(self, tree: Any, held: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        if isinstance(tree, Tensor):
+            return self._of_one(tree, held)
         leaves, structure = tree_flatten(tree)
-        kept = []
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                kept.append(_constant(leaf))
-            elif leaf.nbytes <= self._room:
-                self._room -= leaf.nbytes
-                kept.append(partial(held(leaf).to, leaf.device, copy=True))
-            else:
-                kept.append(self._written(leaf))
+        kept = [self._of_one(leaf, held) if isinstance(leaf, Tensor) else _constant(leaf) for leaf in leaves]
         return lambda: tree_unflatten([read() for read in kept], structure)
+
+    def _of_one(self, tensor: Tensor, held: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        if tensor.nbytes > self._room:
+            return self._written(tensor)
+        self._room -= tensor.nbytes
+        return partial(held(tensor).to, tensor.device, copy=True)
 
     def _written(self, tensor: Tensor) -> Callable[[], Tensor]:
         shape, dtype, device = tensor.shape, tensor.dtype, tensor.device

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import CodecError
+from .autocast import without_autocast
 from .finite import all_finite
 from .pieces import row_pieces
 from .quantized import Quantized, Quantizer
@@ -52,6 +53,12 @@ class Codec:
     def read(self, module: nn.Module) -> Tensor:
         """The weight as a new float32 (out, in) tensor on the module's device; changes nothing."""
         raise NotImplementedError
+
+    def plus(self, module: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        """``read`` plus B (out, rank) @ A (rank, in), both float32, without a second matrix of its size."""
+        weight = self.read(module)
+        with without_autocast(weight.device):
+            return weight.addmm_(B, A)
 
     def write_(self, module: nn.Module, weight: Tensor) -> None:
         """Store float32 (out, in) ``weight``, quantizing it the way this module is quantized.
@@ -117,9 +124,12 @@ class Codec:
         """``contents``, copied, for a bitwise ``restore_``."""
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.contents(module))
 
-    def take_over_(self, module: nn.Module, weight: Tensor) -> Any:
-        """Make ``weight`` the module's own memory, where it can be just that, and give back what that was: a
-        ``snapshot`` that no one has copied. None, with nothing done, where ``write_`` is needed.
+    def take_over_(self, module: nn.Module, weight: Tensor, *, room: bool = True) -> Any:
+        """Make ``weight`` the module's own memory, or new memory that holds its values as they are stored, and give
+        back what that was: a ``snapshot`` that no one has copied. None, with nothing done, where ``write_`` is needed.
+
+        Args:
+            room: whether there is room for new memory beside ``weight``.
 
         Raises:
             CodecError: as ``write_``; the module is as it was.
@@ -208,9 +218,15 @@ def checked_weight(module: nn.Module, weight: Tensor, shape: tuple[int, int], dt
             f"found {tuple(weight.shape)}; pass the whole matrix in (out, in) orientation"
         )
     weight = weight.detach().to(module.weight.device)  # type: ignore[arg-type]
-    if not all(all_finite(weight[rows].to(dtype)) for rows in row_pieces(shape)):
-        raise CodecError(
-            f"{described(module)}.weight: expected values that are finite in {dtype}, found NaN or infinity; "
-            "check the adapter's factors for overflow"
-        )
+    whole = (weight,) if weight.dtype == dtype else (weight[rows].to(dtype) for rows in row_pieces(shape))
+    if not all(map(all_finite, whole)):
+        raise not_finite(module, dtype)
     return weight
+
+
+def not_finite(module: nn.Module, dtype: torch.dtype) -> CodecError:
+    """What to raise where ``module`` is to store in ``dtype`` what isn't finite there."""
+    return CodecError(
+        f"{described(module)}.weight: expected values that are finite in {dtype}, found NaN or infinity; "
+        "check the adapter's factors for overflow"
+    )

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CodecError
-from .base import Codec, autocast_dtype, checked_weight, described
+from .autocast import without_autocast
+from .base import Codec, autocast_dtype, checked_weight, described, not_finite
+from .finite import all_finite
 from .pieces import row_pieces
 from .plain_weight import Trial, filled, holding_values, reason_against_forward, reason_against_weight
 from .registry import register_codec, registered_type
@@ -46,6 +48,16 @@ class DenseCodec(Codec):
         matrix = self._to_matrix(self._weight(module).detach())
         return matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
+    def plus(self, module: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        """In float32 the sum is written where a copy would be."""
+        if type(self).read is not DenseCodec.read:  # of another storage
+            return super().plus(module, A, B)
+        stored = self._weight(module).detach()
+        if stored.dtype != torch.float32:
+            return super().plus(module, A, B)
+        with without_autocast(stored.device):
+            return torch.addmm(self._to_matrix(stored), B, A)
+
     def pieces(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         matrix = self._to_matrix(self._weight(module).detach())
         for rows in row_pieces(matrix.shape):
@@ -57,20 +69,24 @@ class DenseCodec(Codec):
         weight = checked_weight(module, weight, self.shape(module), stored.dtype)
         stored.copy_(self._from_matrix(weight, stored.shape))
 
-    @torch.no_grad()
-    def take_over_(self, module: nn.Module, weight: Tensor) -> Any:
-        """In float32, where the memory is the weight's alone."""
+    def take_over_(self, module: nn.Module, weight: Tensor, *, room: bool = True) -> Any:
+        """Where the memory is the weight's alone: ``weight`` itself, or what is made of it for another dtype."""
         if type(self).write_ is not DenseCodec.write_:  # of another storage
             return None
         stored = self._weight(module)
-        matrix = self._from_matrix(weight, stored.shape)
-        alone = stored.untyped_storage().nbytes() == stored.nbytes and not stored.is_shared()
-        like = (stored.dtype, stored.device, stored.shape) == (matrix.dtype, matrix.device, matrix.shape)
-        like = like and stored.is_inference() == matrix.is_inference()  # such memory can't be trained beside afterwards
-        if not (alone and like and stored.is_contiguous() and matrix.is_contiguous()):
+        storage = stored.untyped_storage()
+        alone = storage.nbytes() == stored.nbytes and not storage.is_shared()
+        like = stored.device == weight.device and tuple(weight.shape) == self.shape(module)
+        like = like and stored.is_inference() == weight.is_inference()  # such memory can't be trained beside afterwards
+        matrix = self._from_matrix(weight.detach(), stored.shape)
+        room = room or (matrix.dtype == stored.dtype and matrix.is_contiguous())
+        if not (alone and like and room and stored.is_contiguous()):
             return None
+        new = matrix.to(stored.dtype).contiguous()
+        if not all_finite(new):
+            raise not_finite(module, stored.dtype)
         before: Tensor = stored.data
-        stored.data = checked_weight(module, weight, self.shape(module), stored.dtype).view(stored.shape)
+        stored.data = new
         return before
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype:

@@ -6,6 +6,8 @@ each. A sum of finite values may overflow by itself; only then is every value lo
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 # Values that are looked at in one piece.
@@ -16,6 +18,6 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether ``tensor``, of any shape and dtype, holds neither NaN nor infinity."""
     if tensor.is_floating_point() and tensor.element_size() == 1:  # torch sums no float8
         return all(bool(piece.float().isfinite().all()) for piece in tensor.reshape(-1).split(_PIECE))
-    if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+    if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
         return True
     return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(_PIECE))

@@ -16,7 +16,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..layers.rescaled import at_full_size_
-from ..naming import Tree, chain
+from ..naming import StandIn, Tree, chain, every_module
 from .biases import KeptBiases, bias_parameters
 from .buffers import MovedBuffers
 from .engine import Plan, swap_
@@ -62,6 +62,7 @@ class Adapted:
         self.marks: Any = None
         self.trained_before = {n for n, p in root.named_parameters(remove_duplicate=False) if p.requires_grad}
         self._tree: Tree | None = None
+        self._listed: list[tuple[str, AdapterLayer | ModulesToSave]] | None = None  # the parts in that
 
     @contextmanager
     def mapped(self) -> Iterator[Tree]:
@@ -72,6 +73,8 @@ class Adapted:
             yield self._tree
         finally:
             self._tree = outer
+            if outer is None:
+                self._listed = None
 
     def tree(self) -> Tree:
         """The model's modules by canonical path."""
@@ -91,11 +94,12 @@ class Adapted:
         """All layers and saved modules."""
         return [part for _, part in self._parts(None)]
 
-    def _parts(self, tree: Tree | None) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
-        for path, module in (tree or self.tree()).firsts():
-            for part in chain(module):
-                if isinstance(part, (AdapterLayer, ModulesToSave)):
-                    yield path, part
+    def _parts(self, tree: Tree | None) -> list[tuple[str, AdapterLayer | ModulesToSave]]:
+        if self._tree is None or tree not in (None, self._tree):
+            return list(_parts_in(tree or self.tree()))
+        if self._listed is None:
+            self._listed = list(_parts_in(self._tree))
+        return self._listed
 
     def bases_of(self, name: str) -> dict[str, nn.Module]:
         """The base modules that adapter ``name`` stands on, by path."""
@@ -138,14 +142,15 @@ class Adapted:
     def apply_state_(self) -> None:
         """Make every layer, every ``requires_grad`` and every buffer say what the adapters' state is."""
         at_full_size_(self.root)
-        for parameter in self.root.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                parameter.requires_grad_(False)
+        for module in every_module(self.root):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad and parameter.is_floating_point():
+                    parameter.requires_grad_(False)
         training = [] if self.disabled else self.trainable
-        for module in self.parts():
-            module.active_adapters = list(self.active)  # as in PEFT, held by this layer or not
-            module.disable_adapters = self.disabled
-            module.set_requires_grad(training)
+        for part in self.parts():
+            part.active_adapters = list(self.active)  # as in PEFT, held by this layer or not
+            part.disable_adapters = self.disabled
+            part.set_requires_grad(training)
         for name in training:
             for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
                 parameter.requires_grad_(True)
@@ -153,8 +158,8 @@ class Adapted:
 
     def drop_(self, *, empty: bool) -> None:
         """Give modules back to the model: those that no adapter uses any more (``empty``), or all."""
-        for path, module in Tree(self.root).modules.items():
-            for part in chain(module):
+        for path, module in self.tree().modules.items():
+            for part in chain(module) if isinstance(module, StandIn) else ():
                 if isinstance(part, (AdapterLayer, ModulesToSave)) and not (empty and part.adapter_names()):
                     swap_(self.root, path, part.get_submodule(part.holds), of=part)
 
@@ -167,13 +172,20 @@ class Adapted:
         self.buffers = MovedBuffers(self.root)
         self.backbones.clear()
         self.disabled = False
-        for module in self.root.modules():  # what was put in the place of its own methods while adapters were on it
+        for module in every_module(self.root):  # what was put in the place of its own methods while adapters were on it
             for name in STANDING_IN:
                 if getattr(vars(module).get(name), "args", (None,))[0] is self:
                     delattr(module, name)
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self.trained_before)
+
+
+def _parts_in(tree: Tree) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
+    for path, module in tree.firsts():
+        for part in chain(module) if isinstance(module, StandIn) else ():
+            if isinstance(part, (AdapterLayer, ModulesToSave)):
+                yield path, part
 
 
 def adapted_of(model: Any) -> Adapted:

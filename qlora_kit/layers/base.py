@@ -23,12 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
+from ..codecs.finite import all_finite
 from ..errors import AdapterError, MergeError, TargetError
-from ..lowrank import add_product_, delta
+from ..lowrank import delta
 from ..naming import StandIn
 from .by_hand import AdjustedByHand
 from .named import NamedModules
 from .weight_in_effect import InEffect, Sum, weight_in_effect
+
+#: Attributes of a layer's own that change with every merge and switch: none is a tensor's, a module's or the base's.
+_OWN = frozenset({"active_adapters", "disable_adapters", "merged_adapters", "_unmerged"})
 
 
 class AdapterLayer(AdjustedByHand, StandIn):
@@ -114,7 +118,7 @@ class AdapterLayer(AdjustedByHand, StandIn):
         if name in self.merged_adapters:
             raise AdapterError(f"adapter {name!r} is merged into the base weight; unmerge it before deleting it")
         for container in (*self.factor_names, "lora_dropout"):
-            entries = getattr(self, container)
+            entries: Any = self._modules[container]
             if name in entries:
                 del entries[name]
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.start_reports, self.tied_to):
@@ -128,7 +132,7 @@ class AdapterLayer(AdjustedByHand, StandIn):
         """The parameters of ``name`` by the suffix they have in an adapter file (no adapter name in it)."""
         tensors = {}
         for container in self.factor_names:
-            entry = getattr(self, container)[name]
+            entry = self._modules[container][name]  # type: ignore[index]
             if isinstance(entry, nn.Module):
                 tensors[f"{container}.weight"] = entry.weight
             else:
@@ -173,23 +177,21 @@ class AdapterLayer(AdjustedByHand, StandIn):
 
     # -- merging ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def stacked(self, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank) in float32 with B @ A the sum of ``weights[name]`` times each delta; the
-        rank is that of all of them together."""
+        rank is that of all of them together. A alone may be the adapter's own memory."""
         parts = [(*self.factors(name), weights[name] * self.scaling[name]) for name in weights if name in self.r]
-        return (
-            torch.cat([A.detach().float() for A, _, _ in parts]),
-            torch.cat([B.detach().float() * scale for _, B, scale in parts], dim=1),
-        )
+        As, Bs = [A.detach().float() for A, _, _ in parts], [B.detach().float() * scale for _, B, scale in parts]
+        return (As[0], Bs[0]) if len(parts) == 1 else (torch.cat(As), torch.cat(Bs, dim=1))
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> Tensor:
         """The base weight without anything merged, plus the deltas of ``names``: float32 (out, in)."""
-        with self.unmerged():
-            weight = self.codec.read(self.base_layer)
         held = {name: 1.0 for name in names if name in self.r}
-        return add_product_(weight, *self.stacked(held)) if held else weight
+        with self.unmerged():
+            if not held:
+                return self.codec.read(self.base_layer)
+            return self.codec.plus(self.base_layer, *self.stacked(held))
 
     @torch.no_grad()
     def merge_(self, names: Sequence[str], *, safe: bool = False) -> None:
@@ -202,7 +204,7 @@ class AdapterLayer(AdjustedByHand, StandIn):
         if names == self.merged_adapters:
             return
         weight = self.merged_weight(names)
-        if safe and not torch.isfinite(weight).all():
+        if safe and not all_finite(weight):
             raise MergeError(f"merging {names} gives a weight with NaN or infinite values; the weight is unchanged")
         self._write_merged_(names, weight)
 
@@ -297,9 +299,11 @@ class AdapterLayer(AdjustedByHand, StandIn):
         self.scaling = {name: scale * factor for name, scale in self.scaling.items()}
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        if isinstance(value, InEffect) and value.terms.base is vars(self).get("_modules", {}).get("base_layer"):
-            return  # what writing in place gave back
-        if attribute in ("weight", "bias") and "base_layer" in vars(self).get("_modules", {}):
+        if attribute in _OWN:
+            object.__setattr__(self, attribute, value)
+        elif isinstance(value, InEffect) and value.terms.base is vars(self).get("_modules", {}).get("base_layer"):
+            pass  # what writing in place gave back
+        elif attribute in ("weight", "bias") and "base_layer" in vars(self).get("_modules", {}):
             setattr(self.base_layer, attribute, value)
         elif attribute == "base_layer" and type(value) is not type(self.__dict__["_modules"].get(attribute, value)):
             self._move_to_(value)

@@ -21,10 +21,11 @@ from ..codecs.quantized import Quantizer
 from ..errors import CodecError, ConfigError, MergeError
 from ..injection.engine import Injection, swap_, with_hooks_of
 from ..layers import AdapterLayer
-from ..naming import Tree
+from ..lowrank import add_product_
+from ..naming import Tree, every_module
 from ..preparation.quantize import linear_holding
 from .base_choice import base_weight, grid_of
-from .fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare, norms_of
+from .fidelity import LayerFidelity, check_finite, checked_cast, compare, norms_of
 from .requantize import Grid, Rounded, rounded
 from .task import MergeTask
 
@@ -61,7 +62,7 @@ class Merger:
         self.residuals: dict[str, Factors] = {}
         self._paths = Tree(root).paths  # without its modules, whose memory is to be freed one by one
         self._holders: dict[int, int] = {}
-        for module in root.modules():
+        for module in every_module(root):
             for parameter in module._parameters.values():
                 self._holders[id(parameter)] = self._holders.get(id(parameter), 0) + 1
 
@@ -73,10 +74,8 @@ class Merger:
             self._put(layer, base)
             return []
         self._separate(codec, base)
-        weight, base_error = base_weight(path, codec, base, self.original)
-        delta = layer.stacked(self.task.parts)
-        norms = norms_of(weight, *delta) if self._measured(path, layer) else None
-        add_delta_(weight, *delta, path)
+        delta, measured = layer.stacked(self.task.parts), self._measured(path, layer)
+        weight, base_error, norms = self._ideal(path, codec, base, delta, measured)
         try:
             module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
@@ -98,6 +97,17 @@ class Merger:
         )
         self._put(layer, module)
         return [account]
+
+    def _ideal(
+        self, path: str, codec: Codec, base: nn.Module, delta: Factors, measured: bool
+    ) -> tuple[Tensor, float | None, dict[str, float] | None]:
+        """The ideal merged weight, float32 (out, in); how far the base was from the original; and the norms of both
+        parts, if ``measured``. Whether the sum is finite is asked where it is stored, once."""
+        if self.original is None and not measured:
+            return codec.plus(base, *delta), None, None
+        weight, base_error = base_weight(path, codec, base, self.original)
+        norms = norms_of(weight, *delta) if measured else None
+        return add_product_(weight, *delta), base_error, norms
 
     def _measured(self, path: str, layer: AdapterLayer) -> bool:
         return self.task.account or self.task.rounds(layer, stays_dense=path in self.dense)
@@ -161,6 +171,7 @@ class Merger:
 
     def _rounded(self, path: str, ideal: Tensor, target: Quantizer, grid: Grid | None) -> Rounded:
         task = self.task
+        check_finite(path, ideal)
         try:
             return rounded(ideal, target, task.rounding, self.moments.get(path), task.residual_rank, grid)
         except ConfigError as error:
@@ -214,7 +225,7 @@ class Merger:
 
     def _exchange(self, codec: Codec, base: nn.Module, weight: Tensor) -> None:
         """Have ``base`` store ``weight``; what it stored is put back on an error."""
-        before = codec.take_over_(base, weight)
+        before = codec.take_over_(base, weight, room=self.spill.has_room(codec.nbytes(base)))
         if before is None:
             self._keep(codec, base)
             codec.write_(base, weight)

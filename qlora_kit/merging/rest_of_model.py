@@ -15,7 +15,7 @@ from ..checkpoints.spill import Spill, set_data_
 from ..errors import MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection, swap_
-from ..naming import StandIn, Tree, base_of, module_at
+from ..naming import StandIn, Tree, base_of, every_module, module_at
 from ..preparation.float32 import held_in_float32
 from .fidelity import checked_cast
 from .task import MergeTask
@@ -32,17 +32,19 @@ def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
     """Note what the adapters and the modules of the model and its ``face`` say of themselves (adapters, modes, hooks,
     biases), to be put back as it is now once the modules are."""
     held = [_held(adapted, name) for name in _RECORDS]
-    for module in ([face] if isinstance(face, nn.Module) else []) + list(adapted.root.modules()):
+    modules = every_module(adapted.root)
+    modes = [(m, m.training) for m in (face, *modules) if isinstance(m, nn.Module) and "training" in vars(m)]
+    for module in (face, *modules) if isinstance(face, nn.Module) else modules:
         # Of hooks only those that are there: a merge adds none. torch.compile's wrapper has some of these from inside.
-        names = ["training", *(name for name in _HOOKS if vars(module).get(name))]
-        held += [_held(module, name) for name in names if name in vars(module)]
+        attributes = vars(module)
+        held += [_held(module, name) for name in _HOOKS if attributes.get(name)]
         if isinstance(module, StandIn):
             held += [_held(module, name) for name in _ADAPTER_FLAGS if name in vars(module)]
     kept = adapted.kept_biases.values
     held.append((adapted.kept_biases, "values", kept, copy.copy(kept)))
     biases: list[Any] = [base_of(module_at(adapted.root, path)).bias for path in kept]
     values = [None if bias is None else bias.detach().clone() for bias in biases]
-    trainable = [(parameter, parameter.requires_grad) for parameter in adapted.root.parameters()]
+    trainable = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
 
     def restore() -> None:
         for holder, name, value, content in held:
@@ -50,6 +52,8 @@ def keep_state_(face: nn.Module, adapted: Adapted, undo: Injection) -> None:
                 value.clear()
                 value.update(content)
             setattr(holder, name, value if isinstance(value, dict) else content)
+        for module, training in modes:
+            module.training = training
         with torch.no_grad():
             for bias, before in zip(biases, values, strict=True):
                 if bias is not None:

@@ -127,6 +127,15 @@ def train_(adapted: Adapted, names: Sequence[str], requires_grad: bool) -> None:
 def delete_(adapted: Adapted, name: str) -> None:
     """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
     adapted.check_known(name)
+    with adapted.mapped():
+        _forget_(adapted, name)
+        adapted.drop_(empty=True)
+    adapted.apply_state_()
+    adapted.buffers.forget_(name)
+
+
+def _forget_(adapted: Adapted, name: str) -> None:
+    """Take adapter ``name`` out of every layer and record, if nothing of it is merged."""
     merges = {path: layer.merged_adapters for path, layer in adapted.layers().items()}
     merged = [path for path, names in {**merges, **adapted.set_aside}.items() if name in names]
     if merged:
@@ -140,9 +149,6 @@ def delete_(adapted: Adapted, name: str) -> None:
     adapted.backbones.pop(name, None)
     adapted.trainable = [other for other in adapted.trainable if other != name]
     adapted.active = [other for other in adapted.active if other != name] or list(adapted.configs)[:1]
-    adapted.drop_(empty=True)
-    adapted.apply_state_()
-    adapted.buffers.forget_(name)
 
 
 def take_out_(adapted: Adapted) -> nn.Module:

@@ -10,7 +10,7 @@ All that chooses, saves, loads or merges modules asks here. Nothing here knows w
 
 from .expressions import Expression
 from .suffixes import Patterns, Suffixes, ends_with, pattern_value
-from .tree import StandIn, Tree, base_of, canonical, chain, module_at, slot, unwrapped
+from .tree import StandIn, Tree, base_of, canonical, chain, every_module, module_at, slot, unwrapped
 from .variants import Variants
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "canonical",
     "chain",
     "ends_with",
+    "every_module",
     "module_at",
     "pattern_value",
     "slot",
