@@ -10,7 +10,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 
 from ...errors import CodecError
-from ..base import checked_weight, described
+from ..base import autocast_dtype, checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..pieces import row_pieces
 from ..plain_weight import Trial, filled, holding_values, reason_against_computed
@@ -128,7 +128,8 @@ class CodecInt8(DenseCodec):
 
     def linear_dtypes(self, module: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
         """In training on a CPU alone: elsewhere bitsandbytes rounds the activations too."""
-        return (x.dtype, x.dtype) if _is_int8(module) and module.training and x.device.type == "cpu" else None
+        dtype = autocast_dtype(x)
+        return (dtype, dtype) if _is_int8(module) and module.training and x.device.type == "cpu" else None
 
     def multiplier(self, module: Any, dtype: torch.dtype) -> Tensor:
         if not _is_int8(module):

@@ -165,7 +165,7 @@ def _small(inputs: int, outputs: int, seed: int) -> nn.Linear:
 def _forward(block: Any, form: Form, *args: Any, **kwargs: Any) -> Any:
     down = block._modules[form.down]
     alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-    if not alone or not blocks_chosen() or watched(block._modules[form.activation]):
+    if not alone or not blocks_chosen(block) or watched(block._modules[form.activation]):
         return type(block).forward(block, *args, **kwargs)
     return down.of_made(form.made(block), [block._modules[name](args[0]) for name in form.first])
 

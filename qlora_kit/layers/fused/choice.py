@@ -57,9 +57,10 @@ def chosen_branch() -> str:
     return _chosen
 
 
-def blocks_chosen() -> bool:
-    """Whether blocks compute by their form; nothing but a training step has anything of it."""
-    return _chosen != "plain" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def blocks_chosen(block: nn.Module) -> bool:
+    """Whether ``block`` computes by its form; nothing but a training step has anything of it."""
+    trained = torch.is_grad_enabled() or block.training
+    return _chosen != "plain" and trained and not torch.compiler.is_compiling()
 
 
 def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
@@ -67,8 +68,6 @@ def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
     Asked in every forward, so the most frequent reasons come first."""
     if _chosen == "plain":
         return "it was chosen"
-    if not torch.is_grad_enabled():
-        return "no gradient is wanted"
     if every_module._has_any_global_hook():
         return "every module's calls are told of"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
