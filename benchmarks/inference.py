@@ -2,9 +2,9 @@
 
 Run: python benchmarks/inference.py [float32 bfloat16 nf4 int8 packed2] [--hidden 512] [--repeats 15]
 
-A Llama of 4 layers, rank 16 on its 28 linears; a decoding step of one token behind 64 in the cache (batches of 1 and 8),
-and 256 tokens at once. One thread; processor time; the variants take turns in each repetition; medians. The last column
-is what one adapter layer adds to a forward.
+A Llama of 4 layers, rank 16 on its 28 linears; a decoding step of one token behind 64 in the cache, in batches of 1 and
+of 8, and 256 tokens at once. One thread; processor time; the variants take turns in each repetition; medians. The last
+column is what one adapter layer adds to a forward.
 """
 
 from __future__ import annotations

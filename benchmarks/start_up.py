@@ -1,10 +1,12 @@
 """What it costs before the first forward, against peft in the same run: import, injection, loading, saving, switching.
 
-Run: python benchmarks/start_up.py [import] [life] [llama] [experts] [--modules 768 1536 3072 6144] [--repeats 5]
+Run: python benchmarks/start_up.py [import] [life] [llama] [experts]
+         [--modules 768 1536 3072 6144] [--repeats 5] [--peft-up-to 3072]
 
 import   ``import qlora_kit`` beyond torch's own import, and peft's, in fresh processes
 life     all that an adapter goes through, by the number of adapted modules: linears of 4 x 4, so that what is measured
-         is walking, matching and building, not copying
+         is walking, matching and building, not copying; without peft, whose time grows faster than the modules, above
+         a number
 llama    adapters on the 224 linears of a 7B-shaped Llama on the meta device: time, and memory at its peak
 experts  adapters on 4,992 linears of a mixture whose experts are modules of their own
 
@@ -91,10 +93,11 @@ def steps_of(net: nn.Module, toolkit: Any, folder: Path) -> Iterator[tuple[str, 
     yield "from_pretrained", seconds(lambda: load(net, folder))[0]
 
 
-def life(modules: list[int], repeats: int) -> None:
-    times: dict[str, dict[int, tuple[float, float]]] = {}
+def life(modules: list[int], repeats: int, peft_up_to: int) -> None:
+    cells: dict[str, list[str]] = {}
     for count in modules:
-        found: dict[Any, dict[str, list[float]]] = {qlora_kit: {}, peft: {}}
+        toolkits = [qlora_kit, peft] if count <= peft_up_to else [qlora_kit]
+        found: dict[Any, dict[str, list[float]]] = {toolkit: {} for toolkit in toolkits}
         with tempfile.TemporaryDirectory() as folder:
             stored = qlora_kit.LoraConfig(r=2, target_modules=NAMES)
             qlora_kit.apply_lora(Net(count), stored).save_pretrained(folder)
@@ -102,14 +105,15 @@ def life(modules: list[int], repeats: int) -> None:
                 for toolkit, steps in found.items():
                     for name, taken in steps_of(Net(count), toolkit, Path(folder)):
                         steps.setdefault(name, []).append(taken)
-        for name, own in found[qlora_kit].items():
-            pair = statistics.median(own), statistics.median(found[peft][name])
-            times.setdefault(name, {})[count] = pair
+        for name in found[qlora_kit]:
+            medians = [statistics.median(steps[name]) for steps in found.values()]
+            ratio = [f"{medians[0] / medians[1]:.2f}"] if len(medians) > 1 else []
+            cells.setdefault(name, []).append(", ".join([f"{taken * 1e3:,.0f}" for taken in medians] + ratio))
+        print(f"{count:,} modules: from_pretrained {cells['from_pretrained'][-1]}", flush=True)
     print("| milliseconds: ours, peft, ratio | " + " | ".join(f"{count:,}" for count in modules) + " |")
     print("| --- |" + " ---: |" * len(modules))
-    for name, row in times.items():
-        cells = [f"{own * 1e3:,.0f}, {other * 1e3:,.0f}, {own / other:.2f}" for own, other in row.values()]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    for name, row in cells.items():
+        print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 
 def imports(repeats: int) -> None:
@@ -174,6 +178,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["import", "life", "llama", "experts"])
     parser.add_argument("--modules", nargs="*", type=int, default=[768, 1536, 3072, 6144])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peft-up-to", type=int, default=3072)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -184,7 +189,7 @@ def main() -> None:
     if "import" in arguments.parts:
         imports(arguments.repeats)
     if "life" in arguments.parts:
-        life(arguments.modules, arguments.repeats)
+        life(arguments.modules, arguments.repeats, arguments.peft_up_to)
     if "llama" in arguments.parts:
         injection("7B-shaped Llama, 224 linears", llama_7b, theirs, arguments.repeats)
     if "experts" in arguments.parts:
