@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,14 @@ def planned(model: nn.Module | Tree, config: LoraConfig) -> tuple[LoraConfig, Pl
     return capped(tree, config, plan) if config.init_lora_weights in _bounded else (config, plan)
 
 
-def prepared(model: nn.Module, requests: Sequence[Request]) -> Initializer:
-    """The function that starts ``requests``, all of one configuration, in ``model``; see ``start_for``."""
-    name = requests[0].config.init_lora_weights if requests else True
+def prepared(model: nn.Module, name: bool | str, requests: Iterable[Request]) -> Initializer:
+    """The function that starts ``requests``, all by the start ``name``, in ``model``; see ``start_for``. They are made
+    for a start that looks at all of them before the first."""
     _known(name)
-    if name not in _preparations:
+    wanted = list(requests) if name in _preparations else []
+    if not wanted:
         return start_for
-    function = _preparations[name](model, requests)
+    function = _preparations[name](model, wanted)
     return lambda request: _checked(function(request), request)
 
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ..checkpoints.files import write_atomically
@@ -75,7 +74,7 @@ def about_start(config: LoraConfig, reports: Sequence[Any]) -> dict[str, str]:
     rows = {"start": {"True": "zero", "False": "random", "loftq": "LoftQ"}.get(kind, kind)}
     errors = [(r.error, r.zero_error) for r in reports if hasattr(r, "error") and hasattr(r, "zero_error")]
     if errors:
-        ours, plain = (fmean(column) for column in zip(*errors, strict=True))
+        ours, plain = (sum(column) / len(errors) for column in zip(*errors, strict=True))
         rows["error of the weights at the start"] = f"{ours:.4f}, where plain quantization has {plain:.4f}"
         rows["bits a weight"] = _each(f"{report.bits:.3g}" for report in reports if hasattr(report, "bits"))
     return rows

@@ -20,22 +20,22 @@ def check_free(model: nn.Module, adapted: Sequence[str], saved: Sequence[str], n
     Raises:
         AdapterError: names the module, and whose it is.
     """
+    modules = {path: module_at(model, path) for path in (*adapted, *saved)}
     for path in adapted:
-        if isinstance(whole := module_at(model, path), ModulesToSave):
+        if isinstance(whole := modules[path], ModulesToSave):
             raise AdapterError(
                 f"{path}: expected a module that is free to be adapted by {name!r}, found one that is trained "
                 f"whole (modules_to_save) by {whole.adapter_names()}; leave it out of one of the configurations"
             )
     for path in saved:
-        for inner, part in base_of(module_at(model, path)).named_modules():
+        for inner, part in base_of(modules[path]).named_modules():
             if isinstance(part, (AdapterLayer, ModulesToSave)):
                 raise AdapterError(
                     f"{path}: expected a module without adapters inside, to be copied and trained whole by {name!r}, "
                     f"found {part.adapter_names()} at {path}.{canonical(inner)}; name in modules_to_save the parts of "
                     "it that no adapter has, or delete those adapters first"
                 )
-    for path in (*adapted, *saved):
-        module = module_at(model, path)
+    for path, module in modules.items():
         if isinstance(module, (AdapterLayer, ModulesToSave)) and name in module.adapter_names():
             raise AdapterError(
                 f"{path}: expected no adapter {name!r} yet, found one that an earlier wrapper of this model put "

@@ -65,8 +65,9 @@ def sharing(tree: Tree, paths: Iterable[str], *, but_tables: bool = False) -> di
     found: dict[str, str] = {}
     for path in paths:
         module = base_of(tree.modules[path])
-        inside = {id(part) for part in module.modules()}  # wherever else it stands
-        for parameter in module.parameters():
+        parts = [*module.modules()] if module._modules else [module]  # most have none inside
+        inside = {id(part) for part in parts}  # wherever else it stands
+        for parameter in (p for part in parts for p in part._parameters.values() if p is not None):
             if but_tables and (parameter.dim() < 2 or id(parameter) in tables):
                 continue
             others = [p for i, p in owners.get(id(parameter), {}).items() if i not in inside]

@@ -44,9 +44,8 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
         ties=bool(plan.ties) or any(entry.tied_to for entry in plan.entries),
     )
     if twin is None:
-        requests = [request_for(root, entry, config, dtype) for entry in plan.entries if not entry.tied_to]
-        start = prepared(root, requests)
-        del requests
+        asked = (request_for(root, entry, config, dtype) for entry in plan.entries if not entry.tied_to)
+        start = prepared(root, config.init_lora_weights, asked)
     else:
         start = _as_it_is(adapted.layers(tree), twin)
     del tree
