@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import AdapterError
-from .row_choice import in_rows
+from .row_choice import in_rows, left_to_python
 from .rows import BASE, KEYWORD, Rows, Where
 from .weight_in_effect import Sum, weight_in_effect
 
@@ -39,6 +39,7 @@ def add_branches_(
     return result
 
 
+@left_to_python
 def forward_by_rows(layer: Any, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the adapter layer ``layer`` gives for ``x`` (rows, ...), each row with its own adapter.
 
@@ -71,6 +72,7 @@ def no_one_weight(rows: Rows, layer: Any) -> str:
     )
 
 
+@left_to_python
 def call_by_rows(
     layer: Any, rows: Rows, call: Callable[[str, Any, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

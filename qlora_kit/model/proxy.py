@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from ..codecs import registered_codec, shielded_storage
 from ..config.checks import check_model
 from ..errors import AdapterError, CodecError
-from ..injection.adapted import adapted_of
 from ..injection.ties import end_tables
 from ..layers import AdapterLayer
-from ..layers.row_choice import uncompiled
 from ..neighbours.passing import blank, loaded, standing_for
 from ..preparation.trainers import drop_forwards_
 from .keywords import without_peft_keywords
@@ -201,7 +199,7 @@ def _own(forward: Any, wrapper: Any = None) -> Callable[..., Any]:
     def method(owner: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs, names = without_peft_keywords(kwargs, forward)
         if names is not None:
-            return _with_rows(owner, names, MethodType(method, owner), args, kwargs, forward)
+            return call_with_rows(owner, names, functools.partial(method, owner), args, kwargs, forward)
         if not issubclass(type(owner), ModelProxy):
             return MethodType(function, owner)(*args, **kwargs)  # type: ignore[arg-type]
         # Who has replaced the model's forward since means the one from before, not itself once more.
@@ -253,11 +251,6 @@ def _guarded(generate: Callable[..., Any], wrapper: Any) -> Callable[..., Any]:
             return generate(*args, **kwargs)
         if generate.__name__ != "generate":
             raise AdapterError(f"{generate.__name__}: it packs rows into one, which have one adapter; call generate")
-        return _with_rows(wrapper, names, generate, args, kwargs, generate)
+        return call_with_rows(wrapper, names, generate, args, kwargs, generate)
 
     return call
-
-
-def _with_rows(wrapper: Any, *called: Any) -> Any:
-    """``call_with_rows``; a compiler leaves it to Python."""
-    return uncompiled(call_with_rows)(adapted_of(wrapper), wrapper.model, *called)

@@ -15,18 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import AdapterError, closest
-from ..injection.adapted import Adapted
+from ..injection.adapted import Adapted, adapted_of
 from ..layers import AdapterLayer, ModulesToSave
-from ..layers.row_choice import in_rows
+from ..layers.row_choice import in_rows, left_to_python
 from ..layers.rows import BASE, KEYWORD, Rows, checked, words_of
 from ..naming import Tree, chain
 
 _FIX = "call set_adapter(name) and run the rows of each adapter by themselves"
 
 
+@left_to_python
 def call_with_rows(
-    adapted: Adapted,
-    model: nn.Module,
+    wrapper: Any,
     names: Any,
     call: Callable[..., Any],
     args: Sequence[Any],
@@ -36,14 +36,14 @@ def call_with_rows(
     """``call(*args, **kwargs)`` with an adapter for each row of the batch.
 
     Args:
-        adapted: the adapters; ``model`` is their root, or a replica of it.
+        wrapper: the model with its adapters, or a replica of it.
         names: of adapters, one for each row.
         function: the model's forward or generate, which ``call`` calls.
 
     Raises:
         AdapterError: ``names`` aren't that, or the model's state doesn't allow it.
     """
-    names = checked(names)
+    adapted, model, names = adapted_of(wrapper), wrapper.model, checked(names)
     _check_known(adapted, names)
     parts = [part for part in model.modules() if isinstance(part, (AdapterLayer, ModulesToSave))]
     _check_state(adapted, model, names, parts)
