@@ -9,7 +9,8 @@ A trained copy of a module is called with the rows that are its adapter's; what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def add_branches_(
         if name == BASE:
             continue
         if isinstance(where, slice):
-            result[where].add_(branch(x[where], name))
+            result[where].add_(branch(x[where], name).to(result.dtype))
         else:
             result.index_add_(0, where, branch(x.index_select(0, where), name).to(result.dtype))
     return result
@@ -82,31 +83,36 @@ def call_by_rows(
     Raises:
         AdapterError: arguments or results can't be taken apart by rows; or see ``Rows.where``.
     """
+    held = [] if layer.disable_adapters else layer.adapter_names()
     leaves, form = tree_flatten((args, kwargs))
-    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), torch.empty(0))
-    groups = rows.where(layer, first, () if layer.disable_adapters else layer.modules_to_save)
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+    groups = dict.fromkeys(rows.own(held), slice(None)) if first is None else rows.where(layer, first, held)
     if len(groups) == 1:
         with in_rows(rows):
             return call(next(iter(groups)), args, kwargs)
     strange = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
-    if strange:
-        raise AdapterError(_not_by_rows(rows, layer, f"a {strange[0]} among its arguments"))
+    if first is None or strange:
+        found = f"a {strange[0]}" if strange else "no tensor"
+        raise AdapterError(_not_by_rows(rows, layer, f"{found} among its arguments"))
     repeats, results = rows.repeats(layer, first), []
     for name, where in groups.items():
         own = tree_unflatten([_part(leaf, where, len(first)) for leaf in leaves], form)
         with in_rows(rows.at(where, repeats)):
             results.append(call(name, *own))
     places = [torch.arange(len(first), device=first.device)[where] for where in groups.values()]
-    back = torch.cat(places).argsort()
+    try:
+        return tree_map(functools.partial(_together, places), *results)
+    except ValueError as error:  # a result isn't by rows, or they are of different kinds
+        raise AdapterError(_not_by_rows(rows, layer, str(error))) from None
 
-    def together(*parts: Any) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        if any(part.shape[:1] != place.shape for part, place in zip(parts, places, strict=True)):
-            raise AdapterError(_not_by_rows(rows, layer, f"results of shapes {[tuple(part.shape) for part in parts]}"))
-        return torch.cat(parts).index_select(0, back)
 
-    return tree_map(together, *results)
+def _together(places: Sequence[Tensor], *parts: Any) -> Any:
+    """``parts`` of a result, each at its ``places``."""
+    if not isinstance(parts[0], Tensor):
+        return parts[0]
+    if any(part.shape[:1] != place.shape for part, place in zip(parts, places, strict=True)):
+        raise ValueError(f"results of shapes {[tuple(part.shape) for part in parts]}")
+    return torch.cat(parts).index_select(0, torch.cat(tuple(places)).argsort())
 
 
 def _part(leaf: Any, where: Where, rows: int) -> Any:

@@ -119,6 +119,6 @@ def checked(names: Any) -> list[str]:
     """
     if isinstance(names, str):
         raise AdapterError(f"{KEYWORD}: expected a list with a name for each row, found {names!r}; put it into a list")
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"{KEYWORD}: expected a list with a name for each row, found {names!r:.80}")
     return list(names)

@@ -8,6 +8,7 @@ happens in it. It is for inference, as in PEFT: a step of training would train s
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,22 +44,35 @@ def call_with_rows(
     Raises:
         AdapterError: ``names`` aren't that, or the model's state doesn't allow it.
     """
-    adapted, model, names = adapted_of(wrapper), wrapper.model, checked(names)
-    _check_known(adapted, names)
-    parts = [part for part in model.modules() if isinstance(part, (AdapterLayer, ModulesToSave))]
-    _check_state(adapted, model, names, parts)
+    model, names = wrapper.model, checked(names)
+    parts = _checked_parts(adapted_of(wrapper), model, names)
     inputs = list(_tensors(_by_name(function, args, kwargs)))
     _check_length(names, inputs, model)
     copies = _copies(model, kwargs) if getattr(function, "__name__", "") == "generate" else 1
-    rows = Rows(
-        names,
-        frozenset(map(id, parts)),
-        copies=frozenset({1, copies}),
-        lengths={length for _, x in inputs if x.shape[0] == len(names) for length in words_of(x)},
-        path_of=lambda layer: _path_of(model, layer),
-    )
-    with in_rows(rows):
+    lengths = {length for _, x in inputs if x.shape[0] == len(names) for length in words_of(x)}
+    path_of = functools.partial(_path_of, model)
+    with in_rows(Rows(names, parts, copies=frozenset({1, copies}), lengths=lengths, path_of=path_of)):
         return call(*args, **kwargs)
+
+
+def _checked_parts(adapted: Adapted, model: nn.Module, names: Sequence[str]) -> frozenset[int]:
+    """The ids of all that has something of adapters in ``model``, once rows may go through the adapters ``names``."""
+    _check_known(adapted, names)
+    parts = list(_parts(model))
+    _check_state(adapted, model, names, parts)
+    return frozenset(map(id, parts))
+
+
+def _parts(model: nn.Module) -> Iterator[AdapterLayer | ModulesToSave]:
+    """What has something of adapters in ``model``; adapter layers aren't entered, as there are thousands of modules in
+    them, and this is asked at every call."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, (AdapterLayer, ModulesToSave)):
+            yield module
+        if not isinstance(module, AdapterLayer):
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
 
 
 def _check_known(adapted: Adapted, names: Sequence[str]) -> None:

@@ -274,6 +274,9 @@ def test_copies_that_cannot_be_called_with_some_of_the_rows_are_refused() -> Non
     lora = saved()
     with pytest.raises(AdapterError, match=r"head: expected a module that can be called with some.*found a Net among"):
         lora(IDS, adapter_names=["a", "b", "a", "b"], cache=Net())
+    names = ["a", "b", "a", "b"]
+    with in_rows(Rows(names, frozenset(map(id, lora.adapted.parts())))), pytest.raises(AdapterError, match="no tensor"):
+        lora.model.head()
     for name in ("a", "b"):
         lora.model.head.modules_to_save[name].forward = _sum
     with pytest.raises(AdapterError, match=r"results of shapes \[\(\), \(\)\]"):

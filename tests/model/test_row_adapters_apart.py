@@ -39,7 +39,7 @@ def _nothing_is_left_set() -> Iterator[None]:
         (["p", None, "p", "p"], r"expected a list with a name for each row, found \['p', None"),
         (["p", "q"], r"expected a name for each of the 4 rows of input\w+, found 2 names"),
         (["p"] * 5, r"expected a name for each of the 4 rows of input\w+, found 5 names"),
-        ([], r"expected a name for each of the 4 rows of input\w+, found 0 names"),
+        ([], r"expected a list with a name for each row, found \[\]"),
     ],
 )
 def test_names_that_are_not_one_for_each_row(names: Any, message: str) -> None:
