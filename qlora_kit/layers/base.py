@@ -29,8 +29,7 @@ from ..lowrank import delta
 from ..naming import StandIn
 from .by_hand import AdjustedByHand
 from .named import NamedModules
-from .row_choice import rows_of
-from .row_products import forward_by_rows, weight_by_rows
+from .row_products import forward_by_rows, rows_of, weight_by_rows
 from .weight_in_effect import InEffect, Sum, weight_in_effect
 
 #: Attributes of a layer's own that change with every merge and switch: none is a tensor's, a module's or the base's.

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import AdapterError
-from .row_choice import in_rows, left_to_python
+from .row_choice import in_rows, left_to_python, rows_of
 from .rows import BASE, KEYWORD, Rows, Where
 from .weight_in_effect import Sum, weight_in_effect
+
+__all__ = ["call_by_rows", "forward_by_rows", "no_one_weight", "rows_of", "weight_by_rows"]
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 

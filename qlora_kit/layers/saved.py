@@ -23,8 +23,7 @@ from ..errors import AdapterError, TargetError
 from ..naming import StandIn, base_of, unwrapped
 from .by_hand import SwitchedByHand
 from .named import NamedModules
-from .row_choice import rows_of
-from .row_products import call_by_rows, no_one_weight
+from .row_products import call_by_rows, no_one_weight, rows_of
 from .rows import Rows
 from .weight_in_effect import Sum, computed_later
 

@@ -119,6 +119,7 @@ def test_an_error_within_leaves_nothing_set() -> None:
     assert all(torch.equal(after[key], value) for key, value in state.items())
 
 
+@torch.no_grad()
 def test_two_threads_do_not_see_each_others_rows() -> None:
     """Each waits within the model until the other is there too."""
     lora = two()
