@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora
 
-#: Relative to the largest value. Products of some of the rows are summed in another order than those of all, the scaling
+#: Relative to the largest value. Products of some rows are summed in another order than those of all, the scaling
 #: stands at another place, and each layer carries the difference on; that of two adapters is of order 1.
 NEAR = 1e-4
 NAMES = ["q", "__base__", "p", "q"]
