@@ -12,6 +12,9 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``conv``: convolutions in one, two and three dimensions
 - ``embedding``: tables
 - ``saved``: whole modules trained beside the factors (``modules_to_save``)
+- ``rows``: which of a layer's inputs belong to which row of a batch, where each has an adapter of its own
+- ``row_choice``: how layers learn of that
+- ``row_products``: what layers compute then
 - ``by_hand``: what is done to a single layer: chosen, switched off, rescaled, merged
 - ``named``: containers of what each adapter has, under any name
 """

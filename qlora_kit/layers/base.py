@@ -29,6 +29,7 @@ from ..lowrank import delta
 from ..naming import StandIn
 from .by_hand import AdjustedByHand
 from .named import NamedModules
+from .row_products import forward_by_rows, rows_of, weight_by_rows
 from .weight_in_effect import InEffect, Sum, weight_in_effect
 
 #: Attributes of a layer's own that change with every merge and switch: none is a tensor's, a module's or the base's.
@@ -158,6 +159,8 @@ class AdapterLayer(AdjustedByHand, StandIn):
     # -- forward ---------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (rows := rows_of(self, kwargs)) is not None:
+            return forward_by_rows(self, rows, x, *args, **kwargs)
         result = self.codec.forward(self.base_layer, x, *args, **kwargs)
         for name in self._in_effect:
             result = result + self.branch(x, name).to(result.dtype)
@@ -289,6 +292,8 @@ class AdapterLayer(AdjustedByHand, StandIn):
 
     def _weight_in_effect(self) -> Tensor:
         """The weight that this layer computes with, for who reads it instead of calling; see ``weight_in_effect``."""
+        if (rows := rows_of(self)) is not None:
+            return weight_by_rows(self, rows)
         branches = [(*self.factors(name), self.scaling[name]) for name in self._in_effect]
         return weight_in_effect(Sum(self.codec, self.base_layer, self.base_layer.weight, branches, self._rescale_))
 

@@ -18,6 +18,7 @@ from .fused.linear import Base, Made, fused_linear
 from .fused.mask import Mask
 from .named import NamedModules
 from .registry import register_layer
+from .row_choice import rows_of
 
 
 def factor_module(weight: Tensor) -> nn.Linear:
@@ -68,7 +69,7 @@ class LinearAdapter(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._in_effect
-        if not names or args or kwargs:
+        if not names or args or kwargs or rows_of(self) is not None:
             return super().forward(x, *args, **kwargs)
         if not (torch.is_grad_enabled() or self.training):  # checkpointing trains without, and computes again with
             return self._inferred(x, names)

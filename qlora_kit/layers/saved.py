@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..errors import TargetError
+from ..errors import AdapterError, TargetError
 from ..naming import StandIn, base_of, unwrapped
 from .by_hand import SwitchedByHand
 from .named import NamedModules
+from .row_products import call_by_rows, no_one_weight, rows_of
+from .rows import Rows
+from .weight_in_effect import Sum, computed_later
 
 _HALF = (torch.float16, torch.bfloat16)
 _WHOLE = "_dtype_of_whole_copy"
@@ -93,7 +96,9 @@ class ModulesToSave(SwitchedByHand, StandIn):
 
     @property
     def current(self) -> nn.Module:
-        """The module that forward goes to."""
+        """The module that forward goes to; the first of them where rows go to different ones."""
+        if (rows := rows_of(self)) is not None:
+            return self._of(self._own(rows)[0])
         if not self.disable_adapters:
             for name in self.active_adapters:
                 if name in self.modules_to_save:
@@ -101,7 +106,24 @@ class ModulesToSave(SwitchedByHand, StandIn):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.current
+        if (rows := rows_of(self, kwargs)) is not None:
+            return call_by_rows(
+                self, rows, lambda name, own, named: self._through(self._of(name), own, named), args, kwargs
+            )
+        return self._through(self.current, args, kwargs)
+
+    def _of(self, name: str) -> nn.Module:
+        """The copy of adapter ``name``; the original where it has none."""
+        if name in self.modules_to_save:
+            return self.modules_to_save[name]
+        return self.original_module
+
+    def _own(self, rows: Rows) -> list[str]:
+        """The adapters whose copies ``rows`` go to, ``BASE`` for the original."""
+        return list(dict.fromkeys(rows.own([] if self.disable_adapters else self.adapter_names())))
+
+    def _through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``module``, the original or a copy, gives, in the dtypes of the original."""
         expected, own = weights_dtype(base_of(self.original_module)), weights_dtype(module)
         if expected is None or own is None or expected is own:
             return module(*args, **kwargs)
@@ -122,21 +144,42 @@ class ModulesToSave(SwitchedByHand, StandIn):
         except AttributeError:
             if attribute in ("original_module", "modules_to_save") or attribute.startswith("_"):
                 raise
-            return getattr(self.current, attribute)
+            found = getattr(self.current, attribute)
+            return self._of_all_rows(found) if isinstance(found, nn.Parameter) else found
+
+    def _of_all_rows(self, parameter: nn.Parameter) -> Tensor:
+        """``parameter``, or where rows have their own what is like it and can't be computed with."""
+        rows = rows_of(self)
+        if rows is None or len(self._own(rows)) == 1:
+            return parameter
+        unknown = Sum(None, self, parameter, (), parameter.mul_, no_one_weight(rows, self))  # type: ignore[arg-type]
+        return computed_later(unknown)
 
 
 class IndexedToSave(ModulesToSave):
     """The same for a module whose parts are read by an index or a name too (``nn.ParameterList``, a ``Sequential`` with
     a forward of its own). Apart, since a module that has a length counts as false where that is 0."""
 
+    @property
+    def _one(self) -> nn.Module:
+        """The module that parts are taken of.
+
+        Raises:
+            AdapterError: rows have different ones.
+        """
+        rows = rows_of(self)
+        if rows is not None and len(self._own(rows)) > 1:
+            raise AdapterError(no_one_weight(rows, self))
+        return self.current
+
     def __getitem__(self, key: Any) -> Any:
-        return self.current[key]  # type: ignore[index]
+        return self._one[key]  # type: ignore[index]
 
     def __len__(self) -> int:
         return len(self.current)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.current)  # type: ignore[call-overload]
+        return iter(self._one)  # type: ignore[call-overload]
 
     def __contains__(self, key: Any) -> bool:
         return key in self.current  # type: ignore[operator]

@@ -56,6 +56,7 @@ class Sum:
         weight: the base's own.
         branches: of the active adapters.
         rescale_: multiplies the layer by a number, base and branches.
+        unknown: why there is no one weight, where rows have adapters of their own; its dtype and shape there are.
     """
 
     codec: Codec
@@ -63,10 +64,17 @@ class Sum:
     weight: Tensor
     branches: Sequence[Branch]
     rescale_: Callable[[float], None]
+    unknown: str = ""
     computed: bool = False
 
     def value(self) -> Tensor:
-        """The weight in effect; gradients flow to the factors and to ``weight``."""
+        """The weight in effect; gradients flow to the factors and to ``weight``.
+
+        Raises:
+            AdapterError: it is ``unknown``.
+        """
+        if self.unknown:
+            raise AdapterError(self.unknown)
         with torch.autocast(self.weight.device.type, enabled=False):
             delta = sum(s * (B @ A) for A, B, s in self.branches)
             laid_out = self.codec.laid_out(self.base, delta)  # type: ignore[arg-type]
@@ -83,6 +91,11 @@ def weight_in_effect(terms: Sum) -> Tensor:
     plain = type(terms.weight) in (Tensor, nn.Parameter)
     if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():
         return terms.value()
+    return computed_later(terms)
+
+
+def computed_later(terms: Sum) -> Tensor:
+    """What ``terms`` sum up to, computed when it is worked with."""
     factors = [factor for A, B, _ in terms.branches for factor in (A, B)]
     answer = _Placeholder.apply(terms, terms.weight, *factors).as_subclass(InEffect)
     vars(answer)["terms"] = terms

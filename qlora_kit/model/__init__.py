@@ -6,7 +6,8 @@ over that. Nothing below imports it; it must not hold state of its own, or walk 
 - ``lora_model``: ``LoraModel`` and ``apply_lora``
 - ``proxy``: how the wrapper passes for the model that it wraps
 - ``replaced``: what trainers put around a forward, as data
-- ``keywords``: what PEFT's models are called with and these can't be
+- ``keywords``: what PEFT's models are called with beside the base model's
+- ``row_adapters``: one call with an adapter for each row of the batch
 - ``of_transformers``: what transformers' models do to their own modules, under adapters
 - ``life``: adapters come and go
 - ``base_files``: the base under its adapters, saved

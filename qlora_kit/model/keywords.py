@@ -1,8 +1,8 @@
-"""Keywords that PEFT's models take beside the base model's, and that aren't taken here; and those of saving.
+"""Keywords that PEFT's models take beside the base model's: which is taken here, and which aren't; and those of saving.
 
 Many models hand on whatever keyword they are given, so one that no module reads would vanish in silence, and with it
-what it asked for: rows that compute with an adapter of their own. Such keywords, and what is mistyped for them, are
-refused, except where the base model itself names a parameter so.
+what it asked for: rows that compute with an adapter of their own. So ``adapter_names`` is taken out of the keywords,
+and others, and what is mistyped for any of them, are refused, except where the base model itself names a parameter so.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from ..errors import AdapterError, closest
 
 #: What each does in PEFT, and what there is to do here.
 PEFT_KEYWORDS = {
-    "adapter_names": (
-        "an adapter for each row of a batch isn't implemented; call set_adapter(name) and run the rows of each adapter "
-        "by themselves (those of '__base__' under disable_adapter())"
-    ),
+    "adapter_names": "adapter_names=[...] has an adapter for each row of the batch, '__base__' for none",
     "alora_offsets": "adapters that begin within a row (aLoRA) aren't implemented; leave it out",
     "task_ids": "it is for prompt tuning, which isn't implemented; leave it out",
 }
@@ -67,25 +64,29 @@ def check_save_keywords(keywords: Iterable[str]) -> None:
             )
 
 
-def without_peft_keywords(keywords: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """``keywords`` for the base model's ``function``; those of PEFT's that are None say nothing and are left out.
+def without_peft_keywords(keywords: Mapping[str, Any], function: Callable[..., Any]) -> tuple[dict[str, Any], Any]:
+    """``keywords`` for the base model's ``function``, and the adapters' names for its rows, None where none are given.
+
+    Those of PEFT's that are None say nothing and are left out.
 
     Raises:
         AdapterError: one of them means something in PEFT, or is mistyped for one that does, and ``function`` has no
             parameter of this name.
     """
-    kept = {}
+    kept, names = {}, None
     for keyword, value in keywords.items():
         meant = _meant(keyword)
         if meant is None or keyword in inspect.signature(function).parameters:
             kept[keyword] = value
+        elif keyword == "adapter_names":
+            names = value
         elif value is not None or keyword != meant:
             mistyped = "" if keyword == meant else f", which looks like PEFT's {meant}"
             raise AdapterError(
                 f"{keyword}={value!r:.80}: expected a keyword of the base model, found one that it doesn't "
                 f"name{mistyped}: {PEFT_KEYWORDS[meant]}"
             )
-    return kept
+    return kept, names
 
 
 def _meant(keyword: str) -> str | None:

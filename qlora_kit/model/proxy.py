@@ -29,6 +29,7 @@ from ..neighbours.passing import blank, loaded, standing_for
 from ..preparation.trainers import drop_forwards_
 from .keywords import without_peft_keywords
 from .replaced import chain, decorated, settings_of
+from .row_adapters import call_with_rows
 
 P = TypeVar("P", bound="ModelProxy")
 
@@ -132,7 +133,7 @@ class ModelProxy(nn.Module):
                 # By its type trainers see an adapter on the head, whose weight they read past it; not in a wrapper.
                 head = end_tables(self.model)[1]
                 return (lambda: head) if isinstance(head, AdapterLayer) else found
-            return _guarded(found) if attribute == "generate" else found
+            return _guarded(found, self) if attribute in ("generate", "generate_batch") else found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The default would rebuild from __class__, which names the wrapped model's type.
@@ -196,7 +197,9 @@ def _own(forward: Any, wrapper: Any = None) -> Callable[..., Any]:
     function = getattr(forward, "__func__", None)
 
     def method(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs = without_peft_keywords(kwargs, forward)
+        kwargs, names = without_peft_keywords(kwargs, forward)
+        if names is not None:
+            return call_with_rows(owner, names, functools.partial(method, owner), args, kwargs, forward)
         if not issubclass(type(owner), ModelProxy):
             return MethodType(function, owner)(*args, **kwargs)  # type: ignore[arg-type]
         # Who has replaced the model's forward since means the one from before, not itself once more.
@@ -238,11 +241,16 @@ def _unwrapped(function: Any) -> Iterator[Any]:
         function = getattr(function, "__wrapped__", None)
 
 
-def _guarded(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapped model's ``generate``, which refuses PEFT's keywords as ``forward`` does."""
+def _guarded(generate: Callable[..., Any], wrapper: Any) -> Callable[..., Any]:
+    """The wrapped model's ``generate``, which takes and refuses PEFT's keywords as ``forward`` does."""
 
     @functools.wraps(generate)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **without_peft_keywords(kwargs, generate))
+        kwargs, names = without_peft_keywords(kwargs, generate)
+        if names is None:
+            return generate(*args, **kwargs)
+        if generate.__name__ != "generate":
+            raise AdapterError(f"{generate.__name__}: it packs rows into one, which have one adapter; call generate")
+        return call_with_rows(wrapper, names, generate, args, kwargs, generate)
 
     return call

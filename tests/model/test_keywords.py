@@ -1,4 +1,4 @@
-"""PEFT's keywords that aren't implemented are refused by name, wherever a model would swallow them."""
+"""PEFT's keywords that aren't implemented, and what is mistyped, are refused wherever a model would swallow them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,25 @@ def swallows() -> LoraModel:
     return apply_lora(Swallows(), LoraConfig(r=2, target_modules=["proj"]))
 
 
-@pytest.mark.parametrize("keyword", ["adapter_names", "adapter_name", "adapters", "adaptor_names", "adpater_names"])
-def test_rows_with_their_own_adapter_are_refused(keyword: str) -> None:
+@pytest.mark.parametrize("keyword", ["adapter_name", "adapters", "adaptor_names", "adpater_names"])
+def test_what_is_mistyped_for_rows_with_their_own_adapter_is_refused(keyword: str) -> None:
     lora, rows = llama(), {keyword: ["default", "__base__"]}
-    with pytest.raises(AdapterError, match=f"{keyword}=.*'default'.*set_adapter"):
+    with pytest.raises(
+        AdapterError, match=f"{keyword}=.*'default'.*looks like PEFT's adapter_names: adapter_names=\\["
+    ):
         lora(input_ids=IDS, **rows)
-    with pytest.raises(AdapterError, match=f"{keyword}=.*set_adapter"):
+    with pytest.raises(AdapterError, match=f"{keyword}=.*adapter for each row"):
         lora.generate(IDS, max_new_tokens=2, **rows)
     for call in (swallows(), swallows().generate):
-        with pytest.raises(AdapterError, match="rows of each adapter"):
+        with pytest.raises(AdapterError, match="adapter for each row"):
             call(torch.ones(2, 4), **rows)
+
+
+def test_names_for_rows_reach_no_model() -> None:
+    lora, x = swallows().eval(), torch.ones(2, 4)
+    for call in (lora, lora.generate):
+        call(x, adapter_names=["default", "__base__"], other=1)
+        assert lora.model.seen == {"task_ids": None, "other": 1}
 
 
 @pytest.mark.parametrize("keyword", ["alora_offsets", "task_ids"])
@@ -71,8 +80,8 @@ def test_compiled_and_patched_models_refuse_them_too() -> None:
     assert torch.compile(lora, backend="eager", fullgraph=True)(x).shape == (2, 4)
     forward = lora.forward
     lora.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(AdapterError, match="adapter_names"):
-        lora(x, adapter_names=["default"])
+    with pytest.raises(AdapterError, match="alora_offsets"):
+        lora(x, alora_offsets=[1, 1])
 
 
 def test_generate_is_the_models_own_where_it_has_one() -> None:

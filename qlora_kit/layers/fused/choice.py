@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
 from ...errors import ConfigError
+from ..row_choice import rows_of
 
 KINDS = ("auto", "plain", "fused")
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -68,6 +69,8 @@ def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
     Asked in every forward, so the most frequent reasons come first."""
     if _chosen == "plain":
         return "it was chosen"
+    if rows_of(layer) is not None:
+        return "its rows have adapters of their own"
     if every_module._has_any_global_hook():
         return "every module's calls are told of"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
