@@ -1,4 +1,4 @@
-"""Feed-forward blocks: which are known, what they keep, that they compute as their type does, and that they go again."""
+"""Feed-forward blocks: which are known, what they keep, that they compute as their type does, that they go again."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_the_input_alone_is_kept_once(name: str, dtype: torch.dtype, dropout: fl
     assert found.data_ptr() == x.data_ptr()
 
 
-def test_a_frozen_A_keeps_the_thin_product_in_its_place() -> None:
+def test_a_frozen_first_factor_keeps_the_thin_product_in_its_place() -> None:
     layer = fused_layer(nn.Linear(64, 24))
     layer.adapter_tensors("a0")["lora_A.weight"].requires_grad_(False)
     x = torch.randn(50, 64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Dropout from a seed: the share that is dropped, no pattern, the mean kept, the same again, other seeds other masks."""
+"""Dropout from a seed: the share dropped, no pattern, the mean kept, the same again, other seeds other masks."""
 
 from __future__ import annotations
 
