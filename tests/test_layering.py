@@ -46,7 +46,7 @@ MOST_FILES = 20
 LATE = {("qlora_kit.initializers", "loftq"), ("qlora_kit.merging.requantize", "loftq")}
 
 # A library with one home: the modules that may import it. peft is a peer for tests and benchmarks only.
-HOMES = {"bitsandbytes": {"qlora_kit.codecs.bnb"}, "peft": set()}
+HOMES = {"bitsandbytes": {"qlora_kit.codecs.bnb"}, "peft": set(), "triton": {"qlora_kit.codecs.kernels.triton_code"}}
 
 
 def full(room: str) -> str:

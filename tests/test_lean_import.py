@@ -14,6 +14,7 @@ HEAVY = {
     "peft",
     "scipy",
     "transformers",
+    "triton",
     "trl",
 }
 PACKAGES = ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers", "qlora_kit.compat.peft"]

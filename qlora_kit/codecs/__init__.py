@@ -9,6 +9,7 @@ and says whether it holds that module's matrix.
 - ``dense``: one floating-point ``weight``: linear, embedding (transposed), convolution (flattened)
 - ``conv1d``: transformers' ``Conv1D``, stored (in, out)
 - ``packed``: ``PackedLinear``, 2, 3, 4 or 8 bits without a gap
+- ``kernels/``: how packed weights are multiplied with, device by device
 - ``bnb/``: bitsandbytes' 4-bit and int8 linears
 - ``quantized``: a quantized matrix as data: codes, scales, and what reads them back
 - ``blockwise``: codes and scales of blocks

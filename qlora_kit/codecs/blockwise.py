@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import CodecError
 from .finite import all_finite
+from .kernels.reading import scale_blocks_
 
 # Values that are looked up at a time on a CPU: their temporaries together fill a few MB.
 _CHUNK = 1 << 18
@@ -152,18 +153,6 @@ def _in_pairs(table: Tensor) -> Tensor:
     values = torch.zeros(int(numbers.max()) + 1, 2)
     values[numbers] = table[both.int()]
     return values.view(torch.int64).reshape(-1)
-
-
-def scale_blocks_(values: Tensor, scales: Tensor, blocksize: int, shifts: Tensor | None = None) -> Tensor:
-    """Multiply flat ``values`` in place by their blocks' scales and add the shifts; returns them."""
-    whole = values.numel() // blocksize
-    blocks, tail = values[: whole * blocksize].view(whole, blocksize), values[whole * blocksize :]
-    blocks.mul_(scales[:whole, None])
-    tail.mul_(scales[whole:])
-    if shifts is not None:
-        blocks.add_(shifts[:whole, None])
-        tail.add_(shifts[whole:])
-    return values
 
 
 def _best_scales(flat: Tensor, scales: Tensor, table: Tensor, blocksize: int, multipliers: tuple[float, ...]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,29 +13,59 @@ from torch.autograd.function import once_differentiable
 from .base import Codec
 
 
+class Products(Protocol):
+    """The two products with a frozen weight W (out, in), each in its input's dtype; autocast is off, and autograd."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b: (..., in) to (..., out)."""
+        ...
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """grad W: (..., out) to (..., in)."""
+        ...
+
+
+@dataclass(frozen=True)
+class _WholeWeight:
+    """Products with the weight as a codec gives it, asked for each time."""
+
+    codec: Codec
+    module: nn.Module
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.codec.multiplier(self.module, x.dtype), bias)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        return grad.matmul(self.codec.multiplier(self.module, grad.dtype))
+
+
 def lookup_linear(module: nn.Module, codec: Codec, x: Tensor, dtype: torch.dtype) -> Tensor:
     """y = x W^T + b computed in ``dtype`` with W as ``codec`` reads it, in the dtype of ``x``.
 
     Gradients reach ``x`` and the bias; W is read again for them, so no dense W is kept in between.
     """
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    return frozen_linear(_WholeWeight(codec, module), x, module.bias, dtype)  # type: ignore[arg-type]
+
+
+def frozen_linear(products: Products, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = x W^T + b computed in ``dtype`` by ``products``, in the dtype of ``x``, differentiable in ``x``, ``bias``."""
     bias = None if bias is None else bias.to(dtype)
-    return _LookupLinear.apply(x.to(dtype), bias, codec, module).to(x.dtype)
+    return _FrozenLinear.apply(x.to(dtype), bias, products).to(x.dtype)
 
 
-class _LookupLinear(torch.autograd.Function):
+class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codec: Codec, module: nn.Module) -> Tensor:
-        ctx.codec, ctx.module, ctx.dtype = codec, module, x.dtype
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+        ctx.products, ctx.dtype = products, x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, codec.read(module).to(x.dtype), bias)
+            return products.linear(x, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(ctx.codec.read(ctx.module).to(grad.dtype)).to(ctx.dtype)
+            grad_x = ctx.products.gradient(grad).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.dtype)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, None

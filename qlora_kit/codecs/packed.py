@@ -8,28 +8,30 @@ What a module holds, all of it in its state dict:
 - ``codebook``: float32 (2^bits,), the levels by code, so that a stored model doesn't depend on tables here.
 
 At 2 bits and blocks of 64 that is 2.5 bits a weight, or 2.13 with double quantization. The forward and the
-backward each read the weight once and keep no dense copy.
+backward each read the weight once, some rows at a time or inside the product where ``kernels`` has a way to, and keep
+no dense copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import lcm
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .base import Codec, autocast_dtype, checked_weight
-from .blockwise import scale_blocks_
 from .codebooks import codebook, scheme
 from .dense import dense_linear, take_bias_
-from .lookup import lookup_linear
-from .packing import look_up, pack, packed_bytes, unpack
-from .pieces import assembled, row_pieces
+from .kernels.reading import Reader
+from .lookup import frozen_linear
+from .packing import pack, packed_bytes, unpack
+from .pieces import row_pieces
 from .plain_weight import reason_against_computed
-from .quantized import SCALES_BLOCKSIZE, Quantized, Quantizer, Scales
-from .registry import codec_for, register_codec
+from .quantized import SCALES_BLOCKSIZE, Quantized, Quantizer, Scales, dynamic_table
+from .registry import register_codec
 
 
 class PackedLinear(nn.Linear):
@@ -81,7 +83,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x)
-        return lookup_linear(self, codec_for(self), x.to(dtype), dtype)
+        return frozen_linear(_Products(self), x.to(dtype), self.bias, dtype)
 
     def store_(self, quantized: Quantized) -> None:
         """Take the codes, scales and table of ``quantized``, which must be of this module's type and blocksize."""
@@ -132,6 +134,35 @@ class PackedLinear(nn.Linear):
         )
 
 
+def packed_matrix(module: PackedLinear) -> kernels.PackedMatrix:
+    """What ``module`` stores as data, in its own memory."""
+    scales = module.stored_scales()
+    assert scales is not None
+    return kernels.PackedMatrix(
+        module.weight.data,
+        scheme(module.quant_type).bits,
+        (module.out_features, module.in_features),
+        module.blocksize,
+        module.codebook,
+        scales,
+        module.stored_scales("shifts"),
+        dynamic_table(scales.values) if module.double_quant else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Products with what ``module`` stores when they are computed."""
+
+    module: PackedLinear
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.linear(x, packed_matrix(self.module), bias)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        return kernels.gradient(grad, packed_matrix(self.module))
+
+
 @register_codec(PackedLinear)
 class PackedCodec(Codec):
     """``PackedLinear``: reads by looking whole groups of codes up, writes by quantizing anew."""
@@ -145,20 +176,17 @@ class PackedCodec(Codec):
         return module.out_features, module.in_features
 
     def read(self, module: Any) -> Tensor:
-        return assembled(self.pieces(module), self.shape(module), module.weight.device)
+        matrix = packed_matrix(module)
+        whole = torch.empty(matrix.numel, dtype=torch.float32, device=matrix.codes.device)
+        return Reader(matrix).read_(0, whole).view(matrix.shape)
 
     def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
-        bits, width, blocksize = scheme(module.quant_type).bits, module.in_features, module.blocksize
-        scales, shifts = module.stored_scales().read(), module.stored_scales("shifts")
-        shifts = None if shifts is None else shifts.read()
-        # Eight codes of any number of bits are whole bytes.
-        for rows in row_pieces(self.shape(module), lcm(blocksize, 8)):
-            begin, end = rows.start * width, rows.stop * width
-            codes = module.weight.data[begin * bits // 8 : begin * bits // 8 + packed_bytes(end - begin, bits)]
-            values = look_up(codes, bits, module.codebook, end - begin)
-            blocks = slice(begin // blocksize, -(-end // blocksize))
-            scale_blocks_(values, scales[blocks], blocksize, None if shifts is None else shifts[blocks])
-            yield rows, values.view(-1, width)
+        reader = Reader(packed_matrix(module))
+        for rows in row_pieces(self.shape(module)):
+            yield rows, reader.rows(rows)
+
+    def multiplier(self, module: Any, dtype: torch.dtype) -> Tensor:
+        return kernels.dense(packed_matrix(module), dtype)
 
     def quantizer(self, module: Any) -> Quantizer:
         return Quantizer(module.quant_type, module.blocksize, module.double_quant)

@@ -4,8 +4,8 @@ The first code of a group is in the lowest bits: 2 bits put 4 codes in a byte; 3
 little-endian number of 24 bits; 4 bits put 2 codes in a byte (bitsandbytes has the first in the high half:
 ``first_high``). A last group that isn't full is filled with zeros.
 
-Unpacking looks 2-bit groups up byte by byte; a table from a group straight to its levels gives the values
-without the codes in between, which is how weights are read.
+Unpacking is a look-up of whole groups in a table of their codes; in a table of their values it gives these without the
+codes in between, which is how weights are read (``kernels.look_up``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
+from .kernels.look_up import chunks, group_values, look_up_
 
 # bits -> (codes, bytes) of a group.
 GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
@@ -62,27 +63,12 @@ def pack(codes: Tensor, bits: int, *, first_high: bool = False) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` codes of flat bytes, uint8."""
-    return look_up(packed, bits, torch.arange(2**bits, dtype=torch.uint8, device=packed.device), count)
-
-
-def look_up(packed: Tensor, bits: int, table: Tensor, count: int) -> Tensor:
-    """``table[codes]`` of the first ``count`` codes in flat bytes: flat, in the table's dtype.
-
-    Args:
-        table: (2^bits,), by code.
-    """
     _group(bits)
-    if bits == 8:
-        return table.index_select(0, packed[:count].int())
-    if bits == 3:  # half a group, 4 codes, is a number of 12 bits
-        first, middle, last = (part.int() for part in packed.view(-1, 3).unbind(1))
-        index = torch.stack([first | (middle & 0xF) << 8, middle >> 4 | last << 4], dim=1).reshape(-1)
-        width, codes = 12, 4
-    else:
-        index, width, codes = packed.int(), 8, 8 // bits
-    number = torch.arange(2**width, device=packed.device)
-    groups = torch.stack([table[number >> bits * place & 2**bits - 1] for place in range(codes)], dim=1)
-    return groups.index_select(0, index).reshape(-1)[:count]
+    groups = group_values(torch.arange(2**bits, dtype=torch.uint8, device=packed.device), bits, keep=False)
+    codes = torch.empty(count, dtype=torch.uint8, device=packed.device)
+    for part in chunks(count, 8, packed.device):
+        look_up_(packed[part.start * bits // 8 :], bits, groups, codes[part])
+    return codes
 
 
 def _group(bits: int) -> tuple[int, int]:

@@ -50,14 +50,14 @@ class Scales:
                 f"weight: expected scales whose sum float32 can hold for double quantization, found up to "
                 f"{scales.abs().max():.4g}; scale the weight down, or leave double_quant out"
             )
-        codes, absmax = quantize(scales - offset, _dynamic_table(scales.device), SCALES_BLOCKSIZE)
+        codes, absmax = quantize(scales - offset, dynamic_table(scales), SCALES_BLOCKSIZE)
         return cls(codes, absmax, offset[None])
 
     def read(self) -> Tensor:
         """float32 (blocks,)."""
         if self.absmax is None or self.offset is None:
             return self.values
-        table = _dynamic_table(self.values.device)
+        table = dynamic_table(self.values)
         return dequantize(self.values, table, self.absmax, SCALES_BLOCKSIZE) + self.offset
 
 
@@ -202,5 +202,15 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def _dynamic_table(device: torch.device) -> Tensor:
-    return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
+def dynamic_table(like: Tensor) -> Tensor:
+    """``dynamic_map`` as float32 (256,) on the device of ``like``. Kept there, for copying it again would wait for all
+    of the device's work; but made anew for tensors that are traced, which mix with none that have values."""
+    if type(like) is not Tensor or torch.compiler.is_compiling():
+        return torch.tensor(dynamic_map(), dtype=torch.float32, device=like.device)
+    return _kept_table(like.device)
+
+
+@cache
+def _kept_table(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode
+        return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)

@@ -9,7 +9,7 @@ from reference import quantization as ref
 
 from qlora_kit.codecs.blockwise import quantize
 from qlora_kit.codecs.codebooks import codebook
-from qlora_kit.codecs.packing import look_up, pack, packed_bytes, unpack
+from qlora_kit.codecs.packing import pack, packed_bytes, unpack
 from qlora_kit.errors import CodecError
 
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -31,23 +31,11 @@ def test_bytes_are_the_codes_bits_in_order(bits: int) -> None:
 
 @every_width
 def test_what_was_packed_is_read_back(bits: int) -> None:
-    table = torch.randn(2**bits)
     for count in range(41):
         codes = codes_of(count, bits)
         packed = pack(codes, bits)
         assert ref.unpack_bits(bytes(packed.tolist()), bits, count) == codes.tolist()
         assert torch.equal(unpack(packed, bits, count), codes)
-        assert torch.equal(look_up(packed, bits, table, count), table[codes.long()])
-
-
-@every_width
-def test_a_table_gives_its_dtype(bits: int) -> None:
-    codes = codes_of(19, bits)
-    for dtype in (torch.float64, torch.bfloat16, torch.uint8):
-        table = torch.arange(2**bits).to(dtype)
-        found = look_up(pack(codes, bits), bits, table, 19)
-        assert found.dtype == dtype
-        assert torch.equal(found, table[codes.long()])
 
 
 @every_width
