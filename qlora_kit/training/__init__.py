@@ -1,0 +1,18 @@
+"""What a training loop is offered beside the adapters: a loss, places for activations, optimizers.
+
+Nothing here knows ``LoraModel``: it works on bare models, on models with adapters, and on what wraps either.
+
+- ``cross_entropy``: ``chunked_cross_entropy``, a head's loss without the logits of all tokens
+- ``deferred_logits``: logits that note what is done to them
+- ``chunked_loss``: ``use_chunked_loss``, the same for a model's own loss
+- ``loss_probe``: whether a model's chunked loss is its own
+"""
+
+from .chunked_loss import ChunkedLoss, use_chunked_loss
+from .cross_entropy import chunked_cross_entropy
+
+__all__ = [
+    "ChunkedLoss",
+    "chunked_cross_entropy",
+    "use_chunked_loss",
+]
