@@ -23,7 +23,7 @@ codecs naming
 checkpoints lowrank
 config layers
 injection hf_quantizer
-initializers algebra preparation
+initializers algebra preparation training
 adapter_files
 merging
 model
@@ -46,7 +46,7 @@ MOST_FILES = 20
 LATE = {("qlora_kit.initializers", "loftq"), ("qlora_kit.merging.requantize", "loftq")}
 
 # A library with one home: the modules that may import it. peft is a peer for tests and benchmarks only.
-HOMES = {"bitsandbytes": {"qlora_kit.codecs.bnb"}, "peft": set()}
+HOMES = {"bitsandbytes": {"qlora_kit.codecs.bnb", "qlora_kit.training.optimizers.named"}, "peft": set()}
 
 
 def full(room: str) -> str:

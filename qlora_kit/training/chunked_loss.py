@@ -1,13 +1,13 @@
 """``use_chunked_loss``: a model's own loss, computed without holding the logits of all tokens.
 
-While a forward with labels runs, the model's output head answers with logits that are computed when somebody works with
-them (``deferred_logits``); a cross-entropy of them is computed in chunks (``cross_entropy``). The model's code is its
-own, and so is its loss: shift, ``ignore_index``, ``num_items_in_batch``, further terms. Without labels, and so in
-``generate``, nothing differs. The head is asked for at each call, by ``get_output_embeddings``: it may be dense or of few
-bits, have adapters or be trained whole, be tied to the embeddings, and change between calls.
+While a forward with labels runs, the model's output head answers with logits that are computed when somebody works
+with them (``deferred_logits``); a cross-entropy of them is computed in chunks (``cross_entropy``). The model's code
+is its own, and so is its loss: shift, ``ignore_index``, ``num_items_in_batch``, further terms. Without labels, and so
+in ``generate``, nothing differs. The head is asked for at each call, by ``get_output_embeddings``: it may be dense or
+of few bits, have adapters or be trained whole, be tied to the embeddings, and change between calls.
 
-Two hooks around the model's forward do it, which deepcopy, pickle and wrappers (DDP, ``LoraModel``) leave alone. Between
-forwards the head is as ever.
+Two hooks around the model's forward do it, which deepcopy, pickle and wrappers (DDP, ``LoraModel``) leave alone.
+Between forwards the head is as ever.
 """
 
 from __future__ import annotations
@@ -62,14 +62,12 @@ class ChunkedLoss:
         self.remove()
 
 
-def use_chunked_loss(
-    model: nn.Module, *, chunk: int = CHUNK, batch: Mapping[str, Any] | None = None
-) -> ChunkedLoss:
+def use_chunked_loss(model: nn.Module, *, chunk: int = CHUNK, batch: Mapping[str, Any] | None = None) -> ChunkedLoss:
     """Have ``model(..., labels=...)`` compute its loss from ``chunk`` tokens' logits at a time.
 
-    The loss and all gradients are those of the model's own code, to what ``chunked_cross_entropy`` says of them. That is
-    tried here on a batch of a few tokens, both ways. ``outputs.logits`` are computed if they are used. Tokens whose label
-    is ignored cost nothing. Said again it changes ``chunk``; on an error the model is as it was.
+    The loss and all gradients are those of the model's own code, to what ``chunked_cross_entropy`` says of them. That
+    is tried here on a batch of a few tokens, both ways. ``outputs.logits`` are computed if they are used. Tokens
+    whose label is ignored cost nothing. Said again it changes ``chunk``; on an error the model is as it was.
 
     Nothing is saved where a loss is computed from logits outside of the model: transformers' ``label_smoothing_factor``
     and ``compute_loss_func``. TRL's SFTTrainer computes its own in chunks from 1.16 on, and is not disturbed. Under
@@ -126,7 +124,7 @@ def _with_labels(model: nn.Module) -> nn.Module:
                 break
             return module
     raise UnsupportedModuleError(
-        f"{type(model).__name__}: expected a model whose forward takes labels and whose get_output_embeddings() gives a "
+        f"{type(model).__name__}: expected a forward that takes labels and get_output_embeddings() that gives a "
         "head over words, found none; call chunked_cross_entropy(hidden, head, target) in your own loss"
     )
 

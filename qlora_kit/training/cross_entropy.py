@@ -4,7 +4,8 @@ With V words and N tokens the plain loss holds the logits in the head's dtype, i
 gradients of these: about 14 N V bytes in bfloat16, which for 2,048 tokens and 128k words is more than all else in a
 step of LoRA. But the gradient of a row's loss needs that row alone,
 
-    loss_i = logsumexp(z_i) - (1 - e) z_i[t_i] - e mean(z_i),      d loss_i / d z_i = softmax(z_i) - (1 - e) 1[t_i] - e/V
+    loss_i = logsumexp(z_i) - (1 - e) z_i[t_i] - e mean(z_i),      d loss_i / d z_i = softmax(z_i) - (1 - e) 1[t_i] -
+    e/V
 
 (t_i the target, e the label smoothing), so ``chunk`` rows are projected, scored and taken back through the head in the
 forward already, and what is kept is the gradient of the rows of hidden states and of what is trained in the head. The
@@ -140,7 +141,9 @@ class _Chunked(torch.autograd.Function):
                 found = iter(torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True))
                 if of_rows is not None:
                     of_rows[done : done + len(rows)] = next(found)
-                of_trained = [_added(old, next(found)) if a else None for old, a in zip(of_trained, asked[1:], strict=True)]
+                of_trained = [
+                    _added(old, next(found)) if a else None for old, a in zip(of_trained, asked[1:], strict=True)
+                ]
             del logits, slope
             done += len(rows)
         ctx.save_for_backward(job.rows, of_rows, *of_trained)
@@ -172,9 +175,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def _loss_and_slope(
-    logits: Tensor, target: Tensor, smoothing: float, with_slope: bool
-) -> tuple[Tensor, Tensor | None]:
+def _loss_and_slope(logits: Tensor, target: Tensor, smoothing: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """The summed loss of ``logits`` (n, V), and its derivative by them if asked for; both float32 at least."""
     z = logits.to(_wide(logits.dtype), copy=with_slope)
     at, over = target[:, None], torch.logsumexp(z, -1)

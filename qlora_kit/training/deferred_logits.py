@@ -1,11 +1,12 @@
 """Logits that are computed when somebody works with them, and scored in chunks if that is all that is done.
 
-A model's own code goes from its head's output to a loss: it scales logits, caps them, casts, shifts, flattens them, and
-hands them to ``F.cross_entropy``. To know what a class of models does there, loss libraries keep a list of classes and
-of fields of their configurations. Here the head answers with a tensor that writes down what is done to it. What concerns
-each row alone (scaling by numbers, tanh, casts, a bias for each word) is noted and done to each chunk; what chooses or
-reshapes rows is done to their numbers; and ``cross_entropy`` of that is ``chunked_cross_entropy`` of the hidden states.
-So whatever the class, the loss is that of its own code, with its own shift, ``ignore_index`` and division.
+A model's own code goes from its head's output to a loss: it scales logits, caps them, casts, shifts, flattens them,
+and hands them to ``F.cross_entropy``. To know what a class of models does there, loss libraries keep a list of
+classes and of fields of their configurations. Here the head answers with a tensor that writes down what is done to
+it. What concerns each row alone (scaling by numbers, tanh, casts, a bias for each word) is noted and done to each
+chunk; what chooses or reshapes rows is done to their numbers; and ``cross_entropy`` of that is
+``chunked_cross_entropy`` of the hidden states. So whatever the class, the loss is that of its own code, with its own
+shift, ``ignore_index`` and division.
 
 Anything else done to the tensor computes it, as the head would have, gradients included. It has the dtype, device and
 shape of the logits meanwhile, and one element, NaN. Who looks at a model's logits after its forward gets those of that
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,15 +31,15 @@ from .cross_entropy import Scored, trained_in
 
 Step = Callable[[Tensor], Tensor]
 
-#: Functions of torch that treat all rows alike, by name; those that end in "_" or begin with "__i" write in place.
-_BY_ROW = frozenset(
-    "add sub mul div true_divide multiply divide subtract neg negative tanh sigmoid clamp clip "
-    "to float double half bfloat16 type contiguous clone".split()
-)
-_OF_ROWS = frozenset("view reshape flatten squeeze unsqueeze __getitem__ narrow unflatten".split())
+#: Functions of torch that treat all rows alike, by name without underscores and "r"; and those that write in place.
+_ARITHMETIC = {"add", "sub", "mul", "div", "true_divide", "truediv", "neg", "tanh", "sigmoid", "clamp"}
+_BY_ROW = _ARITHMETIC | {"multiply", "divide", "to", "float", "double", "half", "bfloat16", "contiguous", "clone"}
+_IN_PLACE = {f"{name}_" for name in _ARITHMETIC} | {f"__i{name}__" for name in _ARITHMETIC}
+_REVERSED = {f"__r{name}__": name for name in _ARITHMETIC}
+_OF_ROWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "narrow", "__getitem__"}
 # Properties that are made of the numbers, and functions that only ask about the tensor.
-_MADE_OF_IT = frozenset("T mT H mH real imag data grad_fn".split())
-_ABOUT_IT = frozenset("size dim ndimension numel nelement get_device is_floating_point element_size __len__".split())
+_MADE_OF_IT = {"T", "mT", "H", "mH", "real", "imag", "data", "grad_fn"}
+_ABOUT_IT = {"size", "dim", "ndimension", "numel", "nelement", "get_device", "is_floating_point", "__len__"}
 
 
 @dataclass
@@ -103,50 +104,50 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_property = func.__name__ in ("__get__", "__set__")
-        name = func.__self__.__name__ if is_property else func.__name__
-        mine = args[0] if args and isinstance(args[0], cls) else None
-        if mine is not None and mine.value is None:
-            if name == "requires_grad" and func.__name__ == "__get__":
-                return any(t.requires_grad for t in (mine.source.hidden, *mine.trained()))
-            if name in _ABOUT_IT or (func.__name__ == "__get__" and name not in _MADE_OF_IT):
-                return super().__torch_function__(func, types, args, kwargs)
+        reads = func.__name__ == "__get__"
+        name = func.__self__.__name__ if reads or func.__name__ == "__set__" else func.__name__
         if func is F.cross_entropy:
-            loss = _scored(args, kwargs)
-        elif mine is not None and not is_property:
-            loss = mine.noted(func, name, args, kwargs)
+            answer = _scored(args, kwargs)
+        elif isinstance(args[0] if args else None, cls) and args[0].value is None:
+            if name in _ABOUT_IT or (reads and name not in _MADE_OF_IT):
+                return args[0].requires() if name == "requires_grad" else super().__torch_function__(func, types, args)
+            answer = args[0].noted(func, name, args[1:], kwargs)
         else:
-            loss = None
-        return _computed(cls, func, name, args, kwargs) if loss is None else loss
+            answer = None
+        return _computed(func, name, args, kwargs) if answer is None else answer
+
+    def requires(self) -> bool:
+        return any(tensor.requires_grad for tensor in (self.source.hidden, *self.trained()))
 
     def trained(self) -> list[Tensor]:
         return [*trained_in(self.source.head), *self.extra]
 
     def noted(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
         """What ``func`` of this is, without logits being computed; None where that can't be."""
-        if self.value is not None or any(isinstance(leaf, DeferredLogits) for leaf in tree_flatten((args[1:], kwargs))[0]):
+        if any(isinstance(leaf, DeferredLogits) for leaf in tree_flatten((args, kwargs))[0]):
             return None
-        plain = name.removeprefix("__").removesuffix("__") if name.endswith("__") else name
-        in_place = name.endswith("_") and not name.endswith("__")
         if name in _OF_ROWS:
-            return self._chosen(func, name, args[1:], kwargs)
-        if plain in _BY_ROW or plain.removeprefix("r") in _BY_ROW or plain == "truediv" or plain == "rtruediv":
-            return self._stepped(func, args[1:], kwargs)
-        if (in_place and plain.removesuffix("_") in _BY_ROW) or (plain[:1] == "i" and plain[1:] in (*_BY_ROW, "truediv")):
-            done = self._stepped(func, args[1:], kwargs, copied=True)
+            return self._chosen(func, name, args, kwargs)
+        if _REVERSED.get(name, name).strip("_") in _BY_ROW and name not in _IN_PLACE:
+            return self._stepped(func, args, kwargs)
+        if name in _IN_PLACE:
+            done = self._stepped(lambda z, *a, **k: func(z.clone(), *a, **k), args, kwargs)
             if done is not None and done.dtype == self.dtype:
                 vars(self).update(vars(done))
                 return self
         return None
 
-    def _stepped(self, func: Any, args: Any, kwargs: Any, copied: bool = False) -> DeferredLogits | None:
+    def _stepped(self, func: Any, args: Any, kwargs: Any) -> DeferredLogits | None:
         """This with one more step, ``func`` with numbers, dtypes, or tensors that are the same for all rows."""
         words = self.example.shape[-1]
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(t.shape.numel() != t.shape[-1:].numel() or t.shape[-1:] not in ((), (1,), (words,)) for t in tensors):
             return None
         flat_args, flat_kwargs = tree_map_only(Tensor, lambda t: t.reshape(t.shape[-1:]), (args, kwargs))
-        step: Step = lambda z: func(z.clone() if copied else z, *flat_args, **flat_kwargs)  # noqa: E731
+
+        def step(z: Tensor) -> Tensor:
+            return func(z, *flat_args, **flat_kwargs)  # type: ignore[no-any-return]
+
         with torch.no_grad():
             example = step(self.example)
         extra = (*self.extra, *(t for t in tensors if t.requires_grad))
@@ -156,13 +157,17 @@ class DeferredLogits(Tensor):
         """The rows that ``func`` chooses or arranges, if it leaves each row whole."""
         index = args[0] if name == "__getitem__" else None
         words = self.example.shape[-1]
-        if isinstance(index, Tensor) or (isinstance(index, tuple) and any(isinstance(i, (Tensor, list)) for i in index)):
+        if isinstance(index, Tensor) or (
+            isinstance(index, tuple) and any(isinstance(i, (Tensor, list)) for i in index)
+        ):
             places = index.dim() if isinstance(index, Tensor) and index.dtype is torch.bool else 1
             whole = isinstance(index, Tensor) and places <= self.rows.dim()
             return self._with_rows(self.rows[index]) if whole else None
         # Seen as logits that are the row's number for each word, which takes no memory while words stay together.
         seen = self.rows[..., None].expand(*self.rows.shape, words)
-        if any(isinstance(a, torch.dtype) for a in args) or func(seen.to("meta"), *args, **kwargs).shape[-1:] != (words,):
+        if any(isinstance(a, torch.dtype) for a in args) or func(seen.to("meta"), *args, **kwargs).shape[-1:] != (
+            words,
+        ):
             return None
         found = func(seen, *args, **kwargs)
         return self._with_rows(found[..., 0]) if found.stride(-1) == 0 else None
@@ -231,13 +236,11 @@ def _scored(args: Any, kwargs: Any) -> Tensor | None:
     return loss.to(logits.dtype)
 
 
-def _computed(cls: Any, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """``func`` of the logits themselves; one that writes in place leaves what it wrote."""
-    mine = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, cls)]
-    if name in ("__setitem__", "requires_grad") or (name.endswith("_") and not name.endswith("__")) or name[:3] == "__i":
-        for one in mine[:1]:
-            one.value = one.plain(name).clone() if one.value is None else one.value
-            vars(one)["value"] = one.value
-    args, kwargs = tree_map_only(cls, lambda one: one.plain(name), (args, kwargs))
+def _computed(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """``func`` of the logits themselves; who writes to them in place finds it there."""
+    writes = func.__name__ == "__set__" or name == "__setitem__" or (name.endswith("_") and name[-2:] != "__")
+    if (writes or name[:3] == "__i") and isinstance(args[0] if args else None, DeferredLogits):
+        args[0].value = args[0].plain(name).clone()
+    args, kwargs = tree_map_only(DeferredLogits, lambda one: one.plain(name), (args, kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)

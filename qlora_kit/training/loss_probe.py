@@ -44,7 +44,9 @@ def probe(module: nn.Module, use_: Callable[[], None], batch: Mapping[str, Any] 
     scored = [source for source in sources if source.losses]
     if not scored:
         by = sorted({name for source in sources for name in source.computed_for})
-        reason = f"its logits go through {', '.join(by)}" if sources else f"its head, {type(head).__name__}, isn't called"
+        reason = (
+            f"its logits go through {', '.join(by)}" if sources else f"its head, {type(head).__name__}, isn't called"
+        )
         raise UnsupportedModuleError(
             f"{name}: expected a loss that is the cross_entropy of its head's logits, found that {reason}; use "
             "chunked_cross_entropy(hidden, head, target) in a loss of your own"

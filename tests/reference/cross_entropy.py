@@ -29,8 +29,8 @@ def scored(
     smoothing: float = 0.0,
     divisor: float | None = None,
 ) -> Scored:
-    """hidden (N, H), weight (V, H), target (N,); logits are capped(scale * (W h + b)); the sum over tokens that count is
-    divided by ``divisor``, or by their number."""
+    """hidden (N, H), weight (V, H), target (N,); logits are capped(scale * (W h + b)); the sum over tokens that count
+    is divided by ``divisor``, or by their number."""
     words = len(weight)
     bias = np.zeros(words) if bias is None else bias
     found = Scored(0.0, np.zeros_like(hidden), np.zeros_like(weight), np.zeros(words))

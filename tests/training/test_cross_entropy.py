@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dispatch import largest_tensor
+from live_bytes import LiveBytes
 from reference.branches import array
 from reference.cross_entropy import Scored, scored
 from torch import Tensor, nn
@@ -157,16 +157,19 @@ def test_sums_over_chunks_lose_nothing_in_half_precision() -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_no_tensor_is_larger_than_a_chunks_logits(grad: bool) -> None:
     tokens, words, chunk = 256, 1024, 16
-    hidden = torch.randn(tokens, HIDDEN, requires_grad=grad)
+    hidden = nn.Parameter(torch.randn(tokens, HIDDEN), requires_grad=grad)
     head, target = nn.Linear(HIDDEN, words).requires_grad_(False), torch.randint(0, words, (tokens,))
-    with largest_tensor() as plain:
+    given = nn.ParameterList([hidden, *head.parameters()])
+    with LiveBytes(given) as plain:
         F.cross_entropy(head(hidden), target)
-    with largest_tensor() as found:
+    with LiveBytes(given) as found:
         loss = chunked_cross_entropy(hidden, head, target, chunk=chunk)
         if grad:
             loss.backward()
-    assert plain.numel == tokens * words
-    assert found.numel == max(chunk * words, tokens * HIDDEN)
+    logits = 4 * chunk * words
+    assert plain.largest == 4 * tokens * words
+    assert found.largest == max(logits, 4 * tokens * HIDDEN)
+    assert found.extra < 3 * logits + 4 * 4 * tokens * HIDDEN  # a copy of a chunk's, and what logsumexp takes
 
 
 def test_ignored_tokens_are_not_computed() -> None:
