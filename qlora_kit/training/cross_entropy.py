@@ -178,12 +178,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _loss_and_slope(logits: Tensor, target: Tensor, smoothing: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """The summed loss of ``logits`` (n, V), and its derivative by them if asked for; both float32 at least."""
     z = logits.to(_wide(logits.dtype), copy=with_slope)
-    at, over = target[:, None], torch.logsumexp(z, -1)
-    loss = over - (1 - smoothing) * z.gather(-1, at).squeeze(-1)
+    at, top = target[:, None], z.amax(-1, keepdim=True)
+    hit = z.gather(-1, at) * (1 - smoothing)
     if smoothing:
-        loss = loss - smoothing * z.mean(-1)
+        hit = hit + smoothing * z.mean(-1, keepdim=True)
+    slope = z.sub_(top).exp_() if with_slope else z.sub(top).exp_()  # in place: it is the largest tensor here
+    total = slope.sum(-1, keepdim=True)
+    loss = (total.log() + top - hit).sum()
     if not with_slope:
-        return loss.sum(), None
-    slope = z.sub_(over[:, None]).exp_()
-    slope.scatter_add_(-1, at, slope.new_full((1, 1), smoothing - 1).expand_as(at))
-    return loss.sum(), slope.sub_(smoothing / z.shape[-1]) if smoothing else slope
+        return loss, None
+    slope.div_(total).scatter_add_(-1, at, slope.new_full((1, 1), smoothing - 1).expand_as(at))
+    return loss, slope.sub_(smoothing / z.shape[-1]) if smoothing else slope

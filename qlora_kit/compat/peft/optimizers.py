@@ -33,7 +33,8 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> Optimizer:
-    """``qlora_kit.training.optimizers.lora_fa_`` with AdamW and PEFT's epsilon of 1e-6.
+    """``qlora_kit.training.optimizers.lora_fa_`` with AdamW and PEFT's epsilon of 1e-6, which torch's AdamW adds
+    after the bias correction and PEFT's before it.
 
     Each layer's own scaling counts, whatever its rank and alpha, so ``r`` and ``lora_alpha`` say nothing new;
     ``use_rslora``, which PEFT is about to remove, has to be what the adapters were made with.
