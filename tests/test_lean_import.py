@@ -16,7 +16,7 @@ HEAVY = {
     "transformers",
     "trl",
 }
-PACKAGES = ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers", "qlora_kit.compat.peft"]
+PACKAGES = ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers", "qlora_kit.compat.peft", "qlora_kit.training"]
 
 
 def probe(package: str) -> str:

@@ -67,7 +67,8 @@ def assert_same_training(model: nn.Module, inputs: dict[str, Any], tolerance: fl
 @pytest.mark.parametrize("counted", [None, 7])
 @pytest.mark.slow
 def test_a_models_loss_is_the_references(name: str, traits: dict[str, float], counted: int | None) -> None:
-    """In float64: transformers' shift, ``ignore_index`` and ``num_items_in_batch``, and what the model does to logits."""
+    """In float64: transformers' shift, ``ignore_index`` and ``num_items_in_batch``, and what the model does to
+    logits."""
     model = ZOO[name].make().double()
     settings = {"final_logit_softcapping": 4.0, "logits_scaling": 8.0, "logit_scale": 0.25}
     for field, value in settings.items():
@@ -347,5 +348,6 @@ def test_models_without_a_head_and_wrong_chunks_are_refused() -> None:
 
 
 def test_a_batch_that_doesnt_fit_is_named() -> None:
-    with pytest.raises(UnsupportedModuleError, match=r"expected a loss for pixels, labels, found ValueError.*pass batch="):
+    with pytest.raises(UnsupportedModuleError, match=r"expected a loss for pixels, labels, found ValueError.*pass
+    batch="):
         use_chunked_loss(llama(), batch={"pixels": torch.ones(1), "labels": torch.ones(1)})
