@@ -58,8 +58,9 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def state_bytes(made: Optimizer) -> int:
-    """Each storage once: bitsandbytes' tables of levels are shared.""" return sum({t.untyped_storage()._cdata:
-    t.untyped_storage().nbytes() for t in tensors_in(dict(made.state))}.values())
+    """Each storage once: bitsandbytes' tables of levels are shared."""
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(dict(made.state))}
+    return sum(held.values())
 
 
 def main() -> None:
@@ -89,9 +90,10 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     base = statistics.median(seconds["AdamW"])
     for name, times in seconds.items():
-        count, held, median = sum(p.numel() for p in trained(models[name])), state_bytes(made[name]),
-        statistics.median(times) sizes = f"{count:,} | {held:,} | {held / count:.2f}" print(f"| {name} | {sizes} |
-        {1000 * median:.1f} | {median / base:.2f} |")
+        count, held = sum(p.numel() for p in trained(models[name])), state_bytes(made[name])
+        median = statistics.median(times)
+        sizes = f"{count:,} | {held:,} | {held / count:.2f}"
+        print(f"| {name} | {sizes} | {1000 * median:.1f} | {median / base:.2f} |")
 
 
 if __name__ == "__main__":

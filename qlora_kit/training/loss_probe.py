@@ -22,10 +22,10 @@ from ..naming import base_of
 from .cross_entropy import trained_in
 from .deferred_logits import DeferredLogits, Source
 
-_ROWS, _TOKENS = 2, 7 #: Relative difference of loss and gradients, by the dtype that the head is given. A half's
-gradients are rounded anew in #: every product, and models in float64 compute their loss in float32; a wrong shift or
-scaling is far above all of these. _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.02,
-torch.bfloat16: 0.05}
+_ROWS, _TOKENS = 2, 7
+#: Relative difference of loss and gradients, by the dtype that the head is given. A half's gradients are rounded anew
+#: in every product, and models in float64 compute their loss in float32; a wrong shift or scaling is far above these.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
 def probe(module: nn.Module, use_: Callable[[], None], batch: Mapping[str, Any] | None) -> None:

@@ -211,11 +211,16 @@ def test_names(name: str, kind: str, settings: dict[str, Any]) -> None:
 
 
 def test_eight_bits_are_eight_bits_but_for_tables() -> None:
-    model = apply_lora(llama(), LoraConfig(r=64, target_modules=["q_proj"], modules_to_save=["embed_tokens",
-    "lm_head"])) made = optimizer("adamw_8bit", model, lr=1e-3) model(**batch()).loss.backward() made.step() bits =
-    {name: made.state[p]["state1"].dtype for name, p in factors(model).items()} table = [dtype for name, dtype in
-    bits.items() if "embed_tokens" in name] rest = {dtype for name, dtype in bits.items() if "embed_tokens" not in
-    name} assert table == [torch.float32] assert rest == {torch.uint8}
+    whole = ["embed_tokens", "lm_head"]
+    model = apply_lora(llama(), LoraConfig(r=64, target_modules=["q_proj"], modules_to_save=whole))
+    made = optimizer("adamw_8bit", model, lr=1e-3)
+    model(**batch()).loss.backward()
+    made.step()
+    bits = {name: made.state[p]["state1"].dtype for name, p in factors(model).items()}
+    table = [dtype for name, dtype in bits.items() if "embed_tokens" in name]
+    rest = {dtype for name, dtype in bits.items() if "embed_tokens" not in name}
+    assert table == [torch.float32]
+    assert rest == {torch.uint8}
 
 
 def test_vectors_dont_decay() -> None:
