@@ -40,7 +40,7 @@ cli
 loftq.cli
 __main__ loftq.__main__
 """
-MOST_FILES = 20
+MOST_FILES = 21
 
 # Starts and roundings that are LoftQ's are known by name, and it is imported only when one of them is asked for.
 LATE = {("qlora_kit.initializers", "loftq"), ("qlora_kit.merging.requantize", "loftq")}
