@@ -119,7 +119,7 @@ def _with_labels(model: nn.Module) -> nn.Module:
         UnsupportedModuleError: there is none, or it has no head.
     """
     for module in model.modules():
-        if hasattr(type(module), "get_output_embeddings") and "labels" in _parameters(type(module)):
+        if hasattr(type(module), "get_output_embeddings") and "labels" in _parameters(type(module)):  # type: ignore[arg-type]
             if end_tables(module)[1] is None:
                 break
             return module
@@ -155,7 +155,7 @@ class _Deferring:
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, chunk: int) -> None:
-    labels = dict(zip(_parameters(type(module))[1:], args, strict=False)).get("labels", kwargs.get("labels"))
+    labels = dict(zip(_parameters(type(module))[1:], args, strict=False)).get("labels", kwargs.get("labels"))  # type: ignore[arg-type]
     head = end_tables(module)[1]
     if labels is None or head is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return

@@ -146,7 +146,7 @@ class DeferredLogits(Tensor):
         flat_args, flat_kwargs = tree_map_only(Tensor, lambda t: t.reshape(t.shape[-1:]), (args, kwargs))
 
         def step(z: Tensor) -> Tensor:
-            return func(z, *flat_args, **flat_kwargs)  # type: ignore[no-any-return]
+            return func(z, *flat_args, **flat_kwargs)
 
         with torch.no_grad():
             example = step(self.example)

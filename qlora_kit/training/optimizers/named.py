@@ -49,11 +49,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
         ConfigError: none is; names the closest.
     """
     if name in _OF_TORCH:
-        return getattr(torch.optim, _OF_TORCH[name])  # type: ignore[no-any-return]
+        return getattr(torch.optim, _OF_TORCH[name])
     if name in _OF_BITSANDBYTES:
         from bitsandbytes import optim
 
-        return getattr(optim, _OF_BITSANDBYTES[name])  # type: ignore[no-any-return]
+        return getattr(optim, _OF_BITSANDBYTES[name])
     raise ConfigError(f"optimizer: expected one of {len(NAMES)} names, found {name!r}; closest: {closest(name, NAMES)}")
 
 
