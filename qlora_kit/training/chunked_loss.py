@@ -155,9 +155,12 @@ class _Deferring:
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, chunk: int) -> None:
-    labels = dict(zip(_parameters(type(module))[1:], args, strict=False)).get("labels", kwargs.get("labels"))  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    names = _parameters(type(module))  # type: ignore[arg-type]
+    labels = dict(zip(names[1:], args, strict=False)).get("labels", kwargs.get("labels"))
     head = end_tables(module)[1]
-    if labels is None or head is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if labels is None or head is None:
         return
     if not isinstance(vars(head).get("forward"), _Deferring):
         vars(head)["forward"] = _Deferring(head, chunk)

@@ -55,7 +55,7 @@ def chunked_cross_entropy(
         hidden: (..., H), floating.
         head: a module from (n, H) to (n, V), whatever it is made of, or a weight (V, H).
         target: (...) of whole numbers: which word comes at each place; no shift happens here.
-        chunk: rows whose logits are held at a time, about 12 V bytes each.
+        chunk: rows whose logits are held at a time, about 8 V bytes each.
         reduction: "mean" over the targets that count, or "sum".
         label_smoothing: as in ``F.cross_entropy``.
 

@@ -113,6 +113,7 @@ def test_every_model_with_a_head_of_words(name: str) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_every_storage(storage: str, dtype: torch.dtype, llama_dir: Path) -> None:
     lora = adapted(load(llama_dir, storage, dtype))
     for parameter in lora.parameters():
