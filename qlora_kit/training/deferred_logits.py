@@ -110,7 +110,8 @@ class DeferredLogits(Tensor):
             answer = _scored(args, kwargs)
         elif isinstance(args[0] if args else None, cls) and args[0].value is None:
             if name in _ABOUT_IT or (reads and name not in _MADE_OF_IT):
-                return args[0].requires() if name == "requires_grad" else super().__torch_function__(func, types, args)
+                said = super().__torch_function__(func, types, args, kwargs)
+                return args[0].requires() if name == "requires_grad" else said
             answer = args[0].noted(func, name, args[1:], kwargs)
         else:
             answer = None

@@ -16,6 +16,7 @@ from reference.branches import array
 from reference.cross_entropy import next_words, scored
 from tiny_llama import STORAGES, adapted, batch, llama, load
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from zoo import QUICK, ZOO
 
 from qlora_kit import AdapterError, LoraConfig, apply_lora
@@ -125,6 +126,20 @@ def test_every_storage(storage: str, dtype: torch.dtype, llama_dir: Path) -> Non
 
 
 TIED = {"ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("few", [{"load_in_8bit": True}, {"load_in_4bit": True}])
+@pytest.mark.parametrize("with_adapter", [True, False])
+@pytest.mark.slow
+def test_a_head_of_bitsandbytes(few: dict[str, bool], with_adapter: bool, llama_dir: Path) -> None:
+    """As transformers loads it if it is told not to skip the head."""
+    quantization = BitsAndBytesConfig(**few, llm_int8_skip_modules=["nothing"])
+    model = LlamaForCausalLM.from_pretrained(llama_dir, dtype=torch.bfloat16, quantization_config=quantization)
+    assert type(model.lm_head).__name__ in ("Linear8bitLt", "Linear4bit")
+    targets = ["q_proj", "lm_head"] if with_adapter else ["q_proj"]
+    assert_same_training(apply_lora(model, LoraConfig(target_modules=targets, init_lora_weights=False)), batch(), 0.03)
+
+
 HEADS: dict[str, Callable[[], nn.Module]] = {
     "an adapter": lambda: apply_lora(llama(), LoraConfig(target_modules=["q_proj", "lm_head"])),
     "trained whole": lambda: apply_lora(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])),

@@ -112,7 +112,7 @@ def test_a_trained_scale_gets_its_gradient() -> None:
 def test_what_it_says_of_itself_costs_nothing() -> None:
     head = nn.Linear(WIDTH, WORDS, dtype=torch.bfloat16)
     logits = deferred_call(head, head.forward, torch.randn(2, 5, WIDTH, dtype=torch.bfloat16), chunk=3)
-    assert (logits.shape, logits.size(-1), logits.dim(), len(logits)) == ((2, 5, WORDS), WORDS, 3, 2)
+    assert (logits.shape, logits.size(dim=1), logits.dim(), len(logits)) == ((2, 5, WORDS), 5, 3, 2)
     assert (logits.dtype, logits.float().dtype) == (torch.bfloat16, torch.float32)
     assert (logits.device, logits.is_cuda, logits.requires_grad) == (torch.device("cpu"), False, True)
     with torch._C.DisableTorchFunctionSubclass():
