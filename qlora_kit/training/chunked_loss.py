@@ -89,17 +89,16 @@ def use_chunked_loss(model: nn.Module, *, chunk: int = CHUNK, batch: Mapping[str
     check_chunk(chunk)
     module = _with_labels(model)
     used = ChunkedLoss(module)
-    before, found = used.chunk, False
+    before = used.chunk
     used.remove()
     protect_storage_(module)  # an evaluation would rewrite 4-bit weights on some CPUs
     try:
         probe(module, partial(_use_, module, chunk), batch)
-        found = True
-    finally:
-        if not found:
-            used.remove()
-            if before is not None:
-                _use_(module, before)
+    except BaseException:
+        used.remove()
+        if before is not None:
+            _use_(module, before)
+        raise
     return used
 
 

@@ -158,17 +158,15 @@ class DeferredLogits(Tensor):
         """The rows that ``func`` chooses or arranges, if it leaves each row whole."""
         index = args[0] if name == "__getitem__" else None
         words = self.example.shape[-1]
-        if isinstance(index, Tensor) or (
-            isinstance(index, tuple) and any(isinstance(i, (Tensor, list)) for i in index)
-        ):
-            places = index.dim() if isinstance(index, Tensor) and index.dtype is torch.bool else 1
-            whole = isinstance(index, Tensor) and places <= self.rows.dim()
-            return self._with_rows(self.rows[index]) if whole else None
+        if isinstance(index, tuple) and any(isinstance(part, (Tensor, list)) for part in index):
+            return None
+        if isinstance(index, Tensor):
+            places = index.dim() if index.dtype is torch.bool else 1
+            return self._with_rows(self.rows[index]) if places <= self.rows.dim() else None
         # Seen as logits that are the row's number for each word, which takes no memory while words stay together.
         seen = self.rows[..., None].expand(*self.rows.shape, words)
-        if any(isinstance(a, torch.dtype) for a in args) or func(seen.to("meta"), *args, **kwargs).shape[-1:] != (
-            words,
-        ):
+        of_bits = any(isinstance(argument, torch.dtype) for argument in args)
+        if of_bits or func(seen.to("meta"), *args, **kwargs).shape[-1:] != (words,):
             return None
         found = func(seen, *args, **kwargs)
         return self._with_rows(found[..., 0]) if found.stride(-1) == 0 else None
