@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ..codecs import protect_storage_
 from ..errors import UnsupportedModuleError
 from ..injection.ties import end_tables
+from ..layers import AdapterLayer, ModulesToSave
+from ..layers.row_choice import rows_of
 from .cross_entropy import CHUNK, check_chunk
 from .deferred_logits import deferred_call
 from .loss_probe import probe
@@ -71,7 +73,7 @@ def use_chunked_loss(model: nn.Module, *, chunk: int = CHUNK, batch: Mapping[str
 
     Nothing is saved where a loss is computed from logits outside of the model: transformers' ``label_smoothing_factor``
     and ``compute_loss_func``. TRL's SFTTrainer computes its own in chunks from 1.16 on, and is not disturbed. Under
-    torch.compile the head computes as ever.
+    torch.compile, and where each row has adapters of its own in the head, it computes as ever.
 
     Args:
         model: any whose forward takes ``labels`` and which has output embeddings, bare, with adapters, or wrapped.
@@ -142,7 +144,7 @@ class _Deferring:
 
     def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.head).forward.__get__(self.head) if self.before is None else self.before
-        if args or kwargs or not isinstance(hidden, Tensor) or not hidden.numel():
+        if args or kwargs or not isinstance(hidden, Tensor) or not hidden.numel() or _by_rows(self.head):
             return forward(hidden, *args, **kwargs)
         return deferred_call(self.head, forward, hidden, self.chunk)
 
@@ -151,6 +153,11 @@ class _Deferring:
             vars(self.head).pop("forward", None)
         else:
             vars(self.head)["forward"] = self.before
+
+
+def _by_rows(head: nn.Module) -> bool:
+    """Whether each row of the batch has an adapter of its own in ``head``: chunks don't know which row they are of."""
+    return any(rows_of(part) is not None for part in head.modules() if isinstance(part, (AdapterLayer, ModulesToSave)))
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, chunk: int) -> None:

@@ -304,3 +304,16 @@ def test_an_adapter_that_comes_later_is_seen() -> None:
     assert len(found) == 2
     use_chunked_loss(lora).remove()
     assert gradients(lora, batch())[0].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_a_head_with_an_adapter_for_each_row_computes_as_ever() -> None:
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    model = apply_lora(llama(), config, "a").eval()
+    model.add_adapter("b", config)
+    names = {"adapter_names": ["a", "b"]}
+    expected = model(**batch(), **names)
+    use_chunked_loss(model, chunk=CHUNK)
+    found = model(**batch(), **names)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    assert type(found.logits) is Tensor
