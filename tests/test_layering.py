@@ -18,12 +18,12 @@ PACKAGES = ("qlora_kit", "loftq")
 
 # A room is a folder or a single module. Rooms of one line don't know each other.
 FLOORS = """
-errors neighbours
+errors compat.neighbours
 codecs naming
 checkpoints lowrank
 config layers
 injection hf_quantizer
-initializers algebra preparation
+initializers algebra preparation training
 adapter_files
 merging
 model
@@ -46,7 +46,11 @@ MOST_FILES = 20
 LATE = {("qlora_kit.initializers", "loftq"), ("qlora_kit.merging.requantize", "loftq")}
 
 # A library with one home: the modules that may import it. peft is a peer for tests and benchmarks only.
-HOMES = {"bitsandbytes": {"qlora_kit.codecs.bnb"}, "peft": set(), "triton": {"qlora_kit.codecs.kernels.triton_code"}}
+HOMES = {
+    "bitsandbytes": {"qlora_kit.codecs.bnb", "qlora_kit.training.optimizers.named"},
+    "peft": set(),
+    "triton": {"qlora_kit.codecs.kernels.triton_code"},
+}
 
 
 def full(room: str) -> str:

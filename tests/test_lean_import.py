@@ -17,7 +17,7 @@ HEAVY = {
     "triton",
     "trl",
 }
-PACKAGES = ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers", "qlora_kit.compat.peft"]
+PACKAGES = ["qlora_kit", "qlora_kit.codecs", "qlora_kit.layers", "qlora_kit.compat.peft", "qlora_kit.training"]
 
 
 def probe(package: str) -> str:

@@ -60,6 +60,9 @@ NAMES = {
         storage_config
     """,
     "qlora_kit.folders": "combine_folders compress_folder extract_folders merge_folders",
+    "qlora_kit.training": "ChunkedLoss Offload chunked_cross_entropy offload_activations optimizers use_chunked_loss",
+    "qlora_kit.training.optimizers": "lora_fa_ lora_plus lora_plus_groups optimizer optimizer_class",
+    "qlora_kit.compat.peft.optimizers": "create_lorafa_optimizer create_loraplus_optimizer",
 }
 
 # A parameter after a * is keyword-only.
@@ -97,6 +100,15 @@ PARAMETERS = {
     "loftq.collect_statistics": "model batches paths * diagonal",
     "loftq.start_report": "lora adapter_name",
     "loftq.register_method": "name * statistics sequential",
+    "qlora_kit.training.use_chunked_loss": "model * chunk batch",
+    "qlora_kit.training.chunked_cross_entropy": """
+        hidden head target * chunk ignore_index reduction label_smoothing
+    """,
+    "qlora_kit.training.offload_activations": "model * least_bytes",
+    "qlora_kit.training.optimizers.optimizer": "name model **settings * lr weight_decay",
+    "qlora_kit.training.optimizers.lora_plus": "model name **settings * lr ratio weight_decay lr_embedding",
+    "qlora_kit.training.optimizers.lora_plus_groups": "model * lr ratio weight_decay lr_embedding",
+    "qlora_kit.training.optimizers.lora_fa_": "model name **settings * lr weight_decay",
     "qlora_kit.folders.merge_folders": """
         base adapters out * weights into rounding blocksize double_quant shard_bytes check_backbone force
         least_retained device tokenizer allow_pickle progressbar

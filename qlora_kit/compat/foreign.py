@@ -64,7 +64,7 @@ OTHERS = """
     MontecloraConfig MontecloraTrainerMixin
     PromptLearningConfig TrainableTokensWrapper VeloraConfig
     bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters convert_to_lora
-    create_arrow_model find_kappa_target_modules get_eva_state_dict hotswap_adapter
+    create_arrow_model create_riemannian_optimizer find_kappa_target_modules get_eva_state_dict hotswap_adapter
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
     preprocess_corda preprocess_loraga prepare_model_for_compiled_hotswap prompt_embeddings_from_past_key_values
     save_as_lora shift_tokens_right

@@ -18,6 +18,7 @@ The files are PEFT's modules, as far as scripts import from them, and hold names
 - ``mapping``: methods by their type
 - ``mapping_func``: ``get_peft_model``
 - ``mixed_model``: ``PeftMixedModel``
+- ``optimizers``: optimizers for LoRA's factors
 - ``peft_model``: the model classes and their status
 - ``tuners/``: methods, of which there is LoRA
 - ``utils/``: constants, types, state dicts

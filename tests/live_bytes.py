@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_flatten
 
 
 class LiveBytes(TorchDispatchMode):
-    """``live`` and ``peak`` bytes of all storages made inside the ``with`` block, and of those of ``model``."""
+    """``live`` and ``peak`` bytes of all storages made inside the ``with`` block, and of those of ``model``;
+    ``largest`` is the size of the largest made inside."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self._seen: dict[int, int] = {}
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -36,7 +37,8 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._seen:
             self._seen[key] = size
             self.live += size
-            self.peak = max(self.peak, self.live) if hasattr(self, "before") else 0
+            if hasattr(self, "before"):
+                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
