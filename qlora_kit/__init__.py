@@ -5,6 +5,7 @@ Importing this package imports torch, and neither bitsandbytes nor transformers.
 """
 
 from .codecs import Codec, codec_for, register_codec
+from .compat.neighbours.on_import import import_after
 from .config.lora import LoftQConfig, LoraConfig
 from .errors import (
     AdapterError,
@@ -22,7 +23,6 @@ from .layers import AdapterLayer, register_layer, set_branch
 from .merging.in_memory import merge
 from .merging.report import MergeReport
 from .model.lora_model import LoraModel, apply_lora
-from .neighbours.on_import import import_after
 from .preparation.gradients import check_gradients
 from .preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from .preparation.quantize import quantize_

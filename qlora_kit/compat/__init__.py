@@ -17,4 +17,5 @@
 - ``meta``: factors without memory, which a later load fills
 - ``errors``: PEFT's error and warning classes
 - ``foreign``: PEFT's other methods, importable and refused when used
+- ``neighbours/``: how this package meets libraries that may be there, or not, or later
 """

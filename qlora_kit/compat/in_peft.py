@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config.lora import LoraConfig
 from ..layers import AdapterLayer
-from ..neighbours.passing import loaded
+from .neighbours.passing import loaded
 from .peft import get_peft_model
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import json_object, write_atomically
+from ..compat.neighbours.passing import blank, loaded, standing_for
 from ..errors import ConfigError, closest
-from ..neighbours.passing import blank, loaded, standing_for
 from .checks import check_bool, check_choice, check_int, check_names, check_positive, check_regex, failure
 from .loftq import LoftQConfig
 from .peft_json import STARTS_ELSEWHERE, fields_from_json

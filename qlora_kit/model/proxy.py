@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import registered_codec, shielded_storage
+from ..compat.neighbours.passing import blank, loaded, standing_for
 from ..config.checks import check_model
 from ..errors import AdapterError, CodecError
 from ..injection.ties import end_tables
 from ..layers import AdapterLayer
-from ..neighbours.passing import blank, loaded, standing_for
 from ..preparation.trainers import drop_forwards_
 from .keywords import without_peft_keywords
 from .replaced import chain, decorated, settings_of

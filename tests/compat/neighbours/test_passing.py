@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora
 from qlora_kit.compat import peft as names
-from qlora_kit.neighbours.passing import standing_for
+from qlora_kit.compat.neighbours.passing import standing_for
 
 CONFIG = LoraConfig(r=4, target_modules=["q_proj"])
 
