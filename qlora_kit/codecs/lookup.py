@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .base import Codec
 
 
@@ -26,7 +27,7 @@ class _LookupLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, codec: Codec, module: nn.Module) -> Tensor:
         ctx.codec, ctx.module, ctx.dtype = codec, module, x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.linear(x, codec.read(module).to(x.dtype), bias)
 
     @staticmethod

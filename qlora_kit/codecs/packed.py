@@ -148,6 +148,9 @@ class PackedCodec(Codec):
         return assembled(self.pieces(module), self.shape(module), module.weight.device)
 
     def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
+        if module.weight.is_meta:  # there is nothing to look up
+            yield slice(0, module.out_features), torch.empty(self.shape(module), device="meta")
+            return
         bits, width, blocksize = scheme(module.quant_type).bits, module.in_features, module.blocksize
         scales, shifts = module.stored_scales().read(), module.stored_scales("shifts")
         shifts = None if shifts is None else shifts.read()
