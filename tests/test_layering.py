@@ -27,7 +27,7 @@ initializers algebra preparation training
 adapter_files
 merging
 model
-folders compat
+folders compat planner
 qlora_kit
 loftq.methods
 loftq.inputs

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,36 @@ def skeleton(folder: Path, *, quantized: bool = False, **overrides: Any) -> nn.M
             f"{folder}: expected a model in 16 or 32 bits, found one that is quantized already; pass the original, "
             "or load this one and use init_lora_weights='loftq' with LoftQConfig(weights=original)"
         )
+    return _without_weights(folder, config)
+
+
+def empty_model(model: str | os.PathLike[str], dtype: torch.dtype, attention: str | None = None) -> nn.Module:
+    """The model of a folder or of a name on the Hub on the meta device, dense, however it is stored; only its
+    configuration is read.
+
+    Args:
+        dtype: of its weights.
+        attention: transformers' name of how it attends; by default the best that the architecture has.
+
+    Raises:
+        StorageError: neither a folder with a config.json nor a name whose configuration can be had; or one of a model
+            that transformers doesn't have.
+    """
+    if Path(model).is_dir():
+        _check_layers(Path(model), read_settings(Path(model)))
+    return _without_weights(model, _config(model, {}), attention, dtype=dtype)
+
+
+def _without_weights(
+    folder: str | os.PathLike[str], config: Any, attention: str | None = None, **options: Any
+) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         # Kernels that a config names would be fetched, and nothing is computed here.
-        config._attn_implementation = config._experts_implementation = None
+        config._attn_implementation, config._experts_implementation = attention, None
         with torch.device("meta"):
-            return _maker(config)(config)
+            return _maker(config)(config, **options)
     except Exception as error:
         raise _not_built(folder, error) from error
 
@@ -142,7 +166,7 @@ def _config(folder: str | os.PathLike[str], overrides: Mapping[str, Any]) -> Any
         raise _not_built(folder, error) from error
 
 
-def _maker(config: Any) -> Callable[[Any], nn.Module]:
+def _maker(config: Any) -> Callable[..., nn.Module]:
     """What builds the model that ``config`` names first, among those that transformers has."""
     import transformers
 
@@ -151,7 +175,7 @@ def _maker(config: Any) -> Callable[[Any], nn.Module]:
     kind: Any = next((k for k in found if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
     if kind is not None:
         return kind._from_config
-    return lambda config: transformers.AutoModel.from_config(config, trust_remote_code=False)
+    return partial(transformers.AutoModel.from_config, trust_remote_code=False)
 
 
 def _check_layers(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -167,6 +191,8 @@ def _check_layers(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _not_built(folder: str | os.PathLike[str], error: Exception) -> StorageError:
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if isinstance(error, OSError) and not Path(folder).is_dir():
+        return _neither("model", folder, error)
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         said = "one whose code lies beside it (auto_map), which is never run here"
     return StorageError(
@@ -213,10 +239,14 @@ def locate(model: str | os.PathLike[str], argument: str = "model") -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise StorageError(
-            f"{argument}={str(model)!r}: expected a folder or a repository on the Hub, found neither "
-            f"({str(error).splitlines()[0]}); correct the name, or download it first"
-        ) from error
+        raise _neither(argument, model, error) from error
+
+
+def _neither(argument: str, model: str | os.PathLike[str], error: Exception) -> StorageError:
+    return StorageError(
+        f"{argument}={str(model)!r}: expected a folder or a repository on the Hub, found neither "
+        f"({str(error).splitlines()[0]}); correct the name, or download it first"
+    )
 
 
 def _sampled_hash(file: Path, samples: int = 64, length: int = 4096) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from .group import command_group, in_words_of, names_or_pattern
-from .numbers import gigabytes, size_or_word
+from .numbers import gigabytes, parse_bytes, size_or_word
 
 app = command_group(
     "qlora-kit",
@@ -228,6 +228,70 @@ def extract(
         )
         typer.echo(words(str(report)))
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="A folder, or a name on the hub, of which config.json is read.", show_default=False)
+    ],
+    bits: Annotated[int, typer.Option(help="Of the linear layers: 16, 8, 4, 3 or 2.")] = 4,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    seq: Annotated[int, typer.Option(help="Tokens a row.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 1,
+    gpu: Annotated[Optional[str], typer.Option(help="What it has to fit on: t4, l4, 4090, a100, h100, ...")] = None,  # noqa: UP045
+    memory: Annotated[Optional[str], typer.Option(help="Instead of --gpu, or of what that has: 12GiB.")] = None,  # noqa: UP045
+    targets: Annotated[str, typer.Option(help="all-linear, names with commas between, or a regex.")] = "all-linear",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw-8bit, paged-adamw, paged-adamw-8bit, lion, adafactor, sgd, ...")
+    ] = "adamw",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Compute activations anew in the backward.")
+    ] = True,
+    chunked_loss: Annotated[bool, typer.Option("--chunked-loss", help="The loss a few tokens at a time.")] = False,
+    attention: Annotated[str, typer.Option(help="sdpa (fused kernels) or eager.")] = "sdpa",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    adapter_dtype: Annotated[str, typer.Option(help="Of the adapters.")] = "float32",
+    dropout: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
+    accumulation: Annotated[int, typer.Option(help="Batches to a step of the optimizer.")] = 1,
+    quant_type: Annotated[Optional[str], typer.Option(help="Instead of --bits: nf4, fp4, nf3, signed2, ...")] = None,  # noqa: UP045
+    blocksize: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    double_quant: Annotated[bool, typer.Option("--double-quant/--single-quant", help="Scales in 8 bits.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="The peak at every number of bits too.")] = False,
+    json: Annotated[Optional[Path], typer.Option(help="Write the plan to this file too.")] = None,  # noqa: UP045
+) -> None:
+    """Tell what memory a training run takes, part by part, and whether it fits; no weights are downloaded."""
+    from ..planner import Settings, plan_memory
+
+    with in_words_of("qlora-kit plan", context, plan_memory, Settings) as words:
+        found = plan_memory(
+            model,
+            gpu=gpu,
+            memory=None if memory is None else parse_bytes(memory, "--memory"),
+            compare=compare,
+            bits=bits,
+            rank=rank,
+            seq=seq,
+            batch=batch,
+            targets=targets if isinstance(names := names_or_pattern(targets), str) else tuple(names),
+            optimizer=optimizer,
+            checkpointing=checkpointing,
+            chunked_loss=chunked_loss,
+            attention=attention,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            dropout=dropout,
+            accumulation=accumulation,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            double_quant=double_quant,
+        )
+        typer.echo(words(str(found)))
+        if json is not None:
+            found.save(json)
+    if json is not None:
+        typer.echo(f"wrote {json}")
 
 
 def _weighted(source: str) -> tuple[str, float]:

@@ -196,9 +196,13 @@ class Codec:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that torch's own linear would compute ``x`` in: autocast's where that is on."""
-    kind = x.device.type
-    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if casts else x.dtype
+    casts = autocasts(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for ``x``. The meta device, where torch doesn't know the question, has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def described(module: nn.Module) -> str:

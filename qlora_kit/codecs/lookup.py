@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .autocast import without_autocast
 from .base import Codec
 
 
@@ -57,7 +58,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, products: Products) -> Tensor:
         ctx.products, ctx.dtype = products, x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return products.linear(x, bias)
 
     @staticmethod

@@ -35,6 +35,8 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int, *, first_high: bool = False) -> Tensor:
     """Flat uint8 bytes of ``codes`` (uint8, any shape, row-major, each below 2^bits)."""
     group, _ = _group(bits)
+    if codes.is_meta:
+        return codes.new_empty(packed_bytes(codes.numel(), bits))
     flat = codes.reshape(-1)
     if flat.numel() % group:
         flat = torch.cat([flat, flat.new_zeros(group - flat.numel() % group)])

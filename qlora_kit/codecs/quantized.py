@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CodecError, ConfigError
 from .blockwise import dequantize, quantize, quantize_range
-from .codebooks import codebook, scheme
+from .codebooks import Scheme, codebook, scheme
 from .pieces import row_pieces
 
 # The scales of a weight are themselves quantized in blocks of 256, as in bitsandbytes.
@@ -130,12 +130,16 @@ def quantize_matrix(
         blocksize: values per scale, None for one scale a row; int8 always has rows.
         double_quant: keep scales and shifts in 8 bits; not with int8.
 
+    A matrix on the meta device has no values: codes and scales are of the right shapes and dtypes, there too.
+
     Raises:
         CodecError: an unknown type, or a magnitude that int8 can't take.
     """
-    if quant_type == "int8":
+    kind = None if quant_type == "int8" else scheme(quant_type)
+    if matrix.is_meta:
+        return _without_values(matrix, quant_type, kind, blocksize, double_quant)
+    if kind is None:
         return _int8(matrix)
-    kind = scheme(quant_type)
     rows, blocksize = not blocksize, blocksize or max(1, matrix.shape[1])
     table = codebook(quant_type, matrix.device, blocksize)
     if kind.scaling == "range":
@@ -146,6 +150,22 @@ def quantize_matrix(
         shifts = None
     stored = Scales.of(scales, double_quant), None if shifts is None else Scales.of(shifts, double_quant)
     return Quantized(quant_type, codes, *stored, blocksize, scales, rows)
+
+
+def _without_values(
+    matrix: Tensor, quant_type: str, kind: Scheme | None, blocksize: int | None, double_quant: bool
+) -> Quantized:
+    if kind is None:
+        codes, scales = matrix.to(torch.int8), matrix.new_empty(len(matrix), dtype=torch.float32)
+        return Quantized("int8", codes, Scales(scales), None, None, scales, True)
+    rows, blocksize = not blocksize, blocksize or max(1, matrix.shape[1])
+    scales = matrix.new_empty(-(-matrix.numel() // blocksize), dtype=torch.float32)
+    stored = Scales(scales)
+    if double_quant:
+        absmax = scales.new_empty(-(-len(scales) // SCALES_BLOCKSIZE))
+        stored = Scales(scales.to(torch.uint8), absmax, scales.new_empty(1))
+    shifts = stored if kind.scaling == "range" else None
+    return Quantized(quant_type, matrix.to(torch.uint8), stored, shifts, blocksize, scales, rows)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
+from ..codecs.base import autocasts
 from ..codecs.finite import all_finite
 from ..errors import AdapterError, MergeError, TargetError
 from ..lowrank import delta
@@ -175,7 +176,7 @@ class AdapterLayer(AdjustedByHand, StandIn):
 
     def cast_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` in the adapter's dtype; left alone under autocast, which casts for the product itself."""
-        kept = torch.is_autocast_enabled(x.device.type) or not self.cast_input_dtype_enabled
+        kept = autocasts(x) or not self.cast_input_dtype_enabled
         return x if kept else x.to(dtype)
 
     # -- merging ---------------------------------------------------------------------------------------

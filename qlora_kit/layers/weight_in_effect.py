@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..codecs import Codec
+from ..codecs.autocast import without_autocast
 from ..errors import AdapterError
 
 #: Canonical A (r, in) and B (out, r), and the scaling s.
@@ -75,7 +76,7 @@ class Sum:
         """
         if self.unknown:
             raise AdapterError(self.unknown)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             delta = sum(s * (B @ A) for A, B, s in self.branches)
             laid_out = self.codec.laid_out(self.base, delta)  # type: ignore[arg-type]
             assert laid_out is not None

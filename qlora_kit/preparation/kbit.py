@@ -133,7 +133,7 @@ def prepare_model_for_kbit_training(
     protect_storage_(model)
     checkpointing = "off"
     if use_gradient_checkpointing:
-        checkpointing = _checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}), changed)
+        checkpointing = checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}), changed)
     model.memory_bill = MemoryBill(memory_bill(model).bytes, before, checkpointing)  # type: ignore[assignment]
     return model
 
@@ -260,8 +260,16 @@ def _output_head(model: nn.Module) -> nn.Module:
 # -- activation checkpointing --------------------------------------------------------------------------------
 
 
-def _checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any], changed: Preparation) -> str:
-    """Turn checkpointing on through the model's own interface, the current or the older one."""
+def checkpoint_activations_(model: nn.Module, kwargs: dict[str, Any], changed: Preparation) -> str:
+    """Turn checkpointing on through the model's own interface, the current or the older one.
+
+    Args:
+        kwargs: for ``torch.utils.checkpoint``; ``use_reentrant=False`` unless given.
+        changed: what is switched on is noted there.
+
+    Returns:
+        As ``MemoryBill.activation_checkpointing``.
+    """
     kwargs.setdefault("use_reentrant", False)
     if not getattr(model, "supports_gradient_checkpointing", True):
         return NOT_OFFERED

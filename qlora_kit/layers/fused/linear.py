@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...codecs import Codec
+from ...codecs.autocast import without_autocast
 from ...codecs.native import product_dtype
 from ...codecs.scratch import is_scratch, scratch
 from ...errors import AdapterError
@@ -102,7 +103,7 @@ class _FusedLinear(torch.autograd.Function):
         own = base.own_dtypes(x)
         ctx.base, ctx.settings, ctx.product = base, settings, own[0] if own else base.dtype
         y = None if own else base.codec.forward(base.module, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             rows = _rows(x, base.dtype)
             folded = [b for b in branches if own and keeps_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if y is None:
@@ -129,7 +130,7 @@ class _FusedLinear(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing computes them at the first access
         branches, kept = _branches(saved[:count], ctx.settings), saved[count:]
         needs_bias, needs_x, needs = ctx.needs_input_grad[3], *_needs(ctx.needs_input_grad[4:], count)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             leaves, x = (None, kept[0]) if made is None else made.again(kept)
             rows, grad_x = _rows(grad, base.dtype), None
             folded = [b for b in branches if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]

@@ -1,0 +1,94 @@
+"""What a training run is planned with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ..config.checks import check_bool, check_choice, check_int, check_names, failure
+from ..config.loftq import DEFAULT_TYPES
+from .optimizers import OPTIMIZERS
+
+#: Of the weights that adapters stand on; at 16 they stay as they are.
+BITS = (16, 8, 4, 3, 2)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run.
+
+    Attributes:
+        bits: of the linear layers' weights, as ``quantize_`` stores them; 16 leaves them dense, in ``dtype``.
+        quant_type, blocksize, double_quant: as in ``quantize_``.
+        rank, targets, dropout: of the adapters, as in ``LoraConfig``.
+        seq, batch: tokens a row, and rows.
+        accumulation: batches to a step of the optimizer.
+        dtype: of what isn't quantized, and of activations.
+        adapter_dtype: of the adapters and their gradients.
+        optimizer: of ``optimizers.OPTIMIZERS``.
+        checkpointing: recompute the layers' activations in the backward pass.
+        chunked_loss: compute the loss a few tokens at a time, so that the logits of all are never there.
+        attention: "sdpa", torch's fused kernels, or "eager", which keeps a matrix of tokens by tokens for each head.
+
+    Raises:
+        ConfigError: a field has a value that can't work.
+    """
+
+    bits: int = 4
+    rank: int = 16
+    seq: int = 2048
+    batch: int = 1
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    optimizer: str = "adamw"
+    checkpointing: bool = True
+    chunked_loss: bool = False
+    attention: str = "sdpa"
+    accumulation: int = 1
+    quant_type: str | None = None
+    blocksize: int | None = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise failure("bits", f"one of {list(BITS)}", self.bits, "pass bits=4")
+        for name in ("rank", "seq", "batch", "accumulation"):
+            check_int(name, getattr(self, name), 1, f"pass {name}={getattr(type(self), name)}")
+        check_choice("dtype", self.dtype, DTYPES, "pass dtype='bfloat16'")
+        check_choice("adapter_dtype", self.adapter_dtype, DTYPES, "pass adapter_dtype='float32'")
+        check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS), "pass optimizer='adamw'")
+        check_choice("attention", self.attention, ("sdpa", "eager"), "pass attention='sdpa'")
+        for name in ("checkpointing", "chunked_loss", "double_quant"):
+            check_bool(name, getattr(self, name))
+        names = check_names("targets", self.targets, regex=True) if self.targets != "all-linear" else self.targets
+        object.__setattr__(self, "targets", names if isinstance(names, str) else tuple(names or ()))
+
+    def but(self, **others: Any) -> Settings:
+        """The same with ``others`` in the place of its own."""
+        return replace(self, **others)
+
+    @property
+    def storage(self) -> str:
+        """The type that the linear layers are stored in."""
+        return self.dtype if self.bits == 16 else self.quant_type or DEFAULT_TYPES[self.bits]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "storage": self.storage}
+
+    def __str__(self) -> str:
+        targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+        extras = [f"{self.attention} attention", self.optimizer]
+        extras += ["checkpointing"] * self.checkpointing + ["chunked loss"] * self.chunked_loss
+        return (
+            f"{self.bits} bits ({self.storage}), rank {self.rank} on {targets}, {self.batch} x {self.seq:,} tokens in "
+            f"{self.dtype}: {', '.join(extras)}"
+        )
