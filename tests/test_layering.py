@@ -27,7 +27,7 @@ initializers algebra preparation training
 adapter_files
 merging
 model
-folders compat planner
+folders compat training.planner
 qlora_kit
 loftq.methods
 loftq.inputs

@@ -262,7 +262,7 @@ def plan(
     json: Annotated[Optional[Path], typer.Option(help="Write the plan to this file too.")] = None,  # noqa: UP045
 ) -> None:
     """Tell what memory a training run takes, part by part, and whether it fits; no weights are downloaded."""
-    from ..planner import Settings, plan_memory
+    from ..training.planner import Settings, plan_memory
 
     with in_words_of("qlora-kit plan", context, plan_memory, Settings) as words:
         found = plan_memory(

@@ -8,6 +8,7 @@ Nothing here knows ``LoraModel``: it works on bare models, on models with adapte
 - ``loss_probe``: whether a model's chunked loss is its own
 - ``offload``: ``offload_activations``, which wait for the backward on the CPU
 - ``optimizers/``: LoRA+, LoRA-FA, optimizers by name
+- ``planner/``: what memory a training run takes, before it
 """
 
 from . import optimizers

@@ -9,7 +9,7 @@ from measured import measured_peak
 from zoo import ZOO
 
 from qlora_kit import set_branch
-from qlora_kit.planner import plan_memory
+from qlora_kit.training.planner import plan_memory
 
 # Tables of a few numbers aren't in a plan, nor what a packed weight is looked up in: 3 bits take most of that, and no
 # more for a large layer than for a tiny one.

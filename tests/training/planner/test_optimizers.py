@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.planner.optimizers import OPTIMIZERS, is_paged, state_bytes
+from qlora_kit.training.planner.optimizers import OPTIMIZERS, is_paged, state_bytes
 
 REAL: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "adamw": torch.optim.AdamW,

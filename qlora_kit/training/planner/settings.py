@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..config.checks import check_bool, check_choice, check_int, check_names, failure
-from ..config.loftq import DEFAULT_TYPES
+from ...config.checks import check_bool, check_choice, check_int, check_names, failure
+from ...config.loftq import DEFAULT_TYPES
 from .optimizers import OPTIMIZERS
 
 #: Of the weights that adapters stand on; at 16 they stay as they are.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError, closest
+from ...errors import ConfigError, closest
 
 GIB = 2**30
 #: What is held besides tensors: the context, the workspaces of libraries and what the allocator can't use. Assumed.

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from qlora_kit.cli import app
 from qlora_kit.errors import ConfigError, StorageError, TargetError
-from qlora_kit.planner import MemoryPlan, plan_memory
-from qlora_kit.planner.cards import CARDS, CONTEXT, card_named
-from qlora_kit.planner.search import largest
+from qlora_kit.training.planner import MemoryPlan, plan_memory
+from qlora_kit.training.planner.cards import CARDS, CONTEXT, card_named
+from qlora_kit.training.planner.search import largest
 
 SIZE = {"rank": 4, "seq": 64, "batch": 2}
 pytestmark = pytest.mark.slow  # each plan runs a dozen steps

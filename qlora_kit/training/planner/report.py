@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import write_text_atomically
+from ...checkpoints.files import write_text_atomically
 from .cards import CONTEXT, GIB, Card
 from .estimate import Estimate
 from .search import Change

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.model_folder import task_of
-from ..errors import ConfigError
+from ...checkpoints.model_folder import task_of
+from ...errors import ConfigError
 from .empty import Empty, quiet
 from .kernels import OnCard
 from .live import LiveBytes, Moment

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from folders import config_folder
 
-from qlora_kit.planner.depth import extended, peak_of, stack_of
-from qlora_kit.planner.empty import make_empty
-from qlora_kit.planner.settings import Settings
-from qlora_kit.planner.step import trace_step
+from qlora_kit.training.planner.depth import extended, peak_of, stack_of
+from qlora_kit.training.planner.empty import make_empty
+from qlora_kit.training.planner.settings import Settings
+from qlora_kit.training.planner.step import trace_step
 
 # Layers all alike, of two kinds by turns, after one of another kind, with experts, beside an encoder.
 MODELS = [("llama", 1), ("gemma2", 2), ("deepseek-v3", 1), ("mixtral", 1), ("t5", 1), ("gpt2", 1)]

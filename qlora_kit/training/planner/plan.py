@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..config.checks import failure
+from ...config.checks import failure
 from .cards import Card, card_named
 from .estimate import Estimator
 from .report import MemoryPlan
