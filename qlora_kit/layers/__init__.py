@@ -4,6 +4,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 
 - ``base``: ``AdapterLayer``, what every family shares
 - ``registry``: from a module's type to its family
+- ``merged``: what is merged into a base weight, and the way back
 - ``weight_in_effect``: what a layer answers when its weight is read
 - ``rescaled``: weights that a model rescales for inference, at the size that they are stored in
 - ``linear``: y = W x + b, however W is stored

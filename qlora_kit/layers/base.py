@@ -15,8 +15,6 @@ the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +22,11 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
 from ..codecs.base import autocasts
-from ..codecs.finite import all_finite
-from ..errors import AdapterError, MergeError, TargetError
+from ..errors import AdapterError, TargetError
 from ..lowrank import delta
 from ..naming import StandIn
 from .by_hand import AdjustedByHand
+from .merged import MergedLayer
 from .named import NamedModules
 from .row_products import forward_by_rows, rows_of, weight_by_rows
 from .weight_in_effect import InEffect, Sum, weight_in_effect
@@ -37,7 +35,7 @@ from .weight_in_effect import InEffect, Sum, weight_in_effect
 _OWN = frozenset({"active_adapters", "disable_adapters", "merged_adapters", "_unmerged"})
 
 
-class AdapterLayer(AdjustedByHand, StandIn):
+class AdapterLayer(AdjustedByHand, MergedLayer, StandIn):
     """A base module with any number of named low-rank branches beside it. See the module's text."""
 
     family: ClassVar[str]
@@ -178,109 +176,6 @@ class AdapterLayer(AdjustedByHand, StandIn):
         """``x`` in the adapter's dtype; left alone under autocast, which casts for the product itself."""
         kept = autocasts(x) or not self.cast_input_dtype_enabled
         return x if kept else x.to(dtype)
-
-    # -- merging ---------------------------------------------------------------------------------------
-
-    def stacked(self, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) in float32 with B @ A the sum of ``weights[name]`` times each delta; the
-        rank is that of all of them together. A alone may be the adapter's own memory."""
-        parts = [(*self.factors(name), weights[name] * self.scaling[name]) for name in weights if name in self.r]
-        As, Bs = [A.detach().float() for A, _, _ in parts], [B.detach().float() * scale for _, B, scale in parts]
-        return (As[0], Bs[0]) if len(parts) == 1 else (torch.cat(As), torch.cat(Bs, dim=1))
-
-    @torch.no_grad()
-    def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """The base weight without anything merged, plus the deltas of ``names``: float32 (out, in)."""
-        held = {name: 1.0 for name in names if name in self.r}
-        with self.unmerged():
-            if not held:
-                return self.codec.read(self.base_layer)
-            return self.codec.plus(self.base_layer, *self.stacked(held))
-
-    @torch.no_grad()
-    def merge_(self, names: Sequence[str], *, safe: bool = False) -> None:
-        """Add the deltas of ``names`` to the base weight: one read, one write, whatever their number.
-
-        With ``safe`` a result that isn't finite is refused. The weight from before is kept, so ``unmerge_``
-        gives it back bit for bit, quantized or not.
-        """
-        names = [n for n in dict.fromkeys([*self.merged_adapters, *names]) if n in self.r]
-        if names == self.merged_adapters:
-            return
-        weight = self.merged_weight(names)
-        if safe and not all_finite(weight):
-            raise MergeError(f"merging {names} gives a weight with NaN or infinite values; the weight is unchanged")
-        self._write_merged_(names, weight)
-
-    def _write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
-        """Store ``weight``, which is ``merged_weight(names)``, as the base's; on any error it is as it was."""
-        shared = self._shared
-        self._separate_()
-        try:
-            before = self.codec.exchange_(self.base_layer, weight)
-        except BaseException:
-            if self._shared and not shared:
-                self.unmerge_()
-            raise
-        if self._unmerged is None:
-            self._unmerged = before
-        self.merged_adapters = list(names)
-
-    def way_back(self) -> Callable[[], None]:
-        """A call that puts the base weight, and what is merged into it, back as they are now, bit for bit."""
-        if self._unmerged is None:
-            return self.unmerge_
-        merged, unmerged, names = self.codec.snapshot(self.base_layer), self._unmerged, self.merged_adapters
-
-        def undo() -> None:
-            self._separate_()
-            self.codec.restore_(self.base_layer, merged)
-            self._unmerged, self.merged_adapters = unmerged, names
-
-        return undo
-
-    @torch.no_grad()
-    def unmerge_(self) -> None:
-        """Put the base weight back as it was before ``merge_``, bit for bit."""
-        if self._shared:
-            (self.base_layer.weight,) = self._shared
-        elif self._unmerged is not None:
-            self.codec.restore_(self.base_layer, self._unmerged)
-        self._unmerged, self.merged_adapters, self._shared = None, [], ()
-
-    def _separate_(self) -> None:
-        """Where another module holds the base's weight too, give the base one of its own: merges are this layer's."""
-        if self.shares_weight and not self._shared:
-            shared = self.base_layer.weight
-            self._shared = (shared,)
-            self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
-
-    @contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Context in which the base holds the weight that it shares with others, whatever is merged here."""
-        if not self._shared:
-            yield
-            return
-        merged = self.base_layer.weight
-        (self.base_layer.weight,) = self._shared
-        try:
-            yield
-        finally:
-            self._shared = (self.base_layer.weight,)
-            self.base_layer.weight = merged
-
-    @contextmanager
-    def unmerged(self) -> Iterator[None]:
-        """Context in which the base weight is the one from before ``merge_``."""
-        if self._unmerged is None:
-            yield
-            return
-        merged = self.codec.snapshot(self.base_layer)
-        self.codec.restore_(self.base_layer, self._unmerged)
-        try:
-            yield
-        finally:
-            self.codec.restore_(self.base_layer, merged)
 
     # -- standing in for the base module -----------------------------------------------------------------
 

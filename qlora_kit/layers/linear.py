@@ -13,7 +13,7 @@ from ..codecs import Codec
 from ..codecs.base import autocast_dtype
 from .base import AdapterLayer
 from .fused.branch import Branch
-from .fused.choice import watched, why_plain
+from .fused.choice import trains, watched, why_plain
 from .fused.linear import Base, Made, fused_linear
 from .fused.mask import Mask
 from .named import NamedModules
@@ -71,14 +71,12 @@ class LinearAdapter(AdapterLayer):
         names = self._in_effect
         if not names or args or kwargs or rows_of(self) is not None:
             return super().forward(x, *args, **kwargs)
-        if not (torch.is_grad_enabled() or self.training):  # checkpointing trains without, and computes again with
-            return self._inferred(x, names)
-        if why_plain(self, x, names) is not None:
-            return super().forward(x)
-        return self._fused(x, x, names)
+        if why_plain(self, x, names) is None:
+            return self._fused(x, x, names)
+        return super().forward(x) if trains(self) else self._evaluated(x, names)
 
-    def _inferred(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """The plain form where no gradient is wanted: s goes into the sum, which spares a step of decoding one call."""
+    def _evaluated(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The plain form in evaluation: s goes into the sum, which spares a step of decoding one call."""
         result = self.codec.forward(self.base_layer, x)
         for name in names:
             y = self._low_rank(x, name)

@@ -45,7 +45,9 @@ def test_factors_of_several_ranks_are_filled_up(kind: str, tmp_path: Path) -> No
     assert f"filled up with zeros to rank {largest}" in str(report)
     assert (own.layers, own.filled_to, report.filled_to) == (report.layers, None, largest)
     assert {line.path: line.rank for line in own.layers} == {p: a.r["own"] for p, a in lora.adapter_layers().items()}
-    assert_close(deltas(lora, "own"), deltas(lora, "new"), 0)
+    assert_close(
+        deltas(lora, "own"), deltas(lora, "new"), 1e-6
+    )  # a product of more columns may be summed in another order
     lora.save_pretrained(tmp_path, selected_adapters=["new"])
     combine_folders([tmp_path / name for name in ("a0", "a1", "a2")], WEIGHTS, tmp_path / "files", kind)
     for folder in (tmp_path / "new", tmp_path / "files"):

@@ -35,7 +35,7 @@ def both() -> LoraModel:
 
 @torch.no_grad()
 def output(model: nn.Module) -> Tensor:
-    return model(X)
+    return model.eval()(X)
 
 
 def test_both_are_there_under_one_path() -> None:

@@ -29,9 +29,9 @@ class set_branch:  # noqa: N801 - called as a function, as torch.set_grad_enable
     """Choose how adapted layers compute, for the whole process: a call, or a ``with`` block that sets it back.
 
     Args:
-        kind: "plain", the readable sum of modules, everywhere; "fused", one function for a layer, wherever nothing
-            looks into its parts, and for whole blocks where they are known; "auto", the default, the one of them that
-            the benchmarks show to be better: today the fused layers.
+        kind: "plain", the readable sum of modules, everywhere; "auto", the default, one function for a layer and for
+            the blocks that are known, in training mode and wherever nothing looks into their parts; "fused", the same
+            in evaluation mode too where gradients are wanted.
 
     Raises:
         ConfigError: another kind.
@@ -60,8 +60,13 @@ def chosen_branch() -> str:
 
 def blocks_chosen(block: nn.Module) -> bool:
     """Whether ``block`` computes by its form; nothing but a training step has anything of it."""
-    trained = torch.is_grad_enabled() or block.training
-    return _chosen != "plain" and trained and not torch.compiler.is_compiling()
+    return _chosen != "plain" and trains(block) and not torch.compiler.is_compiling()
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether ``module`` computes as in a training step. In evaluation it gives the same bits with a gradient wanted
+    and without; training does so too, since reentrant checkpointing trains without one and computes again with one."""
+    return _chosen == "plain" or module.training or (_chosen == "fused" and torch.is_grad_enabled())
 
 
 def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
@@ -69,6 +74,8 @@ def why_plain(layer: Any, x: Tensor, names: Sequence[str]) -> str | None:
     Asked in every forward, so the most frequent reasons come first."""
     if _chosen == "plain":
         return "it was chosen"
+    if not trains(layer):
+        return "it doesn't train"
     if rows_of(layer) is not None:
         return "its rows have adapters of their own"
     if every_module._has_any_global_hook():
