@@ -90,8 +90,8 @@ def kept_bytes(model: Any, x: Tensor) -> int:
     return sum(size for size, _ in found.values())
 
 
-def measured(shape: str, storage: str, rank: int, dropout: float, repeats: int) -> None:
-    tokens, dtype = SHAPES[shape][1], STORAGES[storage][1]
+def measured(shape: str, storage: str, rank: int, dropout: float, repeats: int, tokens: int) -> None:
+    dtype = STORAGES[storage][1]
     hidden = SHAPES[shape][0]["hidden_size"]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, tokens, hidden, generator=generator).to(dtype).requires_grad_()
@@ -124,22 +124,24 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, help="in place of the shape's own number")
     arguments = parser.parse_args()
+    tokens = arguments.tokens or SHAPES[arguments.shape][1]
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     native = "has" if product_dtype("cpu", torch.bfloat16) == torch.bfloat16 else "has no"
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"peft {peft.__version__}, bitsandbytes {bitsandbytes.__version__}; shape {arguments.shape}; this CPU {native} "
-        f"bfloat16 instructions; {arguments.repeats} repetitions\n"
+        f"peft {peft.__version__}, bitsandbytes {bitsandbytes.__version__}; shape {arguments.shape}, {tokens} tokens; "
+        f"this CPU {native} bfloat16 instructions; {arguments.repeats} repetitions\n"
     )
     print("| storage | r | dropout | | s | x frozen | MB kept | x frozen |")
     print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
     for storage in arguments.storages:
         for rank in arguments.ranks:
             for dropout in arguments.dropouts:
-                measured(arguments.shape, storage, rank, dropout, arguments.repeats)
+                measured(arguments.shape, storage, rank, dropout, arguments.repeats, tokens)
 
 
 if __name__ == "__main__":

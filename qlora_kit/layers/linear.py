@@ -93,10 +93,10 @@ class LinearAdapter(AdapterLayer):
         return self._fused(given, first, names, made)
 
     def _fused(self, given: Any, like: Tensor, names: Sequence[str], made: Made | None = None) -> Tensor:
-        base = Base(self.base_layer, self.codec, autocast_dtype(like))
-        return fused_linear(
-            base, given, getattr(self.base_layer, "bias", None), [self._branch(name) for name in names], made
-        )
+        base, codec = self.base_layer, self.codec
+        dtypes = codec.linear_dtypes(base, like)
+        known = Base(base, codec, dtypes[0] if dtypes else autocast_dtype(like))
+        return fused_linear(known, given, getattr(base, "bias", None), [self._branch(name) for name in names], made)
 
     def _branch(self, name: str) -> Branch:
         dropout = self.lora_dropout[name]

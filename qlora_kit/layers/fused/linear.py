@@ -40,7 +40,7 @@ from .branch import Branch
 
 @dataclass(frozen=True)
 class Base:
-    """A base module, how it keeps its weight, and the dtype that its inputs are computed in: autocast's, or theirs."""
+    """A base module, how it keeps its weight, and the dtype that it computes in: its own, autocast's or its input's."""
 
     module: nn.Module
     codec: Codec
@@ -161,7 +161,9 @@ def _needs(needs: Sequence[bool], factors: int) -> tuple[bool, Sequence[bool]]:
 def _through(leaves: Sequence[Tensor] | None, x: Tensor, grad_x: Tensor | None) -> Sequence[Tensor | None]:
     """The gradients of ``leaves``, which ``x`` was made of."""
     assert leaves is not None
-    return [None] * len(leaves) if grad_x is None else torch.autograd.grad(x, leaves, grad_x)
+    if grad_x is None:
+        return [None] * len(leaves)
+    return torch.autograd.grad(x, leaves, grad_x.to(x.dtype))  # autocast may have made another of it
 
 
 def _branches(factors: Sequence[Tensor], settings: Sequence[Any]) -> list[Branch]:

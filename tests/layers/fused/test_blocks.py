@@ -175,3 +175,27 @@ def test_the_same_fine_tune_ends_the_same(bits: int | None) -> None:
         ends.append(loss.item())
     assert ends[0] < 4.0
     assert abs(ends[0] - ends[1]) < 0.02 * ends[0]
+
+
+def test_an_activation_that_autocast_computes_in_float32() -> None:
+    """Made anew outside autocast it has another dtype; gradients reach both first linears all the same."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.act = nn.Linear(8, 12), nn.Linear(12, 8), nn.Softplus()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.up(x)))
+
+    lora = adapted(nn.ModuleDict({"block": Block()}))
+    assert len(fitted(lora)) == 1
+    found = []
+    for kind in ("plain", "fused"):
+        with qlora_kit.set_branch(kind), torch.autocast("cpu", dtype=torch.bfloat16):
+            y = lora.model["block"](torch.linspace(-1, 1, 40).view(5, 8))
+        lora.zero_grad()
+        y.float().square().sum().backward()
+        found.append([p.grad.clone() for p in lora.parameters() if p.grad is not None])
+    for plain, ours in zip(*found, strict=True):
+        assert (plain - ours).abs().max() <= 0.05 * plain.abs().max()
