@@ -1,4 +1,4 @@
-"""Every test of layers on both forms of the branch."""
+"""Every test of layers on both forms of the branch; the plain one, which is the reference, in the long run only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import qlora_kit
 
 
-@pytest.fixture(autouse=True, params=["plain", "fused"])
+@pytest.fixture(autouse=True, params=[pytest.param("plain", marks=pytest.mark.slow), "fused"])
 def form(request: pytest.FixtureRequest) -> Iterator[str]:
     with qlora_kit.set_branch(request.param):
         yield request.param
