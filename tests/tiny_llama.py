@@ -35,7 +35,7 @@ def llama(tied: bool = False, **settings: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **tokens, "tie_word_embeddings": tied, **settings}))
 
 
-def load(folder: Path, storage: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def load(folder: Path, storage: str, dtype: torch.dtype, **options: Any) -> LlamaForCausalLM:
     config = {
         "dense": None,
         "4-bit": BitsAndBytesConfig(
@@ -46,7 +46,7 @@ def load(folder: Path, storage: str, dtype: torch.dtype) -> LlamaForCausalLM:
         ),
         "8-bit": BitsAndBytesConfig(load_in_8bit=True),
     }[storage]
-    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config, **options)
 
 
 def batch() -> dict[str, Tensor]:

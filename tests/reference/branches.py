@@ -13,8 +13,8 @@ Branch = tuple[np.ndarray, np.ndarray, float]
 
 
 def array(tensor: object) -> np.ndarray:
-    """A torch tensor of any float dtype as float64."""
-    return tensor.detach().double().numpy()  # type: ignore[attr-defined]
+    """A torch tensor of any float dtype and device as float64."""
+    return tensor.detach().double().cpu().numpy()  # type: ignore[attr-defined]
 
 
 def delta(branches: Sequence[Branch]) -> np.ndarray | float:
