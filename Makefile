@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 # tests from another, in the order of the files, so that few fixtures are made twice.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test check zoo lint format clean
+.PHONY: demo test check zoo gpu lint format clean
 
 demo: $(VENV)/.installed  ## the whole job on the reference model; ARGS="--model NAME" for another
 	$(BIN)/qlora-kit demo $(ARGS)
@@ -22,6 +22,9 @@ check: lint  ## lint, types, layering, quick tests
 
 zoo: $(VENV)/.installed-test  ## every architecture through a whole life: minutes
 	$(PYTEST) -m zoo $(ARGS)
+
+gpu:  ## with a GPU, in PYTHON as it stands, in 8 minutes: tests marked cuda, times, memory; ARGS="--minutes 5"
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -47,5 +50,5 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:  ## what the commands wrote; .venv stays
-	rm -rf build dist demo_out .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist demo_out gpu_out .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find qlora_kit loftq tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

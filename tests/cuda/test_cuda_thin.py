@@ -43,9 +43,7 @@ def error(found: Tensor, left: Tensor, right: Tensor, start: Tensor | None = Non
 @pytest.mark.parametrize("factor_dtype", [torch.float32, None], ids=["float32 factors", "factors alike"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "n", "r"), SIZES)
-def test_narrow_and_gathered(
-    tokens: int, n: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype | None
-) -> None:
+def test_narrow_and_gathered(tokens: int, n: int, r: int, dtype: torch.dtype, factor_dtype: torch.dtype | None) -> None:
     need_dtype(dtype)
     x, factor = random(tokens, n, dtype=dtype), random(r, n, dtype=factor_dtype or dtype, scale=0.05)
     narrowed = thin.narrow(x, factor)
