@@ -143,6 +143,23 @@ def test_steps_with_a_cache_give_the_logits_of_the_whole(storage: str, llama_dir
     assert ((base - whole).norm() / whole.norm()).item() > 0.01
 
 
+@casts
+@every_storage
+def test_rows_with_adapters_of_their_own(storage: str, llama_dir: Path) -> None:
+    """In one batch as with each adapter alone."""
+    lora = adapted(loaded(llama_dir, storage)).eval()
+    lora.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    ids = batch()["input_ids"].to(DEVICE)
+    with torch.no_grad():
+        together = lora(input_ids=ids, adapter_names=["other", "default"]).logits.float()
+        for row, name in enumerate(["other", "default"]):
+            lora.set_adapter(name)
+            alone = lora(input_ids=ids).logits[row].float()
+            assert ((together[row] - alone).norm() / alone.norm()).item() < 0.01, name
+            lora.set_adapter("default" if name == "other" else "other")
+            assert ((lora(input_ids=ids).logits[row].float() - alone).norm() / alone.norm()).item() > 0.01, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @every_storage
 @casts

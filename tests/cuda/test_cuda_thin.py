@@ -7,8 +7,8 @@ import torch
 from on_device import DEVICE, DTYPES, HALVES, need_dtype
 from torch import Tensor
 
-from qlora_kit.layers import thin
-from qlora_kit.layers.mask import Mask
+from qlora_kit.layers.fused import thin
+from qlora_kit.layers.fused.mask import Mask
 
 pytestmark = pytest.mark.cuda
 # Errors relative to the sum of the magnitudes of the terms. A pair of halves has 16 bits of a bfloat16 factor and at
