@@ -38,7 +38,7 @@ def measured(sizes: Sizes, _: str) -> Iterator[dict[str, Any]]:
     else:
         options += ["-v", *(["-n", str(PROCESSES)] if find_spec("xdist") else [])]
     command = [sys.executable, "-m", "pytest", *options, *files()]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a pool a process takes longer to start
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last, failed = "", []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -199,3 +200,17 @@ def test_codes_are_taken(out: int, fan_in: int, train: bool, forwards: int) -> N
     assert quantized is not None
     assert torch.equal(quantized.dequantize(), weight)
     check_codes_taken(module, fan_in)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_codes_that_a_move_left_behind(forwarded: bool) -> None:
+    """Moving a model sets the data of its parameters; bitsandbytes' second hold on the codes stays where it was."""
+    module = stock()
+    codec, x = codec_for(module), torch.randn(3, 64)
+    expected = codec.forward(module if forwarded else copy.deepcopy(module), x)
+    holder = module.state if forwarded else module.weight
+    assert holder.CB is not None
+    holder.CB = holder.CB.to("meta")
+    assert torch.equal(codec.forward(module, x), expected)
+    assert module.state.CB.device == module.weight.device

@@ -124,6 +124,7 @@ class CodecInt8(DenseCodec):
         state[f"{prefix}weight"] = module.weight
 
     def forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _bring_along_(module)
         return stock_forward(module, x, x.dtype, *args, **kwargs)
 
     def linear_dtypes(self, module: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
@@ -197,6 +198,16 @@ def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
         )
     codes: Tensor = module.weight.data
     return codes, scales.to(device=codes.device, dtype=torch.float32)
+
+
+def _bring_along_(module: Any) -> None:
+    """Codes and scales to where the weight is: bitsandbytes leaves its second hold on them behind where a model around
+    the module is moved to another device."""
+    device = module.weight.device
+    for holder in (module.weight, module.state):
+        codes = holder.CB
+        if codes is not None and codes.device != device:
+            holder.CB, holder.SCB = module.weight.data, holder.SCB.to(device)
 
 
 def _store_int8_(module: Any, codes: Tensor, scales: Tensor) -> None:
