@@ -34,13 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 class Part:
     """
     Attributes:
-        module: of ``on_gpu``; its ``measured(sizes, storage)`` yields rows.
+        module: of ``on_gpu``; its ``measured(sizes, what)`` yields rows.
+        what: of it: a storage, or the tests of a folder.
         least, most: seconds without which it isn't begun, and after which it is stopped.
     """
 
     name: str
     module: str
-    storage: str
+    what: str
     least: int
     most: int
 
@@ -48,11 +49,12 @@ class Part:
 # In the order of importance.
 PARTS = [
     Part("numerics", "numerics", "", 20, 90),
-    Part("tests", "checks", "", 45, 170),
+    Part("tests", "checks", "tests/cuda", 45, 150),
     Part("step-nf4", "steps", "nf4", 30, 100),
     Part("decode-nf4", "decoding", "nf4", 25, 60),
     Part("step-2bit", "steps", "2 bits", 30, 100),
     Part("decode-2bit", "decoding", "2 bits", 25, 60),
+    Part("other-tests", "checks", "", 45, 120),  # most of them of kernels, which are compiled for minutes
     Part("loftq", "starts", "nf4", 30, 120),
     Part("merge", "merges", "", 20, 60),
 ]
@@ -65,7 +67,7 @@ def run_part(part: Part, dry: bool, rows: Path) -> None:
     module = importlib.import_module(f"on_gpu.{part.module}")
     with rows.open("a") as file:
         print(json.dumps(about(dry)), file=file, flush=True)
-        for row in module.measured(DRY if dry else FULL, part.storage):
+        for row in module.measured(DRY if dry else FULL, part.what):
             print(row, flush=True)
             print(json.dumps(row), file=file, flush=True)
 

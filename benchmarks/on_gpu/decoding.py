@@ -12,7 +12,7 @@ from .models import Variant, variants, why_not
 from .sizes import Sizes
 
 PROMPT = 16
-FORMS = ("base", "peft", "ours, auto")  # without gradients all forms are the plain one
+FORMS = ("base", "peft", "ours, fused")  # without gradients both forms are one
 
 
 @torch.no_grad()

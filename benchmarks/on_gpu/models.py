@@ -16,7 +16,7 @@ from .sizes import Sizes
 
 #: What they are called, and the type that ``quantize_`` is given; NF4 is bitsandbytes', "signed2" our packed module.
 STORAGES = {"nf4": "nf4", "2 bits": "signed2"}
-FORMS = ("plain", "auto", "fused")
+FORMS = ("plain", "fused")
 
 
 @dataclass(frozen=True)
