@@ -129,7 +129,7 @@ def run_all(parts: list[Part], options: argparse.Namespace) -> int:
     results: dict[str, Any] = {"about": {}, "parts": {}}
     with (out / "log.txt").open("w") as log:
         for part in parts:
-            left = ends - time.monotonic()
+            left = max(ends - time.monotonic(), 0.0)
             print(f"{part.name}: {left:.0f} s left ...", end=" ", flush=True)
             print(f"\n==== {part.name}", file=log, flush=True)
             if left < part.least:
