@@ -51,5 +51,7 @@ def _draws(seed: int, count: int, device: torch.device) -> Tensor:
     """int64 (count,) of 64 random bits each, enough for four elements."""
     if device.type == "cpu":  # where torch's own generator takes twice as long
         return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+    if device.type == "meta":
+        return torch.empty(count, dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)

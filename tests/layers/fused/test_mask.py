@@ -49,3 +49,10 @@ def test_the_ends() -> None:
     assert everything is not None
     assert everything.scale == 0.0
     assert not everything.kept(torch.empty(99)).any()
+
+
+def test_without_values_there_is_a_shape() -> None:
+    mask = Mask.draw(0.3)
+    assert mask is not None
+    kept = mask.kept(torch.empty(7, 3, device="meta", dtype=torch.bfloat16))
+    assert (kept.shape, kept.dtype, kept.device.type) == ((7, 3), torch.bfloat16, "meta")
