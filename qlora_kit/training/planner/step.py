@@ -50,7 +50,7 @@ def trace_step(empty: Empty, settings: Settings, *, flash: bool = True) -> Trace
     """
     model, trained = empty.model.model, empty.trained
     batch = _batch(model, settings)
-    gc.collect()
+    collected = gc.isenabled()
     gc.disable()  # what a collection frees it would free at another moment each time
     live = LiveBytes((*model.parameters(), *model.buffers(), *batch.values()))
     hooks = [p.register_post_accumulate_grad_hook(lambda p: live.becomes(p.grad, "gradients")) for p in trained]
@@ -70,7 +70,8 @@ def trace_step(empty: Empty, settings: Settings, *, flash: bool = True) -> Trace
             hook.remove()
         for parameter in trained:
             parameter.grad = None
-        gc.enable()
+        if collected:
+            gc.enable()
     return Trace(live.moments, forward, live.assumed)
 
 

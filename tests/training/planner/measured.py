@@ -60,10 +60,10 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def measured_peak(
-    folder: Path, model_class: str, *, bits: int, checkpointing: bool, rank: int, seq: int, batch: int
+    folder: Path, model_class: str, *, bits: int, checkpointing: bool, rank: int, seq: int, batch: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """The peak of the second step of AdamW, whose states are there from its start."""
-    model = getattr(transformers, model_class).from_pretrained(folder, dtype=torch.bfloat16)
+    model = getattr(transformers, model_class).from_pretrained(folder, dtype=dtype)
     if bits < 16:
         prepare_model_for_kbit_training(quantize_(model, bits), use_gradient_checkpointing=checkpointing)
     elif checkpointing:
