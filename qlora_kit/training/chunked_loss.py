@@ -95,18 +95,21 @@ def use_chunked_loss(model: nn.Module, *, chunk: int = CHUNK, batch: Mapping[str
     used.remove()
     protect_storage_(module)  # an evaluation would rewrite 4-bit weights on some CPUs
     try:
-        probe(module, partial(_use_, module, chunk), batch)
+        probe(module, partial(use_untried, module, chunk), batch)
     except BaseException:
         used.remove()
         if before is not None:
-            _use_(module, before)
+            use_untried(module, before)
         raise
     return used
 
 
-def _use_(module: nn.Module, chunk: int) -> None:
+def use_untried(model: nn.Module, chunk: int = CHUNK) -> ChunkedLoss:
+    """``use_chunked_loss`` of a model for which it was tried before."""
+    module = _with_labels(model)
     module.register_forward_pre_hook(partial(_begin, chunk=chunk), with_kwargs=True)
     module.register_forward_hook(partial(_end, chunk=chunk), always_call=True)
+    return ChunkedLoss(module)
 
 
 def _hooks(hooks: Mapping[int, Any]) -> list[Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -62,11 +63,14 @@ class Source:
     computed_for: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.state = _state(self.head)
         device = self.hidden.device.type
+        if device == "meta":  # which knows no autocast
+            return
         enabled = torch.is_autocast_enabled(device)
         # Without its cache: a weight that was cast under no_grad, as for the example, would be taken for training too.
         self.autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled, cache_enabled=False)
-        self.state = _state(self.head)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The head's logits of rows, as at the time of the call.

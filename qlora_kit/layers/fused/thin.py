@@ -64,6 +64,6 @@ def _halves(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32, of two tensors in half precision."""
-    if a.device.type == "cuda":
+    if a.device.type in ("cuda", "meta"):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).float()

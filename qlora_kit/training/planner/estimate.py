@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,11 @@ class Estimator:
         self.model, self.flash = model, flash
         self._empty: dict[Settings, Empty] = {}
         self._found: dict[Settings, Estimate] = {}
+        self._chunks: dict[Settings, bool] = {}
 
     def empty(self, settings: Settings) -> Empty:
         """The model without values as these settings train it."""
-        key = settings.but(seq=1, batch=1, accumulation=1, optimizer="sgd", chunked_loss=False)
+        key = _of_model(settings)
         if key not in self._empty:
             self._empty[key] = make_empty(self.model, settings)
         return self._empty[key]
@@ -82,7 +84,13 @@ class Estimator:
 
     def can_chunk(self, settings: Settings) -> bool:
         """Whether the loss can be computed a few tokens at a time."""
-        return can_chunk(self.empty(settings).model.model)
+        key = _of_model(settings)
+        if key not in self._chunks:
+            model: Any = self.empty(settings).model.model
+            stack = stack_of(model)
+            with stack.cut(0) if stack else nullcontext():
+                self._chunks[key] = can_chunk(model)
+        return self._chunks[key]
 
     def _estimate(self, settings: Settings) -> Estimate:
         empty = self.empty(settings)
@@ -104,6 +112,8 @@ class Estimator:
     def _held(self, empty: Empty, settings: Settings) -> tuple[dict[str, int], str, int]:
         """What a step holds beside weights at its peak, in which pass, and what was assumed for it."""
         model: Any = empty.model.model
+        if settings.chunked_loss and not self.can_chunk(settings):
+            settings = settings.but(chunked_loss=False)
         stack = stack_of(model)
         if stack is not None:
             with stack.cut(0):
@@ -115,3 +125,8 @@ class Estimator:
                 return *found, short.assumed
         whole = trace_step(empty, settings, flash=self.flash)
         return *peak_of(whole), whole.assumed
+
+
+def _of_model(settings: Settings) -> Settings:
+    """Of ``settings`` what the model is made by."""
+    return settings.but(seq=1, batch=1, accumulation=1, optimizer="sgd", chunked_loss=False)

@@ -51,8 +51,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].is_meta and (answer := _YES.get(func)) is not None:
-            self.assumed += func is not _ITEM
+            self.assumed += func is not _ITEM and self.kind != "loss"  # there it is which tokens count
             return answer(*args)
+        if func is _INDEX and args[0].is_meta and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.assumed += self.kind != "loss"
+            args = (args[0], _places(args[1]))
         out = func(*args, **(kwargs or {}))
         made = 0
         for value in out if isinstance(out, (tuple, list)) else (out,):
@@ -90,11 +93,21 @@ class LiveBytes(TorchDispatchMode):
         return size
 
 
+_INDEX = torch.ops.aten.index.Tensor
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 def _all_places(mask: Tensor) -> Tensor:
     return mask.new_zeros((mask.numel(), mask.dim()), dtype=torch.int64)
+
+
+def _places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Numbers of places for each mask among ``indices``, one tensor for each of its dimensions."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        masks = index is not None and index.dtype == torch.bool
+        found += _all_places(index).unbind(1) if masks else [index]  # type: ignore[arg-type]
+    return found
 
 
 _YES: dict[Any, Callable[..., Any]] = {

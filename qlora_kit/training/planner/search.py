@@ -12,6 +12,8 @@ from .settings import BITS, Settings
 # Sequences are looked for in steps of so many tokens, and no longer than so many.
 _STEP, _LONGEST = 64, 1 << 20
 _MOST_ROWS = 4096
+# How many times as large the next to be tried is at most: a line through two close ones promises anything.
+_FAR = 16
 # Of a sequence or a batch: how far the answer may be under the largest.
 _NEAR = 0.02
 
@@ -45,12 +47,14 @@ def largest(cost: Callable[[int], int], room: int, start: int, step: int, most: 
         cost: grows with its argument at least as fast as a line, so that a chord never promises too much.
         start: where to begin to look.
     """
-    low, high = 0, max(step, min(start // step * step, most // step * step))
+    most = max(step, most // step * step)
+    low, high = 0, max(step, min(start // step * step, most))
     costs = {high: cost(high)}
     while costs[high] <= room:
-        if high >= most // step * step:
+        above = _promised(costs, low, high, room, step) if low else 2 * high
+        if high == most or above <= high:
             return high
-        low, high = high, min(2 * high, most // step * step)
+        low, high = high, min(above, _FAR * high, most)
         costs[high] = cost(high)
     if not low:
         if costs.setdefault(step, cost(step)) > room:
@@ -68,6 +72,12 @@ def largest(cost: Callable[[int], int], room: int, start: int, step: int, most: 
             costs[above] = cost(above)
             low, high = (above, high) if costs[above] <= room else (low, above)
     return low
+
+
+def _promised(costs: dict[int, int], low: int, high: int, room: int, step: int) -> int:
+    """Where the line through ``low`` and ``high`` meets ``room``: nothing above it fits, as costs grow at least so."""
+    slope = (costs[high] - costs[low]) / (high - low)
+    return high + int((room - costs[high]) / slope) // step * step if slope > 0 else 2 * high
 
 
 def longest_sequence(estimator: Estimator, settings: Settings, room: int) -> int:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import gc
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.model_folder import task_of
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedModuleError
+from ..chunked_loss import use_chunked_loss, use_untried
 from .empty import Empty, quiet
 from .kernels import OnCard
 from .live import LiveBytes, Moment
 from .settings import Settings
 
-# Tokens whose logits are there at a time.
-CHUNK = 128
 # Batches that have a next word to be told.
 _WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -43,6 +42,7 @@ def trace_step(empty: Empty, settings: Settings, *, flash: bool = True) -> Trace
     """Run a step of ``settings`` on ``empty`` and note what it holds beside parameters and buffers.
 
     Args:
+        settings: with ``chunked_loss`` only where ``can_chunk``.
         flash: whether the card has flash attention.
 
     Raises:
@@ -89,21 +89,22 @@ def writes(model: nn.Module) -> bool:
 
 
 def can_chunk(model: nn.Module) -> bool:
-    """Whether the loss can be computed a few tokens at a time: hidden states, then a head."""
-    return task_of(type(model).__name__) == "CAUSAL_LM" and _body(model) is not model and _head(model) is not None
+    """Whether the loss can be computed a few tokens at a time: ``use_chunked_loss`` tries it."""
+    with quiet(), OnCard(), LiveBytes(()):
+        try:
+            use_chunked_loss(model).remove()
+        except UnsupportedModuleError:
+            return False
+    return True
 
 
 def _loss(model: Any, batch: dict[str, Tensor], settings: Settings, live: LiveBytes) -> Tensor:
     head = _head(model)
     options = {"use_cache": False} if hasattr(model.config, "use_cache") and writes(model) else {}
-    if settings.chunked_loss and can_chunk(model):
-        labels = batch.pop("labels")
-        hidden = _body(model)(**batch, **options)[0]
-        _is_loss_from(hidden, live)
-        return _Chunked.apply(hidden.flatten(0, -2), head, labels.flatten())
     hook = None if head is None else head.register_forward_pre_hook(lambda _, args: _is_loss_from(args[0], live))
     try:
-        out = model(**batch, **options)
+        with use_untried(model) if settings.chunked_loss else nullcontext():
+            out = model(**batch, **options)
     finally:
         if hook is not None:
             hook.remove()
@@ -119,30 +120,6 @@ def _is_loss_from(hidden: Tensor, live: LiveBytes) -> None:
     live.kind = "loss"
     if hidden.requires_grad:
         hidden.register_hook(lambda _: setattr(live, "kind", "backward"))
-
-
-class _Chunked(torch.autograd.Function):
-    """The sum of all rows' losses, the gradients of a few rows made at a time in the forward already."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Any, labels: Tensor) -> Tensor:
-        gradient, total = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32)
-        for into, rows, words in zip(gradient.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            rows = rows.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = F.cross_entropy(head(rows).float(), words, reduction="sum")
-            into.copy_(torch.autograd.grad(loss, rows)[0])
-            total = total + loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * grad, None, None
-
-
-def _body(model: Any) -> nn.Module:
-    return model.base_model
 
 
 def _head(model: Any) -> nn.Module | None:
