@@ -36,7 +36,8 @@ class OnCard(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and args and args[0].is_meta:
             return self._attention(*args, **kwargs)
         if func in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
-            return torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
+            offsets = kwargs["offs"] if "offs" in kwargs else args[2]
+            return torch.ops.transformers.grouped_mm_fallback(*args[:2], offsets)
         return func(*args, **kwargs)
 
     def _attention(

@@ -82,7 +82,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.settings}", *_parts(self.estimate)]
         if self.by_bits:
-            lines += ["", "bits  peak"] + [f"{bits:>4}  {_gib(total)}" for bits, total in self.by_bits.items()]
+            lines += ["", f"bits  {'peak':>10}"] + [f"{bits:>4}  {_in_gib(total)}" for bits, total in self.by_bits.items()]
         if self.card is not None:
             lines += ["", *self._on_card(self.card)]
         return "\n".join([*lines, *self.notes])
@@ -90,8 +90,8 @@ class MemoryPlan:
     def _on_card(self, card: Card) -> list[str]:
         room = card.usable - self.total
         lines = [
-            f"{card.name}: {_gib(card.memory).strip()}, of which {_gib(CONTEXT).strip()} are taken to be CUDA's",
-            f"fits, {_gib(room).strip()} to spare" if room >= 0 else f"doesn't fit: {_gib(-room).strip()} too much",
+            f"{card.name}: {_size(card.memory)}, of which {_size(CONTEXT)} are taken to be CUDA's",
+            f"fits, {_size(room)} to spare" if room >= 0 else f"doesn't fit: {_size(-room)} too much",
         ]
         if self.longest is not None and self.largest is not None:
             batch, seq = self.settings.batch, self.settings.seq
@@ -101,12 +101,12 @@ class MemoryPlan:
         if self.changes:
             lines += ["", f"{'saves':>10}  {'peak then':>10}  {'fits':4}  change"]
             lines += [
-                f"{_gib(c.saves)}  {_gib(c.total)}  {'yes' if c.fits else 'no':4}  {spelled(c)}: {c.says}"
+                f"{_in_gib(c.saves)}  {_in_gib(c.total)}  {'yes' if c.fits else 'no':4}  {spelled(c)}: {c.says}"
                 for c in self.changes
             ]
         if self.way:
             made = " and ".join(spelled(change) for change in self.way)
-            lines.append(f"to make it fit: {made} ({_gib(self.then).strip()})")
+            lines.append(f"to make it fit: {made} ({_size(self.then)})")
         elif room < 0:
             lines.append("nothing here makes it fit: take a card with more memory, or a smaller model")
         return lines
@@ -118,14 +118,27 @@ def spelled(change: Change) -> str:
 
 
 def _parts(estimate: Estimate) -> list[str]:
-    width = max(len(name) for name in estimate.parts)
-    lines = [f"{'part':{width}}  {'bytes':>17}"]
-    lines += [f"{name:{width}}  {count:>17,}  {_gib(count)}" for name, count in estimate.parts.items()]
-    lines.append(f"{f'peak, in the {estimate.moment}':{width}}  {estimate.total:>17,}  {_gib(estimate.total)}")
+    rows = [*estimate.parts.items(), (f"peak, in the {estimate.moment}", estimate.total)]
+    if estimate.preparing:
+        rows.append(("peak while it is prepared, before", estimate.preparing))
+    size, unit = (GIB, "GiB") if estimate.total >= GIB else (2**20, "MiB")
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'part':{width}}  {'bytes':>17}  {unit:>8}"]
+    lines += [f"{name:{width}}  {count:>17,}  {_in(count, size):>8}" for name, count in rows]
     if estimate.paged:
-        lines.append(f"and {_gib(estimate.paged).strip()} of optimizer states that may lie in the host's memory")
-    return [line.rstrip() for line in lines]
+        lines.append(f"and {_size(estimate.paged)} of optimizer states that may lie in the host's memory")
+    return lines
 
 
-def _gib(count: int) -> str:
-    return f"{count / GIB:6.2f} GiB" if count >= GIB // 100 else f"{count / 2**20:6.2f} MiB"
+def _in(count: int, size: int) -> str:
+    """``count`` bytes in units of ``size``: a column has one unit."""
+    return "<0.01" if count < size / 200 else f"{count / size:,.2f}"
+
+
+def _in_gib(count: int) -> str:
+    return f"{_in(count, GIB):>6} GiB"
+
+
+def _size(count: int) -> str:
+    size, unit = (GIB, "GiB") if count >= GIB // 100 else (2**20, "MiB")
+    return f"{_in(count, size)} {unit}"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_kit import LoraConfig, apply_lora, prepare_model_for_kbit_training, quantize_
+from qlora_kit.training import use_chunked_loss
 
 
 class Watch(TorchDispatchMode):
@@ -60,15 +61,26 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def measured_peak(
-    folder: Path, model_class: str, *, bits: int, checkpointing: bool, rank: int, seq: int, batch: int, dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    model_class: str,
+    *,
+    bits: int,
+    checkpointing: bool,
+    rank: int,
+    seq: int,
+    batch: int,
+    dtype: str = "bfloat16",
+    chunked_loss: bool = False,
 ) -> int:
     """The peak of the second step of AdamW, whose states are there from its start."""
-    model = getattr(transformers, model_class).from_pretrained(folder, dtype=dtype)
+    model = getattr(transformers, model_class).from_pretrained(folder, dtype=getattr(torch, dtype))
     if bits < 16:
         prepare_model_for_kbit_training(quantize_(model, bits), use_gradient_checkpointing=checkpointing)
     elif checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     lora = apply_lora(model, LoraConfig(r=rank, target_modules="all-linear")).train()
+    if chunked_loss:
+        use_chunked_loss(lora)
     trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     words = torch.randint(16, model.config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(1))
