@@ -82,7 +82,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.settings}", *_parts(self.estimate)]
         if self.by_bits:
-            lines += ["", f"bits  {'peak':>10}"] + [f"{bits:>4}  {_in_gib(total)}" for bits, total in self.by_bits.items()]
+            lines += ["", f"bits  {'peak':>10}"] + [
+                f"{bits:>4}  {_in_gib(total)}" for bits, total in self.by_bits.items()
+            ]
         if self.card is not None:
             lines += ["", *self._on_card(self.card)]
         return "\n".join([*lines, *self.notes])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # each plan runs a dozen steps
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return config_folder(tmp_path_factory.mktemp("model"), "llama", layers=6)
+    return config_folder(tmp_path_factory.mktemp("model"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def plan(folder: Path) -> MemoryPlan:
 def test_it_is_a_table_and_plain_data(plan: MemoryPlan, tmp_path: Path) -> None:
     text = str(plan)
     assert all(name in text for name in plan.estimate.parts)
+    assert f"peak while it is prepared, before  {plan.estimate.preparing:>17,}" in text
     assert "t4 has no bfloat16" in text
     assert plan.settings.dtype == "float16"
     assert plan.fits
@@ -49,7 +50,7 @@ def test_fewer_bits_take_less(plan: MemoryPlan) -> None:
 
 def test_the_largest_fit_and_the_next_do_not(folder: Path) -> None:
     plan = plan_memory(folder, **SIZE)
-    memory = int(plan.total * 1.5) + CONTEXT
+    memory = int(plan.total * 2.5) + CONTEXT
     fitted = plan_memory(folder, memory=memory, **SIZE)
     assert fitted.largest is not None
     assert fitted.largest >= 2
@@ -64,7 +65,7 @@ def test_changes_are_what_they_say(folder: Path) -> None:
     asked = plan_memory(folder, **settings)
     plan = plan_memory(folder, memory=asked.total * 3 // 4 + CONTEXT, **settings)
     assert not plan.fits
-    assert {"chunked_loss", "checkpointing", "bits"} <= {name for c in plan.changes for name in c.options}
+    assert {"attention", "checkpointing", "batch", "bits"} <= {name for c in plan.changes for name in c.options}
     for change in plan.changes:
         alone = plan_memory(folder, **{**settings, **change.options})
         assert alone.total == change.total == asked.total - change.saves
@@ -72,6 +73,14 @@ def test_changes_are_what_they_say(folder: Path) -> None:
     made = {name: value for change in plan.way for name, value in change.options.items()}
     assert plan_memory(folder, **{**settings, **made}).total == plan.then <= asked.total * 3 // 4
     assert "to make it fit" in str(plan)
+
+
+def test_a_chunked_loss_is_offered_where_it_saves(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, "llama", vocab_size=8192)
+    size = {**SIZE, "batch": 3, "bits": 2}
+    plan = plan_memory(folder, memory=plan_memory(folder, **size).total - 1 + CONTEXT, **size)
+    assert plan.changes[0].options == {"chunked_loss": True}
+    assert plan.way == plan.changes[:1]
 
 
 def test_where_nothing_helps(folder: Path) -> None:
@@ -107,6 +116,12 @@ def test_cards_by_their_names(name: str) -> None:
     assert card_named(name) is CARDS["t4"]
     assert card_named("RTX 4090") is CARDS["4090"]
     assert card_named("A100-SXM-80GB") is CARDS["a100-80"]
+
+
+def test_the_search_asks_little_of_a_line() -> None:
+    asked = []
+    assert largest(lambda n: asked.append(n) or 100 + 7 * n, 1000, 1, 1, 4096) == 128
+    assert len(asked) <= 5
 
 
 def test_the_search_finds_the_edge_of_a_parabola() -> None:
