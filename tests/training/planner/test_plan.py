@@ -32,7 +32,7 @@ def plan(folder: Path) -> MemoryPlan:
 def test_it_is_a_table_and_plain_data(plan: MemoryPlan, tmp_path: Path) -> None:
     text = str(plan)
     assert all(name in text for name in plan.estimate.parts)
-    assert f"peak while it is prepared, before  {plan.estimate.preparing:>17,}" in text
+    assert f"{plan.estimate.preparing:,}" in next(line for line in text.splitlines() if "while it is prepared" in line)
     assert "t4 has no bfloat16" in text
     assert plan.settings.dtype == "float16"
     assert plan.fits
@@ -61,7 +61,7 @@ def test_the_largest_fit_and_the_next_do_not(folder: Path) -> None:
 
 
 def test_changes_are_what_they_say(folder: Path) -> None:
-    settings = {**SIZE, "checkpointing": False, "attention": "eager", "bits": 16}
+    settings = {**SIZE, "checkpointing": False, "attention": "eager"}
     asked = plan_memory(folder, **settings)
     plan = plan_memory(folder, memory=asked.total * 3 // 4 + CONTEXT, **settings)
     assert not plan.fits
@@ -84,7 +84,8 @@ def test_a_chunked_loss_is_offered_where_it_saves(tmp_path: Path) -> None:
 
 
 def test_where_nothing_helps(folder: Path) -> None:
-    plan = plan_memory(folder, memory=CONTEXT + 1000, **SIZE)
+    least = {"bits": 2, "optimizer": "sgd", "chunked_loss": True, "batch": 1}
+    plan = plan_memory(folder, memory=CONTEXT + 1000, **{**SIZE, **least})
     assert (plan.longest, plan.largest, plan.way) == (0, 0, ())
     assert "nothing here makes it fit" in str(plan)
 
