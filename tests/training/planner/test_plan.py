@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> MemoryPlan:
-    return plan_memory(folder, gpu="t4", compare=True, **SIZE)
+    return plan_memory(folder, gpu="t4", memory=CONTEXT + 2**24, compare=True, **SIZE)
 
 
 def test_it_is_a_table_and_plain_data(plan: MemoryPlan, tmp_path: Path) -> None:
