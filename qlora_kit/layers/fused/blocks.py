@@ -30,7 +30,7 @@ from ...codecs import codec_for, find_codec
 from ..base import AdapterLayer
 from .choice import blocks_chosen, watched
 from .linear import Made
-from .settings import Settings, Unsettled, settled
+from .settings import Settings, UnsettledError, settled
 
 # What float32 sums in another order differ by, relative to their size.
 _ROUNDING = 1e-5
@@ -119,7 +119,7 @@ def form_of(block: nn.Module) -> Form | None:
     activation: Any = children[active[0]]
     try:
         settings = settled(block), settled(activation)
-    except Unsettled:
+    except UnsettledError:
         return None
     key = (type(block), shapes, tuple(children), tuple(down), type(activation), repr(activation), settings)
     if key not in _tried:

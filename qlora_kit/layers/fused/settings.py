@@ -19,7 +19,7 @@ _OF_ANY_MODULE = frozenset({*vars(nn.Module()), "forward", "_replicate_for_data_
 _DEEPEST = 5
 
 
-class Unsettled(Exception):
+class UnsettledError(Exception):
     """An attribute is of a kind whose changes couldn't be noticed."""
 
 
@@ -27,7 +27,7 @@ def settled(module: nn.Module) -> Any:
     """The attributes of ``module``, configurations among them looked into, as something hashable.
 
     Raises:
-        Unsettled: there is a tensor, a module, or something else that can't be looked into.
+        UnsettledError: there is a tensor, a module, or something else that can't be looked into.
     """
     return tuple((name, _settled(value, _DEEPEST)) for name, value in _own(module))
 
@@ -40,14 +40,14 @@ def _settled(value: Any, depth: int) -> Any:
     if isinstance(value, _BY_IDENTITY) or type(value) in _SIMPLE:
         return type(value), value  # True isn't 1
     if not depth or isinstance(value, (torch.Tensor, nn.Module)):
-        raise Unsettled
+        raise UnsettledError
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_settled(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(_settled(item, depth - 1) for item in value)
     items = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
     if items is None:
-        raise Unsettled
+        raise UnsettledError
     return type(value), tuple((_settled(key, 1), _settled(item, depth - 1)) for key, item in items.items())
 
 
