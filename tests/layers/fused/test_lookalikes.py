@@ -139,9 +139,7 @@ def test_trying_draws_no_random_numbers_of_the_callers() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize(
-    "made", [with_scale, with_config, lambda scale: with_scale((scale,))], ids=["number", "configuration", "tuple"]
-)
+@pytest.mark.parametrize("made", [with_scale, with_config, with_tuple], ids=["number", "configuration", "tuple"])
 def test_settings_that_differ_are_tried_by_themselves(made: Callable[[float], Block]) -> None:
     one, two = made(1.0), made(3.0)
     model = adapted(one, two)
