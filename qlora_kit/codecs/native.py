@@ -6,18 +6,15 @@ which holds every value of both. There it is computed in float32 and rounded onc
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+# Asked once, here: a compiler can't trace the question, but reads the answer.
+_NATIVE = {
+    torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+}
 
-@cache
+
 def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """``dtype``, or float32 where devices of this type are slow at it."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if device_type != "cpu" or dtype not in supported:
-        return dtype
-    return dtype if supported[dtype]() else torch.float32
+    return torch.float32 if device_type == "cpu" and not _NATIVE.get(dtype, True) else dtype

@@ -126,6 +126,7 @@ _PARTS = ("lora_A", "lora_B", "lora_dropout")
 def _product(factor: Any, x: Tensor) -> Tensor:
     """``factor(x)``, called as a function where nobody could see the difference."""
     if type(factor) is nn.Linear and not watched(factor) and "forward" not in vars(factor):
-        return F.linear(x, factor._parameters["weight"])  # type: ignore[arg-type]
+        weight = factor._parameters.get("weight")
+        return F.linear(x, factor.weight if weight is None else weight)  # a replica's is no parameter of its own
     product: Tensor = factor(x)
     return product

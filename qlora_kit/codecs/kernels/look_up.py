@@ -84,7 +84,7 @@ def _numbers(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
 def _as_elements(groups: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Both with a whole group of values as one element, where there are such and memory lies right for them."""
     size = groups.shape[1] * groups.element_size()
-    fits = groups.device.type == "cpu" and size in _ELEMENTS
+    fits = groups.device.type == "cpu" and size in _ELEMENTS and not torch.compiler.is_compiling()
     if not fits or places.storage_offset() * places.element_size() % size:
         return groups, places
     return groups.view(_ELEMENTS[size]).squeeze(1), places.view(_ELEMENTS[size]).squeeze(2)

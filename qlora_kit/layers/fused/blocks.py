@@ -6,11 +6,13 @@ which costs next to nothing beside the block's products: so these two are kept (
 
 A block is known by its structure: modules with two or three linear children, the last as wide inside as the first are
 outside, and one activation without parameters or children. What its forward does with them is found out by trying it:
-an object of the same type and settings with small linears in their place must give what one of the forms gives. It is
-tried once for a type and its settings; no name of a model or of a child plays a part.
+an object of the same type and settings with small linears in their place must give what one of the forms gives, in
+training and not, without drawing random numbers, writing over what the activation is given, or changing its object. It
+is tried once for a type and its settings; no name of a model or of a child plays a part.
 
 The forward of such a module is set on the object, as bitsandbytes and accelerate set theirs, while an adapter stands on
-its last linear. It asks at each call whether to do anything but what the type's own does.
+its last linear. It asks at each call whether to do anything but what the type's own does, which is also where settings
+have been changed since. A replica of DataParallel, whose attributes are the original's, computes as its type does.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ...codecs import codec_for, find_codec
 from ..base import AdapterLayer
 from .choice import blocks_chosen, watched
 from .linear import Made
+from .settings import Settings, UnsettledError, settled
 
 # What float32 sums in another order differ by, relative to their size.
 _ROUNDING = 1e-5
@@ -36,6 +39,8 @@ _OUTSIDE, _INSIDE = 5, 6
 # Of a block; lists of layers, which have thousands, are gone past.
 _MOST_CHILDREN = 8
 _IN_PLACE = (nn.Dropout, nn.Identity)
+# What is set on a block.
+_OURS = ("forward", "_replicate_for_data_parallel")
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,19 @@ def refit_(block: nn.Module) -> None:
     own: Any = vars(block).get("forward")
     ours = isinstance(own, partial) and own.func is _forward
     form = form_of(block) if own is None or ours else None
-    if form is not None and not ours:
-        block.forward = partial(_forward, block, form)
-    elif form is None and ours:
-        del block.forward
+    if form is not None:
+        settings = Settings.of(block, block._modules[form.activation])
+        calls = partial(_forward, block, form, settings), partial(_replica, block)
+        vars(block).update(zip(_OURS, calls, strict=True))
+    elif ours:
+        for name in _OURS:
+            vars(block).pop(name, None)
 
 
 def form_of(block: nn.Module) -> Form | None:
     """The form that ``block`` computes by, if an adapter stands on its last linear; None for everything else."""
     children = block._modules
-    if len(children) > _MOST_CHILDREN:
+    if len(children) > _MOST_CHILDREN or block._parameters or block._buffers:
         return None
     linears = {name: child for name, child in children.items() if _is_linear(child)}
     others = {name: child for name, child in children.items() if name not in linears}
@@ -107,10 +115,13 @@ def form_of(block: nn.Module) -> Form | None:
     if len(linears) not in (2, 3) or len(active) != 1 or not _is_activation(others[active[0]]):
         return None
     down = [name for name, child in linears.items() if isinstance(child, AdapterLayer)]
-    settings = (item for item in vars(block).items() if type(item[1]) in (bool, int, float, str, type(None)))
     shapes = tuple((name, _shape(child)) for name, child in linears.items())
-    activation = children[active[0]]
-    key = (type(block), shapes, tuple(children), tuple(down), type(activation), repr(activation), *settings)
+    activation: Any = children[active[0]]
+    try:
+        settings = settled(block), settled(activation)
+    except UnsettledError:
+        return None
+    key = (type(block), shapes, tuple(children), tuple(down), type(activation), repr(activation), settings)
     if key not in _tried:
         candidates = _candidates(dict(shapes), down, active[0])
         _tried[key] = next((form for form in candidates if _computes_by(block, form)), None)
@@ -135,22 +146,41 @@ def _candidates(shapes: dict[str, tuple[int, int]], adapted: list[str], activati
 @torch.no_grad()
 def _computes_by(block: nn.Module, form: Form) -> bool:
     """Whether the type's forward gives what ``form`` does, on an object with small linears in the place of its own."""
-    stand_in: Any = object.__new__(type(block))
-    vars(stand_in).update(vars(block))
-    vars(stand_in).pop("forward", None)
+    state = torch.get_rng_state()
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            same = all(_gives_the_same(block, form, training) for training in (True, False))
+        return same and torch.equal(state, torch.get_rng_state())
+    except Exception:  # whatever a forward may raise that isn't made for this
+        return False
+    finally:
+        torch.set_rng_state(state)
+
+
+def _gives_the_same(block: nn.Module, form: Form, training: bool) -> bool:
+    activation: Any = _stand_in(block._modules[form.activation], training=training)  # type: ignore[arg-type]
     wide = 2 * _INSIDE if form.kind.startswith("halved") else _INSIDE
     small = {name: _small(_OUTSIDE, wide, i) for i, name in enumerate(form.first)}
     small[form.down] = _small(_INSIDE, _OUTSIDE, 2)
-    vars(stand_in).update(_modules={**block._modules, **small}, training=False)
-    x = torch.linspace(-2, 2, 6 * _OUTSIDE, device="cpu").sin_().view(2, 3, _OUTSIDE)
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        try:
-            found = type(block).forward(stand_in, x)
-        except Exception:  # whatever a forward may raise that isn't made for this
-            return False
-        expected = small[form.down](form.made(stand_in).make(*(small[name](x) for name in form.first)))
+    modules = {**block._modules, **small, form.activation: activation}
+    stand_in = _stand_in(block, training=training, _modules=modules)
+    before = settled(stand_in), settled(activation)
+    x = torch.linspace(-2, 2, 6 * _OUTSIDE).sin_().view(2, 3, _OUTSIDE)
+    found = type(block).forward(stand_in, x)
+    given = [small[name](x) for name in form.first]
+    kept = [tensor.clone() for tensor in given]
+    expected = small[form.down](form.made(stand_in).make(*given))
+    quiet = all(map(torch.equal, given, kept)) and before == (settled(stand_in), settled(activation))
     same = isinstance(found, Tensor) and found.shape == expected.shape
-    return same and torch.allclose(found, expected, _ROUNDING, _ROUNDING)
+    return quiet and same and torch.allclose(found, expected, _ROUNDING, _ROUNDING)
+
+
+def _stand_in(module: nn.Module, **changes: Any) -> Any:
+    """An object of the type and attributes of ``module``, but for ``changes``."""
+    stand_in: Any = object.__new__(type(module))
+    vars(stand_in).update({**vars(module), **changes})
+    vars(stand_in).pop("forward", None)
+    return stand_in
 
 
 def _small(inputs: int, outputs: int, seed: int) -> nn.Linear:
@@ -162,12 +192,30 @@ def _small(inputs: int, outputs: int, seed: int) -> nn.Linear:
     return linear
 
 
-def _forward(block: Any, form: Form, *args: Any, **kwargs: Any) -> Any:
-    down = block._modules[form.down]
-    alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-    if not alone or not blocks_chosen(block) or watched(block._modules[form.activation]):
+def _forward(block: Any, form: Form, settings: Settings, *args: Any, **kwargs: Any) -> Any:
+    if not blocks_chosen(block) or not _by_form(block, form, settings, args, kwargs):
         return type(block).forward(block, *args, **kwargs)
-    return down.of_made(form.made(block), [block._modules[name](args[0]) for name in form.first])
+    first = [block._modules[name](args[0]) for name in form.first]
+    return block._modules[form.down].of_made(form.made(block), first)
+
+
+def _by_form(block: Any, form: Form, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether nothing has changed since ``form`` was found, and the call is the one that it is of."""
+    modules = block._modules
+    activation = modules.get(form.activation)
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not settings.hold(block, activation):
+        return False
+    parts = {form.activation, form.down, *form.first}
+    idle = all(_does_nothing(module) for name, module in modules.items() if name not in parts)
+    return idle and isinstance(modules.get(form.down), AdapterLayer) and not watched(activation)
+
+
+def _replica(block: nn.Module) -> nn.Module:
+    """What DataParallel makes of ``block``."""
+    replica = type(block)._replicate_for_data_parallel(block)
+    for name in _OURS:
+        vars(replica).pop(name, None)
+    return replica
 
 
 def _is_linear(module: nn.Module | None) -> bool:

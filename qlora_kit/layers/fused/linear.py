@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ...codecs import Codec
 from ...codecs.autocast import without_autocast
+from ...codecs.base import autocasts
 from ...codecs.native import product_dtype
 from ...codecs.scratch import is_scratch, scratch
 from ...errors import AdapterError
@@ -61,6 +62,21 @@ class Base:
             weight = torch.addmm(weight, B, A, alpha=branch.scale, out=memory)
         return weight
 
+    def version(self) -> tuple[Any, int]:
+        """The weight as a parameter, and how often it has been written to."""
+        weight = self.module._parameters.get("weight")
+        return weight, 0 if weight is None or weight.is_inference() else weight._version
+
+    def check_unwritten(self, version: tuple[Any, int]) -> None:
+        """Raise an AdapterError if the weight has been written to since ``version``, as autograd does for what it
+        keeps; the weight isn't kept, but read again."""
+        now = self.version()
+        if now[0] is version[0] and now[1] != version[1]:
+            raise AdapterError(
+                f"{type(self.module).__name__}.weight: expected the weight of the forward pass in the backward pass, "
+                f"found one that was written to in between (version {now[1]}, not {version[1]}); call backward() first"
+            )
+
 
 @dataclass(frozen=True)
 class Made:
@@ -69,9 +85,10 @@ class Made:
     make: Callable[..., Tensor]
     count: int
 
-    def again(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """What was kept, as leaves, and the input made of them anew, with its graph."""
-        with torch.enable_grad():
+    def again(self, kept: Sequence[Tensor], autocast: torch.dtype | None) -> tuple[list[Tensor], Tensor]:
+        """What was kept, as leaves, and the input made of them anew, with its graph, under the forward's autocast."""
+        casts = torch.autocast(kept[0].device.type, autocast, enabled=autocast is not None, cache_enabled=False)
+        with torch.enable_grad(), casts:
             leaves = [tensor.detach().requires_grad_() for tensor in kept]
             return leaves, self.make(*leaves)
 
@@ -115,9 +132,12 @@ class _FusedLinear(torch.autograd.Function):
                     narrowed.append(branch.narrowed(rows))
                     branch.add_(flat, narrowed[-1])
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        ctx.made = made
+        ctx.made, ctx.version = made, base.version()
+        ctx.autocast = torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
         ctx.save_for_backward(*factors, *(given if keeps_x else narrowed))
-        return flat.view(*x.shape[:-1], flat.shape[-1]).to(own[1] if own else y.dtype)
+        # No view: autograd forbids to write into what a function returns a view of.
+        y = torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], flat.shape[-1]))
+        return y.to(own[1]) if own else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -127,11 +147,12 @@ class _FusedLinear(torch.autograd.Function):
                 "call qlora_kit.set_branch('plain') before the forward pass"
             )
         (grad,), base, made, count = grads, ctx.base, ctx.made, 2 * len(ctx.settings)
+        base.check_unwritten(ctx.version)
         saved = ctx.saved_tensors  # once: checkpointing computes them at the first access
         branches, kept = _branches(saved[:count], ctx.settings), saved[count:]
         needs_bias, needs_x, needs = ctx.needs_input_grad[3], *_needs(ctx.needs_input_grad[4:], count)
         with without_autocast(grad.device):
-            leaves, x = (None, kept[0]) if made is None else made.again(kept)
+            leaves, x = (None, kept[0]) if made is None else made.again(kept, ctx.autocast)
             rows, grad_x = _rows(grad, base.dtype), None
             folded = [b for b in branches if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if needs_x:

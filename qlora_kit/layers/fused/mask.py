@@ -39,7 +39,7 @@ class Mask:
     def kept(self, like: Tensor) -> Tensor:
         """1 where an element of ``like`` is kept and 0 elsewhere, in its shape, dtype and device; the same at every
         call on the same kind of device."""
-        if self.dropped == _LEVELS:
+        if self.dropped == _LEVELS or not like.numel():
             return torch.zeros_like(like)
         draws = _draws(self.seed, -(-like.numel() // 4), like.device).view(torch.int16)[: like.numel()]
         return torch.ge(draws, self.dropped - _LEVELS // 2, out=torch.empty_like(draws, dtype=like.dtype)).view(
