@@ -87,7 +87,8 @@ class Made:
 
     def again(self, kept: Sequence[Tensor], autocast: torch.dtype | None) -> tuple[list[Tensor], Tensor]:
         """What was kept, as leaves, and the input made of them anew, with its graph, under the forward's autocast."""
-        casts = torch.autocast(kept[0].device.type, autocast, enabled=autocast is not None, cache_enabled=False)
+        device = kept[0].device
+        casts = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else without_autocast(device)
         with torch.enable_grad(), casts:
             leaves = [tensor.detach().requires_grad_() for tensor in kept]
             return leaves, self.make(*leaves)
