@@ -19,9 +19,10 @@ and autograd takes their gradient back. Rows whose target is ignored are not com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -116,8 +117,10 @@ class Scored:
         total: Tensor = _Chunked.apply(job, hidden, *trained)
         return total / len(job.target) if reduction == "mean" else total
 
-    def parts(self) -> zip[tuple[Tensor, Tensor]]:
-        return zip(self.rows.split(self.chunk), self.target.split(self.chunk), strict=True)
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and targets, a chunk at a time; without values two chunks show what all of them take."""
+        parts = zip(self.rows.split(self.chunk), self.target.split(self.chunk), strict=True)
+        return islice(parts, 2) if self.rows.is_meta else parts
 
 
 class _Chunked(torch.autograd.Function):
