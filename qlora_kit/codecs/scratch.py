@@ -56,3 +56,8 @@ def is_scratch(tensor: Tensor) -> bool:
     """Whether ``tensor`` lies in this thread's reused memory, and so may be written to."""
     buffer = _kept.buffers.get(tensor.dtype)
     return buffer is not None and tensor.device.type == "cpu" and tensor.data_ptr() == buffer.data_ptr()
+
+
+def release_scratch() -> None:
+    """Let go of this thread's reused memory."""
+    _kept.buffers.clear()
