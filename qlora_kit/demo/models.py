@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.model_folder import plainly
+from ..compat.neighbours.quieted import quieted
 from ..config.checks import check_device
 from ..errors import StorageError
 
@@ -131,20 +130,13 @@ def weight_bytes(model: nn.Module) -> int:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep libraries' loading bars and advice off the terminal; errors come through, and all is put back after."""
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate")]
-    levels = [logger.level for logger in loggers]
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quieted("bitsandbytes", "accelerate"):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -69,11 +69,12 @@ class LinearAdapter(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._in_effect
-        if not names or args or kwargs or rows_of(self) is not None:
+        if not names or args or kwargs:
             return super().forward(x, *args, **kwargs)
         if why_plain(self, x, names) is None:
             return self._fused(x, x, names)
-        return super().forward(x) if trains(self) else self._evaluated(x, names)
+        by_parts = trains(self) or rows_of(self) is not None
+        return super().forward(x) if by_parts else self._evaluated(x, names)
 
     def _evaluated(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The plain form in evaluation: s goes into the sum, which spares a step of decoding one call."""

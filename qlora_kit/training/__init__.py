@@ -7,6 +7,7 @@ Nothing here knows ``LoraModel``: it works on bare models, on models with adapte
 - ``chunked_loss``: ``use_chunked_loss``, the same for a model's own loss
 - ``loss_probe``: whether a model's chunked loss is its own
 - ``offload``: ``offload_activations``, which wait for the backward on the CPU
+- ``hooked``: what hooks on a module do until they are removed, as both of these
 - ``optimizers/``: LoRA+, LoRA-FA, optimizers by name
 - ``planner/``: what memory a training run takes, before it
 """

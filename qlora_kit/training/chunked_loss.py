@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import cache, partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,40 +27,25 @@ from ..layers import AdapterLayer, ModulesToSave
 from ..layers.row_choice import rows_of
 from .cross_entropy import CHUNK, check_chunk
 from .deferred_logits import deferred_call
+from .hooked import Hooked
 from .loss_probe import probe
 
 
-class ChunkedLoss:
-    """A chunked loss in use. As a context it ends with the block.
+class ChunkedLoss(Hooked):
+    """A chunked loss in use. As a context it ends with the block; ``remove()`` lets the model compute its loss as ever.
 
     Attributes:
         module: the model with labels and a head, inside of what was given.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, (_begin, _end))
         self.module = module
 
     @property
     def chunk(self) -> int | None:
         """Rows at a time; None when it isn't in use any more."""
-        return next((hook.keywords["chunk"] for hook in _hooks(self.module._forward_pre_hooks)), None)
-
-    def remove(self) -> None:
-        """Let the model compute its loss as ever; does nothing the second time."""
-        for hooks in (self.module._forward_pre_hooks, self.module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if hook in list(_hooks(hooks)):
-                    del hooks[key]
-                    self.module._forward_pre_hooks_with_kwargs.pop(key, None)
-                    self.module._forward_hooks_always_called.pop(key, None)
-
-    def __enter__(self) -> ChunkedLoss:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+        return next((hook.keywords["chunk"] for hook in self.own(self.module._forward_pre_hooks).values()), None)
 
 
 def use_chunked_loss(model: nn.Module, *, chunk: int = CHUNK, batch: Mapping[str, Any] | None = None) -> ChunkedLoss:
@@ -110,10 +94,6 @@ def use_untried(model: nn.Module, chunk: int = CHUNK) -> ChunkedLoss:
     module.register_forward_pre_hook(partial(_begin, chunk=chunk), with_kwargs=True)
     module.register_forward_hook(partial(_end, chunk=chunk), always_call=True)
     return ChunkedLoss(module)
-
-
-def _hooks(hooks: Mapping[int, Any]) -> list[Any]:
-    return [hook for hook in hooks.values() if getattr(hook, "func", None) in (_begin, _end)]
 
 
 def _with_labels(model: nn.Module) -> nn.Module:

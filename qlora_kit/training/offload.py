@@ -15,20 +15,21 @@ checkpointing's.
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.checks import check_int, check_model
+from .hooked import Hooked
 
 #: Where tensors wait, and stay if they are there already.
 _CPU = "cpu"
 
 
-class Offload:
-    """Activations of a model's forward are kept on the CPU. As a context it ends with the block.
+class Offload(Hooked):
+    """Activations of a model's forward are kept on the CPU. As a context it ends with the block; ``remove()`` leaves
+    them where they are.
 
     Attributes:
         model: whose.
@@ -37,28 +38,13 @@ class Offload:
     """
 
     def __init__(self, model: nn.Module, least_bytes: int) -> None:
+        super().__init__(model, (_begin, _end))
         self.model, self.least_bytes = model, least_bytes
         self._mover = _Mover(least_bytes)
 
     @property
     def moved(self) -> int:
         return self._mover.moved
-
-    def remove(self) -> None:
-        """Leave activations where they are; does nothing the second time."""
-        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "func", None) in (_begin, _end):
-                    del hooks[key]
-                    self.model._forward_hooks_always_called.pop(key, None)
-
-    def __enter__(self) -> Offload:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def offload_activations(model: nn.Module, *, least_bytes: int = 1 << 20) -> Offload:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ...codecs import codec_for, find_codec
+from ...naming import base_of
 from ..base import AdapterLayer
 from .choice import blocks_chosen, watched
 from .linear import Made
@@ -225,9 +226,8 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    return (module.codec if isinstance(module, AdapterLayer) else codec_for(module)).shape(
-        module.base_layer if isinstance(module, AdapterLayer) else module
-    )
+    base = base_of(module)
+    return codec_for(base).shape(base)
 
 
 def _does_nothing(module: nn.Module | None) -> bool:

@@ -35,7 +35,10 @@ class Branch:
     def narrowed(self, x: Tensor) -> Tensor:
         """The scaled product of rank r of ``x`` (tokens, in): (tokens, r)."""
         kept = self.kept(x)
-        return narrow(x if kept is None else x * kept, self.A).mul_(self.scale)
+        return self._narrowed(x if kept is None else x * kept)
+
+    def _narrowed(self, masked: Tensor) -> Tensor:
+        return narrow(masked, self.A).mul_(self.scale)
 
     def add_(self, y: Tensor, narrowed: Tensor) -> None:
         """Add the branch to ``y`` (tokens, out)."""
@@ -67,7 +70,7 @@ class Branch:
         grad_A = grad_B = None
         if needs[1]:
             if x is not None:
-                narrowed = narrow(x, self.A).mul_(self.scale)
+                narrowed = self._narrowed(x)
             assert narrowed is not None
             grad_B = gathered(narrowed, grad).t().to(self.B.dtype)
         if needs[0] or grad_x is not None:

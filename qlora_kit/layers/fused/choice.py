@@ -7,7 +7,6 @@ of functorch) or has put others in their place gets the plain form.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
-from ...errors import ConfigError
+from ...errors import ConfigError, closest
 from ..row_choice import rows_of
 
 KINDS = ("auto", "plain", "fused")
@@ -40,8 +39,7 @@ class set_branch:  # noqa: N801 - called as a function, as torch.set_grad_enable
     def __init__(self, kind: str) -> None:
         global _chosen
         if kind not in KINDS:
-            near = difflib.get_close_matches(str(kind), KINDS, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
+            meant = "".join(f"; did you mean {near!r}?" for near in closest(str(kind), KINDS, 1))
             raise ConfigError(f"branch: expected one of {list(KINDS)}, found {kind!r}{meant}")
         self._before, _chosen = _chosen, kind
 

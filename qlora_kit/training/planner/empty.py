@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...checkpoints.model_folder import empty_model
+from ...compat.neighbours.quieted import quieted
 from ...config.lora import LoraConfig
 from ...model.lora_model import LoraModel, apply_lora
 from ...preparation.kbit import (
@@ -85,17 +83,6 @@ def _prepare_(base: torch.nn.Module, settings: Settings) -> str:
     return checkpoint_activations_(base, {}, Preparation(frozenset())) if settings.checkpointing else "off"
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Advice about a model that is never run is kept to itself."""
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return quieted("bitsandbytes", "transformers")

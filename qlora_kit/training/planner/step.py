@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.model_folder import task_of
 from ...errors import ConfigError, UnsupportedModuleError
+from ...injection.ties import end_tables
 from ..chunked_loss import use_chunked_loss, use_untried
 from .empty import Empty, quiet
 from .kernels import OnCard
@@ -99,7 +100,7 @@ def can_chunk(model: nn.Module) -> bool:
 
 
 def _loss(model: Any, batch: dict[str, Tensor], settings: Settings, live: LiveBytes) -> Tensor:
-    head = _head(model)
+    head = end_tables(model)[1]
     options = {"use_cache": False} if hasattr(model.config, "use_cache") and writes(model) else {}
     hook = None if head is None else head.register_forward_pre_hook(lambda _, args: _is_loss_from(args[0], live))
     try:
@@ -120,10 +121,6 @@ def _is_loss_from(hidden: Tensor, live: LiveBytes) -> None:
     live.kind = "loss"
     if hidden.requires_grad:
         hidden.register_hook(lambda _: setattr(live, "kind", "backward"))
-
-
-def _head(model: Any) -> nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _hold_gradients(trained: list[Tensor], live: LiveBytes) -> None:
