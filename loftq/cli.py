@@ -9,6 +9,7 @@ import typer
 
 from qlora_kit.cli.group import command_group, in_words_of, names_or_pattern
 from qlora_kit.cli.numbers import gigabytes, parse_bytes, size_or_word, whole_numbers
+from qlora_kit.config.loftq import AUTO
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
 
@@ -57,7 +58,7 @@ def init(
         Optional[str],  # noqa: UP045
         typer.Option(
             rich_help_panel=_CALIBRATION,
-            help="Text to look at the inputs with: a file, or builtin. Default: builtin if needed.",
+            help="Text to look at the inputs with: a file, builtin, or none. Default: builtin if needed.",
         ),
     ] = None,
     calibration_rows: Annotated[
@@ -129,7 +130,7 @@ def init(
                 double_quant=double_quant,
                 method=method,
                 seed=seed,
-                calibration=calibration,
+                calibration={None: AUTO, "none": None}.get(calibration, calibration),
                 calibration_rows=calibration_rows,
                 calibration_tokens=calibration_tokens,
                 scale_search=scale_search,
@@ -142,7 +143,7 @@ def init(
             gigabytes(shard_size, "--shard-size"),
             _device(device),
             workers,
-            outputs=calibration is not None,
+            outputs=calibration not in (None, "none"),
             budget=budget,
             activation_bytes=parse_bytes(activations, "--activations"),
         )

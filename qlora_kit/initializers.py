@@ -10,7 +10,8 @@ computes is base + scaling * B @ A. A start of one's own is a function and a nam
     LoraConfig(init_lora_weights="mine")
 
 A start that has to see the whole model first, to run text through it say, registers with ``prepare``: that is
-called with the model and all requests before the first module, and gives the function of the module.
+called with the model and all requests before the first module, and gives the function of the module. One whose
+configuration leaves something to the model registers with ``settle``, which says it in a configuration of its own.
 
 ``True`` and ``"gaussian"`` leave the model's function as it is, since one factor is zero. The distributions
 are PEFT's (and so Microsoft's loralib's): linear and convolution draw A and zero B; an embedding zeros A, the
@@ -34,8 +35,10 @@ from .naming import Tree
 
 Initializer = Callable[[Request], Start]
 Prepare = Callable[[nn.Module, Sequence[Request]], Initializer]
+Settle = Callable[[nn.Module, LoraConfig, Plan], LoraConfig]
 _registry: dict[bool | str, Initializer] = {}
 _preparations: dict[bool | str, Prepare] = {}
+_settlements: dict[bool | str, Settle] = {}
 # Starts that decompose the weight, which has no more than min(out, in) singular values.
 _bounded: set[bool | str] = set()
 # Starts that live in packages above this one, imported when first asked for.
@@ -44,10 +47,11 @@ INIT_NAMES.update(_on_demand.keys())
 
 
 def register_initializer(
-    name: bool | str, *, prepare: Prepare | None = None, bounded: bool = False
+    name: bool | str, *, prepare: Prepare | None = None, settle: Settle | None = None, bounded: bool = False
 ) -> Callable[[Initializer], Initializer]:
     """Decorator: ``LoraConfig(init_lora_weights=name)`` starts adapters with this function, or where ``prepare`` is
-    given with the one that it returns for a model. A ``bounded`` start gets no rank above a weight's min(out, in).
+    given with the one that it returns for a model. ``settle`` gives the configuration that a model's plan makes of one.
+    A ``bounded`` start gets no rank above a weight's min(out, in).
 
     A later registration of a name replaces the earlier one.
     """
@@ -55,11 +59,14 @@ def register_initializer(
     def register(function: Initializer) -> Initializer:
         _registry[name] = function
         _preparations.pop(name, None)
+        _settlements.pop(name, None)
         _bounded.discard(name)
         if bounded:
             _bounded.add(name)
         if prepare is not None:
             _preparations[name] = prepare
+        if settle is not None:
+            _settlements[name] = settle
         if isinstance(name, str):
             INIT_NAMES.add(name)
         return function
@@ -77,6 +84,8 @@ def planned(model: nn.Module | Tree, config: LoraConfig) -> tuple[LoraConfig, Pl
     tree = Tree.of(model)
     plan = make_plan(tree, config)
     _known(config.init_lora_weights)
+    if (settle := _settlements.get(config.init_lora_weights)) is not None:
+        config = settle(tree.model, config, plan)
     return capped(tree, config, plan) if config.init_lora_weights in _bounded else (config, plan)
 
 

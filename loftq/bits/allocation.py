@@ -78,7 +78,9 @@ def allocate(
     """
     budget = Budget(bits, memory, tuple(ranks), rule)
     options = undecided(config.loftq_config or LoftQConfig())
-    config, plan = planned(model, replace(config, init_lora_weights="loftq"))
+    few = replace(options, bits_pattern={".*": 2})  # as any budget allows, for what a start of few bits needs
+    config, plan = planned(model, replace(config, init_lora_weights="loftq", loftq_config=few))
+    options = replace(config.loftq_config or options, bits_pattern={})
     kept = kept_dense(model, options)
     asked = ((entry, checked(request_for(model, entry, config))) for entry in plan.entries)
     entries = {entry: _dense(request) for entry, request in asked if reason_of(request, kept) is None}

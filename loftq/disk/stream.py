@@ -56,6 +56,9 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     asked, task = task, provisional(task)
     checkpoint = Checkpoint(task.source, task.lora)
     task = replace(task, lora=checkpoint.config)
+    # What was asked for is with the text that the model settled on, and without the bits that are still to be chosen.
+    loftq = replace(asked.loftq, method=task.loftq.method, calibration=task.loftq.calibration)
+    asked = replace(asked, lora=replace(asked.lora, loftq_config=loftq))
     check_disk(task.out, expected_bytes(checkpoint, task.loftq))
     check_budget(task, checkpoint)
     calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from qlora_kit.config.loftq import LoftQConfig
+from qlora_kit.config.loftq import AUTO, LoftQConfig
 from qlora_kit.errors import ConfigError, StorageError
 
 from .caches import uncached
@@ -38,7 +38,7 @@ def batches_for(
     """Batches to call ``model`` with, on its device.
 
     Args:
-        source: "builtin" (or None), a text file, token ids (n, window), or an iterable of batches (dictionaries of
+        source: "builtin" (or None, or "auto"), a text file, token ids (n, window), or an iterable of batches (dictionaries of
             tensors).
         rows, window: for text: rows of ``window`` tokens to cut, evenly over the whole of it.
         batch: rows of a batch.
@@ -48,7 +48,7 @@ def batches_for(
         ConfigError: a source of another kind, or without a row; a batch brings a cache along.
         StorageError: no such file, or no tokenizer beside the model.
     """
-    source = BUILTIN if source is None else source
+    source = BUILTIN if _is_none(source) else source
     if isinstance(source, (str, os.PathLike)):
         place = folder or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         source = token_rows(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
@@ -140,7 +140,7 @@ def builtin_text(characters: int) -> Iterator[str]:
 
 def text_identity(source: Any) -> Any:
     """What tells one calibration text from another, as a JSON value: it changes with the contents."""
-    if source is None:
+    if _is_none(source):
         return None
     if isinstance(source, (str, os.PathLike)):
         if source == BUILTIN:
@@ -161,8 +161,8 @@ def text_identity(source: Any) -> Any:
     return type(source).__name__
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a model's folder.
+def load_tokenizer(folder: str | os.PathLike[str], *, local: bool = False) -> Any:
+    """The tokenizer in a model's folder, or of its name on the Hub; ``local``: only if it is on this machine.
 
     Raises:
         StorageError: there is none.
@@ -170,13 +170,17 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # of any kind, from files of unknown origin
         raise StorageError(
             f"calibration: expected a tokenizer in {str(folder) or 'the folder of the model'!r}, found none "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); put the tokenizer's files beside "
             "the model, or pass token ids or batches as the calibration"
         ) from error
+
+
+def _is_none(source: Any) -> bool:
+    return source is None or (isinstance(source, str) and source == AUTO)
 
 
 def _file_text(path: Path, characters: int) -> Sequence[str]:

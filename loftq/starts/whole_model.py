@@ -17,6 +17,7 @@ from qlora_kit.injection.engine import Request
 from ..inputs.groups import stages
 from ..inputs.text import calibration_batches
 from ..methods.registry import needs_of
+from .default_text import with_text
 from .kept_dense import kept_dense, plain_start, reason_of
 from .one_module import loftq_start, start_of
 from .report import not_reached, short_calibration
@@ -72,4 +73,4 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
     return lambda request: starts.pop(request.path)
 
 
-register_initializer("loftq", prepare=prepare, bounded=True)(loftq_start)
+register_initializer("loftq", prepare=prepare, settle=with_text, bounded=True)(loftq_start)

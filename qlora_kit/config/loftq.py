@@ -15,6 +15,10 @@ from .checks import check_bool, check_choice, check_int, check_positive, check_r
 DEFAULT_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "int8"}
 # The same where modules of several bits stand in one model, all packed by us.
 MIXED_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "uniform8"}
+# What ``calibration`` is by default: a text of ours where few bits need one and the model can read it.
+AUTO = "auto"
+# Up to so many bits an uncalibrated start ruins a well-trained model: benchmarks/RESULTS.md, real weights.
+FEW_BITS = 3
 
 
 @dataclass
@@ -36,7 +40,8 @@ class LoftQConfig:
         seed: of the decomposition's random start, for large weights.
         calibration: the text that gives the inputs: "builtin" (Python's own documentation and sources), a UTF-8
             file, token ids (rows, tokens), or a list of batches, each a dictionary that the model is called with.
-            None is "builtin" for a named method that looks at the inputs.
+            None is none, but for a named method that looks at the inputs "builtin". "auto" is as None, but for 2 and
+            3 bits of a language model with its tokenizer beside it "builtin" (``loftq.starts.default_text``).
         calibration_rows, calibration_tokens: for text: how many rows of how many tokens to cut from it.
         damping: share of the inputs' mean square that is added to each one's own.
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
@@ -56,7 +61,7 @@ class LoftQConfig:
     weights: str | None = None
     method: str = "auto"
     seed: int = 0
-    calibration: Any = field(default=None, compare=False)
+    calibration: Any = field(default=AUTO, compare=False)
     calibration_rows: int = 128
     calibration_tokens: int = 512
     damping: float = 0.01
@@ -99,7 +104,17 @@ class LoftQConfig:
         """``method``, or what "auto" means here."""
         if self.method != "auto":
             return self.method
-        return "loftq" if self.calibration is None else "aligned"
+        return "aligned" if self.gives_text else "loftq"
+
+    @property
+    def gives_text(self) -> bool:
+        """Whether ``calibration`` is a text; at its default that is for the model to say."""
+        return self.calibration is not None and not (isinstance(self.calibration, str) and self.calibration == AUTO)
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether any module gets 2 or 3."""
+        return min(self.loftq_bits, *self.bits_pattern.values(), 8) <= FEW_BITS
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoftQConfig:

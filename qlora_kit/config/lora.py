@@ -132,7 +132,7 @@ class LoraConfig:
         values = {spec.name: deepcopy(getattr(self, spec.name)) for spec in fields(self) if spec.name != "loftq_config"}
         if self.loftq_config:
             values["loftq_config"] = _without_defaults(self.loftq_config, keep=("loftq_bits", "loftq_iter"))
-            if not isinstance(self.loftq_config.calibration, str):
+            if not isinstance(self.loftq_config.calibration, (str, type(None))):
                 values["loftq_config"].pop("calibration", None)  # tensors have no place in JSON
         changed = _without_defaults(self, keep=_ALWAYS_WRITTEN)
         rest = sorted(set(changed) - set(_ALWAYS_WRITTEN))
