@@ -31,7 +31,8 @@ RANK, STEPS, BLOCKSIZE = 16, 5, 64
 
 def started(model: nn.Module, bits: int, kind: str) -> nn.Module:
     """``model`` from a LoftQ start."""
-    loftq = LoftQConfig(loftq_bits=bits, quant_type=kind, loftq_iter=STEPS, blocksize=BLOCKSIZE, double_quant=True)
+    storage = {"loftq_bits": bits, "quant_type": kind, "blocksize": BLOCKSIZE, "double_quant": True}
+    loftq = LoftQConfig(**storage, loftq_iter=STEPS, method="loftq")
     config = LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights="loftq", loftq_config=loftq
     )

@@ -1,9 +1,10 @@
 """Adapters to merge: really trained on quantized bases, kept on the disk with them, a folder for each.
 
 Two kinds of model behind one interface (``Language``, ``Encoder``): what it is trained on, how it is trained, and one
-number that says how good it is, lower being better. A language model learns torch's sources, as in the demo; the number
-is perplexity on held-out files. The sentence encoder learns which description belongs to which function of Python's
-standard library (a contrastive loss within batches); the number is that loss on functions of other files.
+number that says how good it is, lower being better. A language model learns torch's sources, as in the demo, and that
+of ``real_models`` English news; the number is perplexity on held-out files or articles. The sentence encoder learns
+which description belongs to which function of Python's standard library (a contrastive loss within batches); the number
+is that loss on functions of other files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from minilm import MiniLM
+from real_models import windows_of
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -26,7 +28,6 @@ from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, prepare_mo
 from qlora_kit.codecs import protect_storage_
 from qlora_kit.demo.models import Source
 from qlora_kit.demo.settings import Settings
-from qlora_kit.demo.text import make_windows
 from qlora_kit.demo.training import fine_tune_, perplexity
 from qlora_kit.hf_quantizer import record_quantization_
 
@@ -93,7 +94,7 @@ class Language(Task):
     def __init__(self, folder: str, steps: int) -> None:
         self.original = folder
         self.tokenizer = Source(folder, "cpu", torch.float32).tokenizer()
-        self.windows = make_windows(self.tokenizer, window=256, train_rows=4 * steps, held_out_rows=32, seed=0)
+        self.windows = windows_of(folder, self.tokenizer, train_rows=4 * steps)
         self.train = [{"input_ids": rows} for rows in self.windows.train[:128].split(8)]
 
     def fit_(self, lora: LoraModel, case: Case, steps: int) -> None:
@@ -251,7 +252,7 @@ class Store:
     def _make(self, case: Case) -> None:
         task = self.task(case)
         if case.start == "loftq":
-            options = LoftQConfig(loftq_bits=case.bits, loftq_iter=5, double_quant=True)
+            options = LoftQConfig(loftq_bits=case.bits, loftq_iter=5, double_quant=True, method="loftq")
             lora = apply_lora(
                 prepare_model_for_kbit_training(task.load(task.original), use_gradient_checkpointing=False),
                 self._config(case, init_lora_weights="loftq", loftq_config=options),

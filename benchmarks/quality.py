@@ -6,20 +6,29 @@ several seeds (order of the text; for a zero start also A). Calibration text is 
 from both. "nf" rows have the published NormalFloat tables, all others the default types. At 2.5 and 2.25 bits each
 method's own allocation is used, or with "rule" the first layers get 4 bits and the rest 2.
 
+The folder of ``real_models`` has rows and texts of its own: English news, measured on 16 rows; unless the row says
+otherwise calibrated on 32 other rows of the same domain, which is more than a user may have: the rows "on code" and
+"built-in text" have other domains. peft's LoftQ runs on CUDA only; "loftq T=5, nf" is its loop at scaling 1, best
+iterate kept. Of every start there are seconds (of wall clock, the allocation of bits included) and the process's peak
+of resident memory while it is made, model included, on Linux.
+
 On MiniLM: the output's relative error and the mean cosine of sentence embeddings.
 
 Run: python benchmarks/quality.py --state FILE [--models DIR ...] [--bits 2 ...] [--rank 16] [--seeds 3]
-    [--learning-rate 1e-3] [--minilm]
+    [--learning-rate 1e-3] [--steps 40] [--minilm]
+With --seeds 0 nothing is fine-tuned, and a later call with more seeds fills that in for the rows that it names.
 A run that is cut off goes on from FILE; "--table" only prints what it holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,61 +36,22 @@ import bitsandbytes
 import torch
 import transformers
 from minilm import MiniLM
-from torch import nn
+from quality_rows import REAL_STARTS, STARTS, Start, lora_config
+from real_models import is_real, texts, windows_of
+from torch import Tensor, nn
 
 from loftq import allocate
-from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training
+from qlora_kit import LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training
 from qlora_kit.demo.models import Source, quiet, reference_model_path
 from qlora_kit.demo.settings import Settings
-from qlora_kit.demo.text import Windows, make_windows
+from qlora_kit.demo.text import Windows
 from qlora_kit.demo.training import fine_tune_, perplexity
 
 BITS = (2.0, 2.25, 2.5, 3.0, 4.0)
 # Perplexity is to be so much above that of 16 bits, as a share of it, for shares of the difference to say something.
 _LEAST_GAP = 0.02
-CALIBRATION = {"calibration_rows": 128, "calibration_tokens": 256}
-
-
-@dataclass(frozen=True)
-class Start:
-    """A row of the table.
-
-    Attributes:
-        name: of the row.
-        options: of LoftQConfig.
-        zero: quantize plainly and begin with B = 0.
-        rule: how bits are allocated where the mean is between two.
-        bits: where the row stands; empty is everywhere.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    zero: bool = False
-    rule: str = "milp"
-    bits: tuple[float, ...] = ()
-
-
-def _all_starts() -> list[Start]:
-    nf: dict[str, Any] = {"quant_type": "nf"}
-    return [
-        Start("zero, nf (QLoRA)", nf, zero=True, bits=(2, 3)),
-        Start("loftq T=1, nf", {**nf, "loftq_iter": 1}, bits=(2, 3)),
-        Start("loftq T=5, nf", nf, bits=(2, 3)),
-        Start("qera T=5, nf", {**nf, "method": "qera"}, bits=(2, 3)),
-        Start("zero", zero=True),
-        Start("loftq T=1", {"loftq_iter": 1}),
-        Start("loftq T=5"),
-        Start("loftq T=5, rule", rule="first-layers", bits=(2.25, 2.5)),
-        *(Start(name, {"method": name}) for name in ("qera-diag", "qera", "pissa", "srr", "cloq", "aligned")),
-        Start("aligned, rule", {"method": "aligned"}, rule="first-layers", bits=(2.25, 2.5)),
-        Start("loftq T=5, searched scales", {"scale_search": True}),
-        Start("srr, searched scales", {"method": "srr", "scale_search": True}, bits=(2,)),
-        Start("cloq, lloyd", {"method": "cloq", "quant_type": "lloyd"}, bits=(2,)),
-        Start("aligned, lloyd", {"method": "aligned", "quant_type": "lloyd"}, bits=(2,)),
-    ]
-
-
-STARTS = _all_starts()
+_HEADS = {"MiniLM": "output error | cosine", "model": "before | after | gaps | cost"}
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class State:
@@ -98,27 +68,14 @@ class State:
         self.path.write_text(json.dumps(self.found, indent=1))
 
 
-def lora_config(start: Start, bits: float, rank: int) -> LoraConfig:
-    options = {"loftq_iter": 1 if start.zero else 5, "double_quant": True, **CALIBRATION, **start.options}
-    if "quant_type" in options:
-        options["quant_type"] += str(int(bits))
-    whole = int(bits) if bits == int(bits) else 4
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        init_lora_weights="loftq",
-        loftq_config=LoftQConfig(loftq_bits=whole, **options),
-    )
-
-
-def started(start: Start, bits: float, rank: int, model: nn.Module) -> LoraModel:
+def started(
+    start: Start, bits: float, rank: int, model: nn.Module, own: Mapping[str, Tensor] | None = None
+) -> LoraModel:
     """``model`` from that start; a zero start has the plainly quantized weights that LoftQ's first step makes."""
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if bits == 16:
         return apply_lora(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
-    config = lora_config(start, bits, rank)
+    config = lora_config(start, bits, rank, own)
     if bits != int(bits):
         config = allocate(model, config, bits=bits, rule=start.rule).config
     lora = apply_lora(model, config)
@@ -138,16 +95,28 @@ def zero_(lora: LoraModel, seed: int) -> None:
 
 
 def measure(
-    start: Start, bits: float, folder: str, windows: Windows, state: State, options: argparse.Namespace
+    start: Start,
+    bits: float,
+    rank: int,
+    folder: str,
+    windows: Windows,
+    own: Mapping[str, Tensor] | None,
+    state: State,
+    options: argparse.Namespace,
 ) -> None:
     """Fill in one row."""
-    rank = options.rank
     row = state.at(Path(folder).name, bits, rank, start.name)
     todo = [seed for seed in range(options.seeds) if str(seed) not in row["after"]]
     if "before" in row and not todo:
         return
-    lora = started(start, bits, rank, Source(folder, "cpu", torch.float32).dense())
+    model = Source(folder, "cpu", torch.float32).dense()
+    forget_peak()
+    began = time.monotonic()
+    lora = started(start, bits, rank, model, own)
+    del model
+    row |= {"seconds": time.monotonic() - began, "peak": peak()}
     row["before"] = perplexity(lora, windows.held_out)
+    state.save()
     kept = {name: p.detach().clone() for name, p in lora.named_parameters() if p.requires_grad}
     for seed in todo:
         with torch.no_grad():
@@ -167,8 +136,21 @@ def measure(
         )
         fine_tune_(lora, windows.train, settings, title=start.name)
         row["after"][str(seed)] = perplexity(lora, windows.held_out)
-    state.save()
+        state.save()
     print(f"{Path(folder).name} {bits} bits, rank {rank}, {start.name}: {text(row)}", flush=True)
+
+
+def forget_peak() -> None:
+    """Have the peak of resident memory begin anew, where the system lets a process do that."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak() -> int | None:
+    """Bytes, since ``forget_peak``; None where there is no such thing."""
+    if not _CLEAR.exists():
+        return None
+    return next(1024 * int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def text(row: dict[str, Any]) -> str:
@@ -198,12 +180,12 @@ def print_tables(state: State) -> None:
         rows.setdefault((float(bits), int(rank)), {}).setdefault(model, {})[name] = row
     for (bits, rank), models in sorted(rows.items()):
         print(f"\n{bits:g} bits, rank {rank}\n")
-        heads = [f"{m}: {'output error | cosine' if m == 'MiniLM' else 'before | after | gaps'}" for m in models]
+        heads = [f"{m}: {_HEADS['MiniLM' if m == 'MiniLM' else 'model']}" for m in models]
         print(f"| start | {' | '.join(heads)} |\n| --- |{' ---: |' * ' | '.join(heads).count('|')} ---: |")
-        for start in STARTS:
-            if any(start.name in found for found in models.values()):
-                cells = [_cells(m, found, start.name, rows.get((16.0, rank), {}).get(m)) for m, found in models.items()]
-                print(f"| {start.name} | {' | '.join(cells)} |")
+        for name in dict.fromkeys(start.name for start in (*STARTS, *REAL_STARTS)):
+            if any(name in found for found in models.values()):
+                cells = [_cells(m, found, name, rows.get((16.0, rank), {}).get(m)) for m, found in models.items()]
+                print(f"| {name} | {' | '.join(cells)} |")
 
 
 def _cells(model: str, found: dict[str, Any], name: str, full: dict[str, Any] | None) -> str:
@@ -211,17 +193,20 @@ def _cells(model: str, found: dict[str, Any], name: str, full: dict[str, Any] | 
     if model == "MiniLM":
         return f"{row['error']:.4f} | {row['cosine']:.4f}" if row else " | "
     if not row:
-        return " | | "
+        return " | | | "
+    cost = f"{row['seconds']:.0f} s" if "seconds" in row else ""
+    cost += f", {row['peak'] / 1e9:.1f} GB" if row.get("peak") else ""
     against = found.get("loftq T=5, nf") or found.get("loftq T=5")
     if full is None or against is None:
-        return f"{text(row)} | "
+        return f"{text(row)} | | {cost}"
     pairs = [(r["before"], statistics.mean(r["after"].values()) if r["after"] else None) for r in (row, against)]
-    ends = full["zero"]["before"], statistics.mean(full["zero"]["after"].values())
-    return f"{text(row)} | " + ", ".join(_share(*gap) for gap in zip(*pairs, ends, strict=True))
+    tuned = full["zero"]["after"].values()
+    ends = full["zero"]["before"], statistics.mean(tuned) if tuned else None
+    return f"{text(row)} | {', '.join(_share(*gap) for gap in zip(*pairs, ends, strict=True))} | {cost}"
 
 
-def _share(own: float | None, other: float | None, full: float) -> str:
-    if own is None or other is None or other - full < _LEAST_GAP * full:
+def _share(own: float | None, other: float | None, full: float | None) -> str:
+    if own is None or other is None or full is None or other - full < _LEAST_GAP * full:
         return "-"
     return f"{(own - full) / (other - full):.0%}"
 
@@ -232,7 +217,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="where results are kept")
     parser.add_argument("--models", nargs="*", default=[str(reference), str(reference.parent / "second_lm")])
     parser.add_argument("--bits", nargs="*", type=float, default=list(BITS))
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", nargs="*", type=int, default=[16])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="a state is of one rate and number of steps")
@@ -245,18 +230,22 @@ def main() -> None:
     print(f"python {platform.python_version()}, {versions}, bitsandbytes {bitsandbytes.__version__}")
     if args.minilm and not args.table:
         with quiet():
-            minilm(state, args.rank)
+            for rank in args.rank:
+                minilm(state, rank)
     elif not args.table:
         with quiet():
-            for bits in (16.0, *args.bits):
-                for folder in args.models:
-                    tokenizer = Source(folder, "cpu", torch.float32).tokenizer()
-                    windows = make_windows(tokenizer, window=256, train_rows=4 * args.steps, held_out_rows=32, seed=0)
-                    for start in STARTS:
-                        if (bits == 16 and start.name != "zero") or (start.bits and bits not in start.bits):
-                            continue
-                        if bits == 16 or not args.starts or start.name in args.starts:
-                            measure(start, bits, folder, windows, state, args)
+            for rank, bits, folder in itertools.product(args.rank, (16.0, *args.bits), args.models):
+                tokenizer = Source(folder, "cpu", torch.float32).tokenizer()
+                windows = windows_of(folder, tokenizer, train_rows=4 * args.steps)
+                own, starts = None, STARTS
+                if is_real(folder):
+                    found = texts(tokenizer)
+                    own, starts = {"own": found.calibration, "other": found.other_calibration}, REAL_STARTS
+                for start in starts:
+                    if (bits == 16 and start.name != "zero") or (start.bits and bits not in start.bits):
+                        continue
+                    if bits == 16 or not args.starts or start.name in args.starts:
+                        measure(start, bits, rank, folder, windows, own, state, args)
     print_tables(state)
 
 

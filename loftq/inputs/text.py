@@ -38,8 +38,8 @@ def batches_for(
     """Batches to call ``model`` with, on its device.
 
     Args:
-        source: "builtin" (or None, or "auto"), a text file, token ids (n, window), or an iterable of batches (dictionaries of
-            tensors).
+        source: "builtin" (or None, or "auto"), a text file, token ids (n, window), or an iterable of batches
+            (dictionaries of tensors).
         rows, window: for text: rows of ``window`` tokens to cut, evenly over the whole of it.
         batch: rows of a batch.
         folder: where the tokenizer is; None is the folder that the model came from.

@@ -41,12 +41,13 @@ class Settings:
         )
 
     def loftq(self, bits: int, calibration: Any = None, **others: Any) -> LoraConfig:
-        """``lora`` with a LoftQ start at ``bits`` bits."""
+        """``lora`` with a start at ``bits`` bits: LoftQ's as published, or with a ``calibration`` the best there is."""
         loftq = LoftQConfig(
             loftq_bits=bits,
             loftq_iter=LOFTQ_STEPS,
             blocksize=BLOCKSIZE,
             double_quant=DOUBLE_QUANT[bits],
+            method="loftq" if calibration is None else "auto",
             calibration=calibration,
             calibration_tokens=self.window,
         )

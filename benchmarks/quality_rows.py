@@ -1,0 +1,101 @@
+"""The rows of ``quality``'s tables: starts, what they are calibrated on, and where each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from qlora_kit import LoftQConfig, LoraConfig
+
+# Of the models trained here: the built-in text.
+BUILTIN_ROWS = {"calibration_rows": 128, "calibration_tokens": 256}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        options: of LoftQConfig.
+        zero: quantize plainly and begin with B = 0.
+        rule: how bits are allocated where the mean is between two.
+        bits: where the row stands; empty is everywhere.
+        text, rows: what the real model is calibrated on: "own", the test's domain, "other", or "builtin"; how many
+            rows of 256 tokens.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    zero: bool = False
+    rule: str = "milp"
+    bits: tuple[float, ...] = ()
+    text: str = "own"
+    rows: int = 32
+
+
+def _all_starts() -> list[Start]:
+    nf: dict[str, Any] = {"quant_type": "nf"}
+    return [
+        Start("zero, nf (QLoRA)", nf, zero=True, bits=(2, 3)),
+        Start("loftq T=1, nf", {**nf, "loftq_iter": 1}, bits=(2, 3)),
+        Start("loftq T=5, nf", nf, bits=(2, 3)),
+        Start("qera T=5, nf", {**nf, "method": "qera"}, bits=(2, 3)),
+        Start("zero", zero=True),
+        Start("loftq T=1", {"loftq_iter": 1}),
+        Start("loftq T=5"),
+        Start("loftq T=5, rule", rule="first-layers", bits=(2.25, 2.5)),
+        *(Start(name, {"method": name}) for name in ("qera-diag", "qera", "pissa", "srr", "cloq", "aligned")),
+        Start("aligned, rule", {"method": "aligned"}, rule="first-layers", bits=(2.25, 2.5)),
+        Start("loftq T=5, searched scales", {"scale_search": True}),
+        Start("srr, searched scales", {"method": "srr", "scale_search": True}, bits=(2,)),
+        Start("cloq, lloyd", {"method": "cloq", "quant_type": "lloyd"}, bits=(2,)),
+        Start("aligned, lloyd", {"method": "aligned", "quant_type": "lloyd"}, bits=(2,)),
+    ]
+
+
+def _real_starts() -> list[Start]:
+    aligned: dict[str, Any] = {"method": "aligned"}
+    return [
+        Start("zero, nf (QLoRA)", {"quant_type": "nf"}, zero=True, bits=(2, 3)),
+        Start("loftq T=5, nf", {"quant_type": "nf"}, bits=(2, 3)),
+        Start("zero", zero=True),
+        Start("loftq T=5"),
+        Start("loftq T=5, rule", rule="first-layers", bits=(2.25, 2.5)),
+        *(Start(name, {"method": name}) for name in ("qera", "srr", "cloq", "aligned")),
+        Start("aligned, rule", aligned, rule="first-layers", bits=(2.25, 2.5)),
+        *(Start(f"aligned, {rows} rows", aligned, rows=rows, bits=(2, 3, 4)) for rows in (8, 128)),
+        Start("aligned, on code", aligned, text="other", bits=(2, 3, 4)),
+        Start("aligned, on code, 128 rows", aligned, text="other", rows=128, bits=(2, 3, 4)),
+        Start("aligned, built-in text", aligned, text="builtin", bits=(2, 3, 4)),
+        Start("cloq, on code", {"method": "cloq"}, text="other", bits=(2,)),
+    ]
+
+
+STARTS, REAL_STARTS = _all_starts(), _real_starts()
+
+
+def lora_config(start: Start, bits: float, rank: int, texts: Mapping[str, Tensor] | None = None) -> LoraConfig:
+    """The configuration of a row; ``texts`` are the real model's: "own" and "other", rows of tokens to calibrate on."""
+    options: dict[str, Any] = {"loftq_iter": 1 if start.zero else 5, "double_quant": True, "method": "loftq"}
+    if texts is None:
+        options |= BUILTIN_ROWS
+    elif start.text in texts:
+        options["calibration"] = texts[start.text][: start.rows]
+    else:
+        options |= {"calibration": start.text, "calibration_rows": start.rows, "calibration_tokens": 256}
+    options |= start.options
+    if "quant_type" in options:
+        options["quant_type"] += str(int(bits))
+    whole = int(bits) if bits == int(bits) else 4
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        init_lora_weights="loftq",
+        loftq_config=LoftQConfig(loftq_bits=whole, **options),
+    )
