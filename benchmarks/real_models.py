@@ -87,7 +87,7 @@ def folder(out: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _convert(source: Path, out: Path) -> None:
-    """The GGUF file as float32 safetensors. transformers marks what it dequantized as quantized, which it won't save."""
+    """The GGUF file as float32 safetensors; transformers marks what it dequantized as quantized, and won't save it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)

@@ -151,7 +151,8 @@ def init(
             report = stream(task, progress=progress)
         typer.echo(words(str(report)))
     less = f"; {len(report.lowered)} layers have a smaller rank, see above" if report.lowered else ""
-    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}{less}")
+    warning = f"; {report.alarm}" if report.alarm else ""
+    typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}{less}{warning}")
 
 
 @app.command()

@@ -33,7 +33,7 @@ LAYERS, LINEARS = 2, 7
 
 
 def start(model: nn.Module, bits: int, targets: Any = "all-linear", **options: Any) -> LoraModel:
-    loftq = LoftQConfig(loftq_bits=bits, loftq_iter=2, **options)
+    loftq = LoftQConfig(loftq_bits=bits, loftq_iter=2, method="loftq", **options)
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights="loftq", loftq_config=loftq)
     return apply_lora(model, config).eval()
 

@@ -5,6 +5,7 @@ lies in memory or on disk, is nothing to a start: the same function makes it in 
 
 - ``one_module``: the start of one module, quantized here or before
 - ``whole_model``: the starts of a model in memory, in the order of its forward where the method looks at inputs
+- ``alarm``: when a start may have ruined the model
 - ``default_text``: the text of a start of few bits that nobody gave one
 - ``options``: what a ``LoftQConfig`` says of one module
 - ``startable``: which modules can be started

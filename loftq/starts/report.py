@@ -13,10 +13,12 @@ from typing import Any
 from qlora_kit.checkpoints.files import json_object, write_text_atomically
 from qlora_kit.checkpoints.records import read_record
 from qlora_kit.config.lora import LoftQConfig
-from qlora_kit.errors import AdapterError, StorageError
+from qlora_kit.errors import AdapterError, ConfigError, StorageError
 from qlora_kit.injection.ranks import lowered
 from qlora_kit.model.lora_model import LoraModel
 
+from ..methods.registry import needs_of
+from .alarm import alarm
 from .kept_dense import KeptDense
 
 JSON_NAME = "loftq_report.json"
@@ -119,6 +121,17 @@ class Report:
         return any(layer.output_error is not None for layer in self.layers)
 
     @property
+    def alarm(self) -> str:
+        """That the model may be ruined, if that is so; see ``loftq.starts.alarm``."""
+        try:
+            sequential = needs_of(self.options.get("method", "loftq")).sequential
+        except ConfigError:  # of one's own, and not registered where the report is read
+            sequential = False
+        return alarm(
+            self.total("error"), self.total("output_error") if self.calibrated else None, sequential=sequential
+        )
+
+    @property
     def seconds(self) -> float:
         """Computing time of all layers, in whatever number of runs."""
         return sum(layer.seconds for layer in self.layers)
@@ -175,6 +188,8 @@ class Report:
         ]
         if (several := self._several_scales()) is not None:
             lines.append(f"servers: {several}")
+        if self.alarm:
+            lines.append(self.alarm)
         return "\n".join(lines)
 
     def _several_scales(self) -> str | None:

@@ -112,7 +112,7 @@ def test_types_of_the_same_weight_differ() -> None:
 
 
 def start(model: nn.Module, bits: int = 4, **options: Any) -> LoraModel:
-    loftq = LoftQConfig(loftq_bits=bits)
+    loftq = LoftQConfig(loftq_bits=bits, method="loftq")
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="loftq", loftq_config=loftq, **options)
     return apply_lora(model, config).eval()
 

@@ -24,7 +24,7 @@ def four_bit(weight: torch.Tensor, storage: torch.dtype = torch.uint8) -> Linear
 
 
 def started(folder: Path, bits: int = 2) -> LoraModel:
-    loftq = LoftQConfig(loftq_bits=bits, loftq_iter=3)
+    loftq = LoftQConfig(loftq_bits=bits, loftq_iter=3, method="loftq")
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="loftq", loftq_config=loftq)
     return apply_lora(AutoModelForCausalLM.from_pretrained(folder), config)
 

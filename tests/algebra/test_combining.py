@@ -143,7 +143,7 @@ def test_it_lives_like_any_adapter() -> None:
 def test_sources_that_loftq_started_do_not_quantize_the_base_again(bits: int, tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
     config = LoraConfig(
-        r=4, target_modules=["0", "2"], init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=bits)
+        r=4, target_modules=["0", "2"], init_lora_weights="loftq", loftq_config=LoftQConfig(bits, method="loftq")
     )
     lora = apply_lora(net, config, "a")
     lora.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))

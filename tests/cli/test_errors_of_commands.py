@@ -226,7 +226,10 @@ INIT = "init --model model --out out --device cpu"
             "init: --alpha: expected a finite number above 0, found -1.0; pass an alpha such as --alpha 16",
         ),
         (f"{INIT} --method magic", "init: --method: expected one of"),
-        (f"{INIT} --memory 1KB", "raise it, lower the rank, target more modules, or pass --double-quant"),
+        (
+            f"{INIT} --memory 1KB --method loftq",
+            "raise it, lower the rank, target more modules, or pass --double-quant",
+        ),
         (f"{INIT} --ranks 0,8", "init: --ranks: expected integers of at least 1, found (0, 8); pass --ranks 8,16,32"),
         (f"{INIT} --bits 5 --allocation first-layers", "found --bits 5.0, no --memory, no --ranks; use 'milp'"),
         (f"{INIT} --device gpu9", "init: --device: expected a device of this machine"),

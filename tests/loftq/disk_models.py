@@ -27,7 +27,7 @@ def config(
         use_rslora=rslora,
         target_modules=targets,
         init_lora_weights="loftq",
-        loftq_config=LoftQConfig(loftq_bits=bits, **{"loftq_iter": 3, **loftq}),
+        loftq_config=LoftQConfig(loftq_bits=bits, **{"loftq_iter": 3, "method": "loftq", **loftq}),
     )
 
 

@@ -23,7 +23,7 @@ OF_LORA = ("r", "lora_alpha", "use_rslora", "target_modules")
 def lora_config(**options: Any) -> LoraConfig:
     """Rank 4 on all linears in two steps, unless ``options`` of either config say otherwise."""
     lora = {"r": 4, "target_modules": "all-linear", **{k: v for k, v in options.items() if k in OF_LORA}}
-    loftq = {"loftq_iter": 2, **{k: v for k, v in options.items() if k not in OF_LORA}}
+    loftq = {"loftq_iter": 2, "method": "loftq", **{k: v for k, v in options.items() if k not in OF_LORA}}
     return LoraConfig(
         **{"lora_alpha": lora["r"], **lora},
         init_lora_weights="loftq",

@@ -117,7 +117,8 @@ def test_auto_takes_the_lower_loss(folder: Path, flip: bool) -> None:
 
 def test_an_adapter_that_makes_up_for_its_base(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=3))
+    loftq = LoftQConfig(loftq_bits=3, method="loftq")
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="loftq", loftq_config=loftq)
     lora = apply_lora(model, config)
     before = bits(lora)
     with pytest.raises(MergeError, match=r"base='original': expected adapters that don't make up for .*\['default'\]"):

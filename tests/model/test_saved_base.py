@@ -53,7 +53,7 @@ def started(model: Any, targets: Any = "all-linear", lora: Any = None, **loftq: 
         r=4,
         target_modules=targets,
         init_lora_weights="loftq",
-        loftq_config=LoftQConfig(loftq_iter=5, **loftq),
+        loftq_config=LoftQConfig(loftq_iter=5, method="loftq", **loftq),
         **(lora or {}),
     )
     return trained(apply_lora(model, config))

@@ -98,7 +98,10 @@ def test_the_reference_is_the_policy_at_the_start(storage: str, start: str, lm: 
     if start == "loftq":
         bits = 3 if storage == "packed" else 8 if storage == "8-bit" else 4
         weights = None if storage == "dense" else str(lm)
-        own = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=bits, weights=weights)}
+        own = {
+            "init_lora_weights": "loftq",
+            "loftq_config": LoftQConfig(loftq_bits=bits, weights=weights, method="loftq"),
+        }
     lora = wrapped(model, config(**FRESH, **own), prepare=storage != "packed")
     frozen, count = base_tensors(lora), parameters(lora)
     trainer = trainer_of("DPO", lora, lm, tmp_path, max_steps=1, save_strategy="no")

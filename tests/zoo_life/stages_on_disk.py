@@ -59,7 +59,7 @@ def _loftq_init(life: Life, bits: int) -> None:
         lora_alpha=RANK,
         target_modules=life.member.targets,
         init_lora_weights="loftq",
-        loftq_config=LoftQConfig(loftq_bits=bits),
+        loftq_config=LoftQConfig(loftq_bits=bits, method="loftq"),
     )
     report = stream(Task(life.base_folder, out, lora))
     assert all(row.error < row.quantization_error for row in report.layers)

@@ -191,7 +191,10 @@ def test_the_base_of_an_adapter_made_by_loftq(bases: dict[str, Path], tmp_path: 
     from qlora_kit import LoftQConfig
 
     config = LoraConfig(
-        r=4, target_modules=["q_proj"], init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=2)
+        r=4,
+        target_modules=["q_proj"],
+        init_lora_weights="loftq",
+        loftq_config=LoftQConfig(loftq_bits=2, method="loftq"),
     )
     out = tmp_path / "quantized"
     stream(Task(bases["float32"], out, config))

@@ -25,7 +25,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
     LlamaForCausalLM(LlamaConfig(**SIZES, **heads)).bfloat16().save_pretrained(folder / "base")
-    options = LoftQConfig(loftq_iter=1, bits_pattern={"q_proj": 4, "up_proj": 8, "v_proj": 4}, loftq_bits=3)
+    options = LoftQConfig(
+        loftq_iter=1, bits_pattern={"q_proj": 4, "up_proj": 8, "v_proj": 4}, loftq_bits=3, method="loftq"
+    )
     targets = ["q_proj", "k_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=2, target_modules=targets, init_lora_weights="loftq", loftq_config=options)
     stream(Task(folder / "base", folder / "started", lora))

@@ -205,7 +205,8 @@ def test_paths_that_end_alike_get_their_own_bits() -> None:
             self.inner = nn.Sequential(nn.Linear(64, 128, bias=False))
 
     model = Nested()
-    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq")
+    loftq = LoftQConfig(method="loftq")
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq", loftq_config=loftq)
     found = allocate(model, config, bits=2 + 6 / 9, ranks=(1, 2))
     assert {path: choice.bits for path, choice in found.choices.items()} == {"0": 8, "inner.0": 2}
     layers = started(model, found).adapter_layers()

@@ -69,7 +69,7 @@ def test_every_method_is_that_of_the_library(method: str, source: Path, text: Pa
 
 
 def test_a_text_makes_a_plain_start_report_its_outputs(source: Path, text: Path, tmp_path: Path) -> None:
-    code, said = init(source, tmp_path / "plain", "--bits", 2)
+    code, said = init(source, tmp_path / "plain", "--bits", 2, "--method", "loftq")
     assert code == 0
     assert "output" not in said
     code, said = init(source, tmp_path / "out", "--bits", 2, "--method", "loftq", "--calibration", text)
@@ -136,7 +136,7 @@ def test_mean_bits_choose_as_in_memory(method: str, source: Path, text: Path, tm
 
 
 def test_memory_is_kept_by_the_model_that_loads(source: Path, tmp_path: Path) -> None:
-    code, said = init(source, tmp_path / "out", "--memory", "105KB")
+    code, said = init(source, tmp_path / "out", "--memory", "105KB", "--method", "loftq")
     assert code == 0, said
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     lora = LoraModel.from_pretrained(base, tmp_path / "out" / ADAPTER_FOLDER)
@@ -146,12 +146,12 @@ def test_memory_is_kept_by_the_model_that_loads(source: Path, tmp_path: Path) ->
 
 
 def test_impossible_memory_says_what_is_possible_and_that_is_kept_exactly(source: Path, tmp_path: Path) -> None:
-    code, said = init(source, tmp_path / "out", "--memory", "30KB")
+    code, said = init(source, tmp_path / "out", "--memory", "30KB", "--method", "loftq")
     assert code == 1
     assert "memory: expected at least" in said
     assert "found 30000; raise it" in said
     least = said.split("at least ")[1].split()[0]
-    code, said = init(source, tmp_path / "out", "--memory", least)
+    code, said = init(source, tmp_path / "out", "--memory", least, "--method", "loftq")
     assert code == 0, said
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     lora = LoraModel.from_pretrained(base, tmp_path / "out" / ADAPTER_FOLDER)
@@ -159,7 +159,7 @@ def test_impossible_memory_says_what_is_possible_and_that_is_kept_exactly(source
 
 
 def test_the_first_layers_get_4_bits(source: Path, tmp_path: Path) -> None:
-    code, said = init(source, tmp_path / "out", "--bits", 3, "--allocation", "first-layers")
+    code, said = init(source, tmp_path / "out", "--bits", 3, "--allocation", "first-layers", "--method", "loftq")
     assert code == 0, said
     model = AutoModelForCausalLM.from_pretrained(source)
     types = {row.path: row.quant_type for row in Report.load(tmp_path / "out").layers}
@@ -195,7 +195,7 @@ def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Pat
         (["--ranks", "8,x"], "--ranks: expected whole numbers with commas between, found '8,x'; pass --ranks 8,16,32"),
         (["--ranks", ","], "--ranks: expected whole numbers with commas between, found ','; pass --ranks 8,16,32"),
         (["--ranks", "0,8"], "--ranks: expected integers of at least 1, found (0, 8); pass --ranks 8,16,32"),
-        (["--ranks", "16,32"], "--ranks: expected some that add up to no more than the"),
+        (["--ranks", "16,32", "--method", "loftq"], "--ranks: expected some that add up to no more than the"),
         (
             ["--bits", "2.5", "--memory", "300KB"],
             "expected either bits or memory, found --bits 2.5 and --memory 300000",

@@ -164,7 +164,7 @@ def test_one_process_at_a_time(llama_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed(llama_dir: Path, tmp_path: Path) -> None:
     def arguments(out: Path) -> list[str]:
-        options = ["--bits", "2", "--rank", "4", "--shard-size", "0.001", "--device", "cpu"]
+        options = ["--bits", "2", "--method", "loftq", "--rank", "4", "--shard-size", "0.001", "--device", "cpu"]
         return ["init", "--model", str(llama_dir), "--out", str(out), *options]
 
     out, whole = tmp_path / "out", tmp_path / "whole"

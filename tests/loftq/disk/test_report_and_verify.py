@@ -218,7 +218,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 def test_the_three_commands(llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    init = ("init", "--model", llama_dir, "--out", out, "--bits", 3, "--rank", 4, "--steps", 2, "--device", "cpu")
+    init = ("init", "--model", llama_dir, "--out", out, "--bits", 3, "--method", "loftq", "--rank", 4, "--steps", 2)
     code, text = run(*init)
     assert code == 0, text
     assert "14 layers: error" in text

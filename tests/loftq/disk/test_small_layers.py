@@ -112,6 +112,7 @@ def test_a_rank_that_no_module_has_is_refused_before_anything_is_written(folder:
         stream(Task(folder, tmp_path / "out", lora_config(r=4000)))
     assert not (tmp_path / "out").exists()
     init = ["init", "--model", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--bits", "2"]
+    init += ["--method", "loftq"]
     refused = CliRunner().invoke(app, [*init, "--rank", "4000"])
     assert refused.exit_code == 1
     assert "--rank: expected a rank of at most 64" in refused.output
