@@ -1,10 +1,10 @@
 """What ``calibration`` is where nobody said: the built-in text, for 2 and 3 bits of a language model.
 
 Without a look at the inputs a start of few bits minimizes the weight's error, and a well-trained model doesn't survive
-what is left of it (``FIGURES``; benchmarks/RESULTS.md, real weights). A text of ours is of another domain than most,
-and still a hundred times better than none. Whether a model can read it is for the model to say: it takes token ids,
-and its tokenizer is on this machine, since nothing is downloaded that nobody asked for. Any other model starts as
-method "loftq" does, with a warning, since scripts that ran go on running.
+what is left of it (``FIGURES``). A text of ours is of another domain than most, and still better than none. Whether a
+model can read it is for the model to say: it takes token ids, and its tokenizer is on this machine, since nothing is
+downloaded that nobody asked for. Any other model starts as method "loftq" does, with a warning, since scripts that ran
+go on running.
 
 ``calibration=None`` with method "auto" asks for that start on purpose, and is warned of; method "loftq" by its name
 isn't.
@@ -31,8 +31,9 @@ from .startable import DENSE
 
 logger = logging.getLogger(__name__)
 
-#: Perplexities of English news, rank 16, as benchmarks/quality.py measures them.
-FIGURES = "SmolLM2-135M at 2 bits: perplexity TODO"
+#: Of English news, rank 16, before any fine-tune, "loftq" T=5 and "aligned" on 32 rows of the same domain, as
+#: benchmarks/quality.py measures them.
+FIGURES = "SmolLM2-135M at 2 bits: perplexity 5,441 so, 83 with a text, 34.5 at 16 bits"
 # Characters of the text that a tokenizer is tried on, how many of them a token has at most, and how many different
 # tokens they are at least.
 _SAMPLE, _LONGEST, _FEWEST = 20_000, 64, 12

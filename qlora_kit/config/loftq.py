@@ -17,7 +17,7 @@ DEFAULT_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "int8"}
 MIXED_TYPES = {2: "signed2", 3: "lloyd3", 4: "nf4", 8: "uniform8"}
 # What ``calibration`` is by default: a text of ours where few bits need one and the model can read it.
 AUTO = "auto"
-# Up to so many bits an uncalibrated start ruins a well-trained model: benchmarks/RESULTS.md, real weights.
+# Up to so many bits an uncalibrated start ruins a well-trained model: loftq/starts/alarm.py has figures.
 FEW_BITS = 3
 
 
