@@ -127,8 +127,12 @@ class Report:
             sequential = needs_of(self.options.get("method", "loftq")).sequential
         except ConfigError:  # of one's own, and not registered where the report is read
             sequential = False
+        known = [row.tokens / row.in_features for row in self.layers if row.tokens is not None and row.in_features]
         return alarm(
-            self.total("error"), self.total("output_error") if self.calibrated else None, sequential=sequential
+            self.total("error"),
+            self.total("output_error") if self.calibrated else None,
+            sequential=sequential,
+            tokens_per_input=min(known, default=None),
         )
 
     @property

@@ -95,7 +95,6 @@ def test_two_bits_need_a_look_at_the_inputs_and_merge_without_loss(folder: Path,
     del plain
     lora = started(folder, loftq_bits=2, calibration=texts.calibration[:8])
     found = of_test(lora, texts)
-    assert not start_report(lora).alarm
     # The model at 16 bits is at 38.5 on eight rows, published LoftQ at 184, and this at 53.
     assert math.log(published / full) > 1
     assert math.log(found / full) < 0.35 * math.log(published / full)

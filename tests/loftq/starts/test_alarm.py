@@ -17,11 +17,14 @@ from loftq.starts.report import LayerReport, Report
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 
 
-def report(method: str, *errors: tuple[float, float | None]) -> Report:
-    rows = [
-        LayerReport(f"l{n}", "nf4", 4.5, 16, weight, weight, weight, 1, output_error=output, zero_output_error=output)
-        for n, (weight, output) in enumerate(errors)
-    ]
+def report(method: str, *errors: Any) -> Report:
+    """Layers of 32 inputs with errors of weights, of outputs, and, if given, the tokens that those are of."""
+    rows = []
+    for number, (weight, output, *tokens) in enumerate(errors):
+        known: dict[str, Any] = {"output_error": output, "zero_output_error": output}
+        if tokens:
+            known |= {"tokens": tokens[0], "in_features": 32}
+        rows.append(LayerReport(f"l{number}", "nf4", 4.5, 16, weight, weight, weight, 1, **known))
     return Report("model", {"method": method}, rows)
 
 
@@ -36,6 +39,10 @@ def report(method: str, *errors: tuple[float, float | None]) -> Report:
         ("qera", [(0.05, OUTPUT + 0.01)] * 3, "method 'aligned'"),
         ("aligned", [(0.5, SEQUENTIAL - 0.01)] * 3, None),
         ("aligned", [(0.05, SEQUENTIAL + 0.01)] * 3, "more bits, a higher rank"),
+        # On little text more is left than was measured.
+        ("aligned", [(0.05, OUTPUT + 0.01, 99)], "more text: these are of 3.1 tokens for each input of a layer"),
+        ("aligned", [(0.05, OUTPUT + 0.01, 128)], None),
+        ("aligned", [(0.05, OUTPUT - 0.01, 99)], None),
         # Of a layer that no text reached nothing is known.
         ("aligned", [(0.5, None), (0.5, 0.1)], None),
         ("of_ones_own", [(0.05, OUTPUT + 0.01)], "method 'aligned'"),
