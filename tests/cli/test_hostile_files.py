@@ -190,7 +190,9 @@ GONE_ON_WITH: dict[str, tuple[Any, str, dict[str, str]]] = {
         (qlora_kit.cli.app, "merge --base {base} --adapter {adapter} --out {spoiled} --into nf4 --force", {}),
     ),
     "init-cut": (loftq.cli.app, f"{_INIT} --bits 4", {}),
-    **dict.fromkeys(("init-on-text-cut", "init-on-text-finished"), (loftq.cli.app, f"{_INIT} --bits 2.5", _TEXT)),
+    **dict.fromkeys(
+        ("init-on-text-cut", "init-on-text-finished"), (loftq.cli.app, f"{_INIT} --bits 2.5 --method loftq", _TEXT)
+    ),
 }
 
 

@@ -110,7 +110,7 @@ def test_a_class_whose_head_is_not_stored_is_refused_as_a_merge_refuses_it(tmp_p
     [
         ("--rank 4", ""),
         ("--rank 4 --rslora", "rslora's scale"),
-        ("--rank 3 --ranks 1,4 --bits 3", "ranks from 1 to 4"),
+        ("--rank 3 --ranks 1,4 --bits 3 --method loftq", "ranks from 1 to 4"),
     ],
 )
 def test_what_servers_would_scale_otherwise_is_said_with_the_way_out(options: str, said: str, tmp_path: Path) -> None:
