@@ -71,6 +71,7 @@ def _real_starts() -> list[Start]:
         Start("aligned, on code", aligned, text="other", bits=(2, 3, 4)),
         Start("aligned, on code, 128 rows", aligned, text="other", rows=128, bits=(2, 3, 4)),
         Start("aligned, built-in text", aligned, text="builtin", bits=(2, 3, 4)),
+        Start("aligned, built-in text, 128 rows", aligned, text="builtin", rows=128, bits=(2, 3, 4)),
         Start("cloq, on code", {"method": "cloq"}, text="other", bits=(2,)),
     ]
 
