@@ -1,7 +1,7 @@
 """Layers that compute with the weight as it will be after merging, so that a merge keeps what was trained.
 
-Rounding to few bits swallows deltas smaller than half a step, and at 2 or 3 bits most are. A layer that is *merge-aware*
-trains through that rounding. With Q the base's weight and round the storage's own rounding, it computes
+Rounding to few bits swallows deltas smaller than half a step, and at 2 or 3 bits most are. A *merge-aware* layer trains
+through that rounding. With Q the base's weight and round the storage's own rounding, it computes
 
     y = x W_m^T + b,     W_m = round(Q + sum over active adapters of  s * B A),
 

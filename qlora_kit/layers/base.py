@@ -34,9 +34,7 @@ from .row_products import forward_by_rows, rows_of, weight_by_rows
 from .weight_in_effect import InEffect, Sum, weight_in_effect
 
 #: Attributes of a layer's own that change with every merge and switch: none is a tensor's, a module's or the base's.
-_OWN = frozenset(
-    {"active_adapters", "computes_as_merged", "disable_adapters", "merged_adapters", "_kept", "_unmerged"}
-)
+_OWN = frozenset({"active_adapters", "computes_as_merged", "disable_adapters", "merged_adapters", "_kept", "_unmerged"})
 
 
 class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):

@@ -1,5 +1,5 @@
-"""Adapters that are trained for a merge (``LoraConfig.merge_aware``): which layers round, by what the merge itself would
-do, and whether a merge is the one that they are trained for.
+"""Adapters that are trained for a merge (``LoraConfig.merge_aware``): which layers round, by what the merge would do,
+and whether a merge is the one that they are trained for.
 
 A layer computes with rounded weights exactly where that merge would round them: linear layers, but for those whose
 weight is read past them, which merging into a type leaves dense. The others compute as ever, since a merge into dense
@@ -31,7 +31,7 @@ def make_aware_(adapted: Adapted, name: str, config: LoraConfig) -> None:
     """Have the layers of adapter ``name`` compute with the weights that the merge which ``config`` names would leave.
 
     Raises:
-        TargetError: it would round none of them, or one that can't stand in a linear layer's place; no layer is changed.
+        TargetError: it would round none of them, or one that isn't linear; no layer is changed.
     """
     wanted = config.merged_into
     if wanted is None:
@@ -111,8 +111,11 @@ def departures_in(adapted: Adapted, task: MergeTask) -> list[str]:
     found = departures(task, trained)
     if not trained:
         return found
-    layers, targets = adapted.layers(), _targets(adapted, task)
-    own = {path: {layer.merge_aware[n].quantizer for n in task.parts if n in layer.merge_aware} for path, layer in layers.items()}
+    targets = _targets(adapted, task)
+    own = {
+        path: {layer.merge_aware[n].quantizer for n in task.parts if n in layer.merge_aware}
+        for path, layer in adapted.layers().items()
+    }
     others = [path for path, wanted in own.items() if wanted and wanted != {targets.get(path)}]
     if others:
         found.append(f"{len(others)} layers stored otherwise, {others[0]} for one")

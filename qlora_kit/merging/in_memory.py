@@ -90,10 +90,10 @@ def merge(
         adapters: names to merge, summed; by default the active ones and those that ``merge_adapter`` merged.
         weights: what each adapter's delta is multiplied by, in their order or by name; 1 by default.
         into: None is the merge that the adapters are trained for (``LoraConfig.merge_aware``), "same" if they are for
-            none; another is warned of. "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and "float16"
-            give a dense model, every k-bit module of it dequantized, adapted or not; "nf4", "fp4", "int8", "nf3",
-            "nf2" and the other types of ``codecs.codebooks`` store adapted linear layers, and those of few bits
-            already, in that type.
+            none; another is warned of. "same" keeps each module's storage (a 4-bit layer is requantized); "float32",
+            "bfloat16" and "float16" give a dense model, every k-bit module of it dequantized, adapted or not; "nf4",
+            "fp4", "int8", "nf3", "nf2" and the other types of ``codecs.codebooks`` store adapted linear layers, and
+            those of few bits already, in that type.
         base: what the deltas are added to: the "dequantized" weights that the adapter was trained on, the "original"
             16-bit ones, or "auto": those with the lower next-token loss on ``text``, as the report says.
         original: the folder of the 16-bit safetensors; by default the one that the model was loaded from.
@@ -130,10 +130,10 @@ def merge(
     with uncollected(), adapted.mapped():
         parts = chosen_parts(adapted, adapters, weights)
         configs = [adapted.configs[name] for name in parts]
-        into, blocksize, double_quant = storage_for(configs, into, blocksize, double_quant, otherwise="same")
+        storage, blocksize, double_quant = storage_for(configs, into, blocksize, double_quant, otherwise="same")
         task = MergeTask(
             parts,
-            into,
+            storage,
             rounding,
             residual_rank,
             base,

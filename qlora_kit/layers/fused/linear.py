@@ -189,9 +189,10 @@ def _needs(needs: Sequence[bool], factors: int) -> tuple[bool, Sequence[bool]]:
     return any(needs[:-factors]), needs[-factors:]
 
 
-def _through(leaves: Sequence[Tensor] | None, x: Tensor, grad_x: Tensor | None) -> Sequence[Tensor | None]:
+def _through(leaves: Sequence[Tensor] | None, x: Tensor | None, grad_x: Tensor | None) -> Sequence[Tensor | None]:
     """The gradients of ``leaves``, which ``x`` was made of."""
     assert leaves is not None
+    assert x is not None
     if grad_x is None:
         return [None] * len(leaves)
     return torch.autograd.grad(x, leaves, grad_x.to(x.dtype))  # autocast may have made another of it
