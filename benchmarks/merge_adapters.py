@@ -43,7 +43,8 @@ class Case:
 
     Attributes:
         model: a folder, or "MiniLM".
-        start: "zero" (QLoRA) or "loftq" on a base of ``bits``; "dense" is a zero start on the 16-bit one.
+        start: "zero" (QLoRA) or "loftq" on a base of ``bits``. Zero starts on others, to be merged into that storage:
+            "wide" on one of 4 bits, or 8 if ``bits`` are 4, and "dense" on the 16-bit one.
         aware: train what will be merged at ``bits`` (``LoraConfig.merge_aware``).
     """
 
@@ -62,7 +63,13 @@ class Case:
     @property
     def storage(self) -> dict[str, Any]:
         """What a 16-bit base is merged into, as ``qlora_kit.merge`` takes it: the storage that quantized bases have."""
-        return {"into": DEFAULT_TYPES[self.bits], "double_quant": True} if self.start == "dense" else {}
+        own = self.start not in ("wide", "dense")
+        return {} if own else {"into": DEFAULT_TYPES[self.bits], "double_quant": True}
+
+    @property
+    def stored_bits(self) -> int:
+        """Of the quantized base."""
+        return self.bits if self.start != "wide" else 8 if self.bits == 4 else 4
 
 
 class Task:
@@ -233,7 +240,7 @@ class Store:
         return task_of(case.model, self.steps["encoder" if case.model == "MiniLM" else "language"])
 
     def base_folder(self, case: Case) -> Path:
-        return self.folder / f"{Path(case.model).name}-{case.bits}-{case.start}"
+        return self.folder / f"{Path(case.model).name}-{case.stored_bits}-{case.start.replace('wide', 'zero')}"
 
     def adapter_folder(self, case: Case) -> Path:
         return self.folder / case.key.replace(" | ", "-")
@@ -270,7 +277,7 @@ class Store:
             lora.save_pretrained(self.base_folder(case) / "start")
             model: Any = lora.unload()
             record_quantization_(model)
-        elif case.bits == 4:
+        elif case.stored_bits == 4:
             model = task.load(
                 task.original,
                 quantization_config=BitsAndBytesConfig(
@@ -281,7 +288,7 @@ class Store:
                 ),
             )
         else:
-            model = quantize_(task.load(task.original), case.bits, double_quant=True)
+            model = quantize_(task.load(task.original), case.stored_bits, double_quant=True)
             record_quantization_(model)
         model.save_pretrained(self.base_folder(case))
         task.tokenizer.save_pretrained(self.base_folder(case))  # type: ignore[attr-defined]

@@ -1,18 +1,19 @@
 """Training what will be merged, beside merging what was trained: how good is the model that is left?
 
 Adapters of rank 16 on all linear layers (``merge_adapters``) learn torch's sources from the same batches by the same
-optimizer, once as usual and once merge-aware (``LoraConfig.merge_aware``), with either of two bases:
+optimizer, once as usual and once merge-aware (``LoraConfig.merge_aware``), on three bases:
 
-- quantized: NF4, or the default types of 3 and 2 bits, double quantization; what is merged is that base plus the delta,
-  rounded anew. Its weights lie on the codes, so that a delta changes a code where it is larger than half a step;
-- the 16-bit weights, which are then rounded together with the delta: a smaller delta changes the codes of those weights
-  that lie near a midpoint. That takes the memory of 16-bit training.
+- "as stored": NF4, or the default types of 3 and 2 bits, double quantization; what is merged is that base plus the
+  delta, rounded anew. Its weights lie on the codes, so that a delta changes a code where it is larger than half a step;
+- "of more bits": NF4 for what is merged into 3 and 2 bits, int8 for 4. Most weights lie between the codes of the merge,
+  and a small delta changes those that are near a midpoint;
+- "16 bits": all of them do, for the memory of 16-bit training.
 
 What was trained as usual is merged to the nearest codes, with error feedback (on the training text's inputs), and with
-a residual branch of rank 8; what was trained merge-aware is merged as it was trained for, and is measured unmerged as
-well (``set_merge_aware(False)``). The number is perplexity on held-out files, mean and standard deviation over seeds.
-"to the 16-bit model" is what all of it is for: an adapter trained on the 16-bit weights, not merged. Every adapter is
-trained with each of the rates; a row shows the rate that is best for it on the mean of the seeds, and says which.
+a residual branch of rank 8 beside the nearest codes; what was trained merge-aware is merged as it was trained for, and
+is measured unmerged as well (``set_merge_aware(False)``). The number is perplexity on held-out files, mean and standard
+deviation over seeds. What all of it is for heads each table: an adapter trained on the 16-bit weights, not merged.
+Every adapter is trained with each of the rates; a row shows the one that is best for it by the mean of the seeds.
 
 "step" is the processor time of a training step (forward, backward, optimizer) in units of the plain one's, medians of
 steps that take turns in one process.
@@ -44,14 +45,13 @@ WAYS = [
     Way("nearest"),
     Way("error feedback", _FEEDBACK, "train"),
     Way("nearest + r = 8", {"residual_rank": 8}),
-    Way("error feedback + r = 8", {**_FEEDBACK, "residual_rank": 8}, "train"),
 ]
 UNMERGED, MERGED = "not merged", "merged"
-TITLES = {"zero": "on the quantized base", "loftq": "on the quantized base, LoftQ start", "dense": "on 16 bits"}
+TITLES = {"zero": "as stored", "loftq": "as stored, LoftQ start", "wide": "of more bits", "dense": "16 bits"}
 _TIMED = 7
 
 
-def run(case: Case, store: Store, state: State, *, ways: bool = True) -> None:
+def run(case: Case, store: Store, state: State) -> None:
     """Train one adapter where it isn't trained yet, merge and measure it."""
     found, task = state.at(case)["ways"], store.task(case)
     if UNMERGED not in found:
@@ -62,7 +62,7 @@ def run(case: Case, store: Store, state: State, *, ways: bool = True) -> None:
             state.at(case)["base"] = task.measure(lora)
     if case.aware and "before merging" not in found:
         _note(state, case, "before merging", {"value": task.measure(store.adapted(case))})
-    for way in [Way(MERGED)] if case.aware else WAYS if ways else []:
+    for way in [Way(MERGED)] if case.aware else WAYS:
         if way.name not in found:
             lora = store.adapted(case)
             moments = text_moments(task.train, lora.model, list(lora.adapter_layers())) if way.statistics else None
@@ -122,9 +122,8 @@ def print_tables(state: State) -> None:
         target = groups.get((model, bits, "dense", "plain"), {})
         best = _best(target, UNMERGED)
         print(f"\n{model}, {bits} bits; 16-bit LoRA, not merged: {best[1]}\n")
-        print(
-            "| base | trained | merged | perplexity | bits | rate | step |\n| --- | --- | --- | ---: | ---: | ---: | ---: |"
-        )
+        print("| base | trained | merged | perplexity | bits | rate | step |")
+        print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
         for start, title in TITLES.items():
             for kind in ("plain", "aware"):
                 rates = groups.get((model, bits, start, kind), {})
@@ -161,7 +160,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[str(reference_model_path())], help="folders with a tokenizer")
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2], choices=(2, 3, 4))
     parser.add_argument("--rates", nargs="*", type=float, default=[1e-3, 3e-3])
-    parser.add_argument("--starts", nargs="*", default=["zero", "dense"], choices=tuple(TITLES))
+    parser.add_argument("--starts", nargs="*", default=["zero", "wide", "dense"], choices=tuple(TITLES))
+    parser.add_argument("--kinds", nargs="*", default=["aware", "plain"], choices=("aware", "plain"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="a state is of one number of steps")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
@@ -178,9 +178,9 @@ def main() -> None:
                     for bits in args.bits:
                         for start in args.starts:
                             for rate in args.rates:
-                                for aware in (True, False):
-                                    run(Case(model, bits, rate, start, seed, aware), store, state)
-                                if seed == 0:
+                                for kind in args.kinds:
+                                    run(Case(model, bits, rate, start, seed, kind == "aware"), store, state)
+                                if seed == 0 and len(args.kinds) > 1:
                                     time_steps(Case(model, bits, rate, start, seed, True), store, state)
     print_tables(state)
 

@@ -52,7 +52,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> torc
 def test_it_is_the_rounded_sum(into: str) -> None:
     """By a search through all levels, for the base and both branches together."""
     base = linear()
-    lora, layer = aware(base, into, adapters=2)
+    _, layer = aware(base, into, adapters=2)
     kind = SCHEMES[into]
     ideal = ref.array(base.weight) + ref.delta(branches(layer))
     expected, _, lead = quantization.round_blocks(
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def test_forward_and_straight_through_gradients(case: str, dtype: torch.dtype) -> None:
     bits, into, options = CASES[case]
     base = linear(bits, dtype, **options)
-    lora, layer = aware(base, into, adapters=2)
+    _, layer = aware(base, into, adapters=2)
     layer.base_layer.bias.requires_grad_()
     x = draw(2, 5, IN, dtype=dtype).requires_grad_()
     grad = draw(2, 5, OUT, dtype=dtype, seed=6)
@@ -180,7 +180,7 @@ def test_the_rounded_weight_is_kept_until_a_factor_changes() -> None:
 def test_a_backward_pass_has_the_weight_of_its_forward() -> None:
     """Also where factors change in between, which leaves the saved ones as they were."""
     _, layer = aware(linear(2))
-    A, B = layer.adapter_tensors("a0").values()
+    _, B = layer.adapter_tensors("a0").values()
     x, grad = draw(3, IN).requires_grad_(), draw(3, OUT, seed=6)
     y = layer(x)
     weight = rounded(layer)
@@ -251,7 +251,7 @@ def test_the_weight_that_is_read_is_the_rounded_one() -> None:
 
 
 def test_rows_with_adapters_of_their_own_compute_beside_the_base() -> None:
-    lora, layer = aware(linear(2), adapters=2)
+    _, layer = aware(linear(2), adapters=2)
     x = draw(2, IN)
     with torch.no_grad():
         y = layer(x, adapter_names=["a0", "a1"])

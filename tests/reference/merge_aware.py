@@ -1,7 +1,7 @@
 """A layer that computes with a rounded weight, in float64, by the definition of the straight-through gradient.
 
-W_m stands for the rounded weight in the forward pass and in the input's gradient; for the factors the rounding counts as
-the identity, so the gradient of the whole weight is that of s * B @ A, which the chain rule of the product takes apart.
+W_m stands for the rounded weight in the forward pass and in the input's gradient; for the factors the rounding counts
+as the identity: the gradient of the whole weight is that of s * B @ A, which the product's chain rule takes apart.
 """
 
 from __future__ import annotations
