@@ -90,7 +90,7 @@ class _Kept:
     factors: tuple[_Factor, ...]
 
     def is_of(self, rounding: Rounding, weight: Tensor, scaling: tuple[float, ...], factors: Sequence[Tensor]) -> bool:
-        same = rounding is self.rounding and weight is self.weight and scaling == self.scaling
+        same = rounding == self.rounding and weight is self.weight and scaling == self.scaling
         same = same and weight.data_ptr() == self.stored.data_ptr() and _version(weight) == self.version
         same = same and weight.device == self.stored.device and len(factors) == len(self.factors)
         return same and all(own.is_still(tensor) for own, tensor in zip(self.factors, factors, strict=True))
