@@ -160,10 +160,10 @@ class MergeAwareLayer:
                     "the meta device (offloaded); load the model without offloading, or leave merge_aware out"
                 )
             self._kept = None  # its memory first
-            with without_autocast(weight.device):
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):  # training may follow
                 found = rounding.quantizer(self.codec.plus(base, *self.stacked(dict.fromkeys(held, 1.0))))
                 module = rounding.hold(base, found)
-            made = tuple(map(_Factor.of, factors))
+                made = tuple(map(_Factor.of, factors))
             merged = Merged(module, codec_for(module))
             kept = _Kept(merged, rounding, weight, weight.detach(), _version(weight), scaling, made)
             self._kept = kept

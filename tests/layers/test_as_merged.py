@@ -146,6 +146,23 @@ def test_training_and_evaluation_give_the_same() -> None:
     assert_near(trained, ref.array(evaluated), torch.float32)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_training_goes_on_after_inference(bits: int) -> None:
+    """What was rounded in inference mode is no tensor of that mode."""
+    lora, layer = aware(linear(bits))
+    lora.eval()
+    with torch.inference_mode():
+        evaluated = layer(draw(3, IN))
+    kept = layer._kept
+    lora.train()
+    x = draw(3, IN).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert layer._kept is kept
+    assert_near(y, ref.array(evaluated), torch.float32)
+    assert_near(x.grad, np.ones((3, OUT)) @ rounded(layer), torch.float32)
+
+
 def test_the_rounded_weight_is_kept_until_a_factor_changes() -> None:
     lora, layer = aware(linear(2), adapters=2)
     x = draw(3, IN)
