@@ -172,6 +172,11 @@ def merge_folders(
         for name, one in stored.items():
             check_stored_backbone(model, name, one)
     plan = MergePlan(model, changes_of(model, stored, parts), task)
+    if task.trained and not plan.quantized:
+        warnings.warn(
+            warning_of(trained_for([s.config for s in stored.values()]), [f"{source} isn't quantized"]), stacklevel=2
+        )
+        plan.task = task = replace(task, trained=False)
     _check_rounding(plan)
     words = Path(tokenizer) if tokenizer is not None else _resized_by(overrides, stored)
     check_disk(out, plan.nbytes)

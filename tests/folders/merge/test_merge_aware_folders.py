@@ -67,6 +67,11 @@ def test_another_merge_warns_and_none_is_bfloat16(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"trained to be merged into 'nf4' \(merge_aware\).*into='float32'"):
         report = on_disk(base, [adapter], tmp_path / "out", into="float32")
     assert not report.trained
+    kbit = save_base(llama(), tmp_path / "kbit", "nf3")
+    same = save_adapter(kbit, tmp_path / "same", merge_aware="same")
+    with pytest.warns(UserWarning, match=r"trained to be merged into 'same' .*base isn't quantized"):
+        report = on_disk(base, [same], tmp_path / "dense", into=None)
+    assert not report.trained
     plain = save_adapter(base, tmp_path / "plain")
     assert on_disk(base, [plain], tmp_path / "other", into=None).into == "bfloat16"
 
