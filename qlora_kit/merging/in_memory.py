@@ -151,7 +151,7 @@ def merge(
             others = departures_in(adapted, task)
             task = replace(task, trained=not others, refuses=task.refuses and bool(others))
             if others:
-                warnings.warn(warning_of(trained, others), stacklevel=3 if not account else 2)
+                warnings.warn(warning_of(trained, others), stacklevel=2)
     with uncollected(), Spill(scratch) as spill:
         undo = Injection()
         try:
