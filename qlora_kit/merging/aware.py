@@ -36,23 +36,24 @@ def make_aware_(adapted: Adapted, name: str, config: LoraConfig) -> None:
     wanted = config.merged_into
     if wanted is None:
         return
-    task = _task_of(wanted, {name: 1.0})
-    targets = {path: target for path, target in _targets(adapted, task).items() if name in adapted.layers()[path].r}
+    with adapted.mapped():
+        layers, targets = adapted.layers(), _targets(adapted, _task_of(wanted, {name: 1.0}))
+    targets = {path: target for path, target in targets.items() if name in layers[path].r}
     if not targets:
         raise TargetError(
             f"merge_aware={config.merge_aware!r}: expected adapted linear layers that this merge rounds to few bits, "
-            f"found none among {list(adapted.layers())[:5]}; quantize the model first, name a type such as "
-            "merge_aware='nf4', or leave it out"
+            f"found none among {list(layers)[:5]}; quantize the model first, name a type such as merge_aware='nf4', or "
+            "leave it out (to load such an adapter for other storage, pass config= without it)"
         )
     for path in targets:
-        if adapted.layers()[path].family != "linear":
+        if layers[path].family != "linear":
             raise TargetError(
                 f"{path}: expected a linear layer to train through its rounding (merge_aware), found "
-                f"{type(adapted.layers()[path].base_layer).__name__}; take it out of target_modules"
+                f"{type(layers[path].base_layer).__name__}; take it out of target_modules"
             )
     roundings = {target: Rounding(target, holding) for target in targets.values()}
     for path, target in targets.items():
-        adapted.layers()[path].merge_aware[name] = roundings[target]
+        layers[path].merge_aware[name] = roundings[target]
 
 
 def holding(base: nn.Module, quantized: Quantized) -> nn.Module:
@@ -148,7 +149,7 @@ def _task_of(wanted: MergeAware, parts: dict[str, float]) -> MergeTask:
 
 def _targets(adapted: Adapted, task: MergeTask) -> dict[str, Quantizer]:
     """How ``task`` rounds the adapted layers that it rounds, by path."""
-    dense = set(ReadPast(adapted.root).dense()) if task.quantizes else set()
+    dense = set(ReadPast(adapted.tree()).dense()) if task.quantizes else set()
     found = {}
     for path, layer in adapted.layers().items():
         own = layer.codec.quantizer(layer.base_layer)
