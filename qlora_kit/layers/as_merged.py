@@ -146,7 +146,7 @@ class MergeAwareLayer:
         """The base and the adapters ``names``, rounded by ``rounding``; from memory if nothing has changed.
 
         Raises:
-            AdapterError: the base's weight isn't in memory.
+            AdapterError: the base's weight isn't in memory, or is trained.
         """
         base, weight = self.base_layer, self.base_layer.weight
         held = [name for name in names if name in self.r]
@@ -154,11 +154,7 @@ class MergeAwareLayer:
         scaling = tuple(self.scaling[name] for name in held)
         kept = self._kept
         if kept is None or not kept.is_of(rounding, weight, scaling, factors):
-            if weight.is_meta and not factors[0].is_meta:
-                raise AdapterError(
-                    f"{type(base).__name__}: expected a weight in memory to round it with merge_aware, found one on "
-                    "the meta device (offloaded); load the model without offloading, or leave merge_aware out"
-                )
+            _check_can_be_rounded(base, weight, factors)
             self._kept = None  # its memory first
             with torch.inference_mode(False), torch.no_grad(), without_autocast(weight.device):  # training may follow
                 found = rounding.quantizer(self.codec.plus(base, *self.stacked(dict.fromkeys(held, 1.0))))
@@ -185,6 +181,19 @@ class MergeAwareLayer:
 def for_gradients(branch: Tensor) -> Tensor:
     """Zeros through which gradients reach what ``branch`` was computed from, as if they were it."""
     return branch - branch.detach()
+
+
+def _check_can_be_rounded(base: nn.Module, weight: Tensor, factors: Sequence[Tensor]) -> None:
+    if weight.is_meta and not factors[0].is_meta:
+        raise AdapterError(
+            f"{type(base).__name__}.weight: expected a weight in memory to round it with merge_aware, found one on the "
+            "meta device (offloaded); load the model without offloading, or call set_merge_aware(False)"
+        )
+    if weight.requires_grad:
+        raise AdapterError(
+            f"{type(base).__name__}.weight: expected a frozen weight under a merge-aware adapter, found one that is "
+            "trained, and its gradient would be lost; freeze it, or call set_merge_aware(False)"
+        )
 
 
 def _version(tensor: Tensor) -> int:

@@ -254,6 +254,16 @@ def test_adapters_for_different_merges_are_not_active_together() -> None:
     assert list(layer.merge_aware) == ["a0"]
 
 
+def test_weights_that_cannot_be_rounded() -> None:
+    lora, layer = aware(linear(), "nf4")
+    layer.base_layer.weight.requires_grad_()
+    with pytest.raises(AdapterError, match=r"Linear\.weight: expected a frozen weight .* found one that is trained"):
+        layer(draw(3, IN))
+    layer.base_layer.weight = nn.Parameter(torch.empty(OUT, IN, device="meta"), requires_grad=False)
+    with pytest.raises(AdapterError, match=r"Linear\.weight: expected a weight in memory .*set_merge_aware\(False\)"):
+        lora.model["layer"](draw(3, IN))
+
+
 def test_the_weight_that_is_read_is_the_rounded_one() -> None:
     _, layer = aware(linear(), "nf3")
     x = draw(3, IN)
