@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training, quantize_
 from qlora_kit.codecs import protect_storage_
+from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.demo.models import Source
 from qlora_kit.demo.settings import Settings
 from qlora_kit.demo.training import fine_tune_, perplexity
@@ -43,7 +44,9 @@ class Case:
 
     Attributes:
         model: a folder, or "MiniLM".
-        start: "zero" (QLoRA) or "loftq".
+        start: "zero" (QLoRA) or "loftq" on a base of ``bits``. Zero starts on others, to be merged into that storage:
+            "wide" on one of 4 bits, or 8 if ``bits`` are 4, and "dense" on the 16-bit one.
+        aware: train what will be merged at ``bits`` (``LoraConfig.merge_aware``).
     """
 
     model: str
@@ -51,10 +54,23 @@ class Case:
     rate: float
     start: str = "zero"
     seed: int = 0
+    aware: bool = False
 
     @property
     def key(self) -> str:
-        return " | ".join(map(str, (Path(self.model).name, self.bits, self.start, self.rate, self.seed)))
+        parts = (Path(self.model).name, self.bits, self.start, self.rate, self.seed, *(["aware"] if self.aware else []))
+        return " | ".join(map(str, parts))
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """What a 16-bit base is merged into, as ``qlora_kit.merge`` takes it: the storage that quantized bases have."""
+        own = self.start not in ("wide", "dense")
+        return {} if own else {"into": DEFAULT_TYPES[self.bits], "double_quant": True}
+
+    @property
+    def stored_bits(self) -> int:
+        """Of the quantized base."""
+        return self.bits if self.start != "wide" else 8 if self.bits == 4 else 4
 
 
 class Task:
@@ -225,13 +241,15 @@ class Store:
         return task_of(case.model, self.steps["encoder" if case.model == "MiniLM" else "language"])
 
     def base_folder(self, case: Case) -> Path:
-        return self.folder / f"{Path(case.model).name}-{case.bits}-{case.start}"
+        return self.folder / f"{Path(case.model).name}-{case.stored_bits}-{case.start.replace('wide', 'zero')}"
 
     def adapter_folder(self, case: Case) -> Path:
         return self.folder / case.key.replace(" | ", "-")
 
     def base(self, case: Case) -> Any:
         """The quantized base, from disk."""
+        if case.start == "dense":
+            return self.task(case).load(self.task(case).original)
         if not (self.base_folder(case) / "config.json").exists():
             self._make(case)
         return self.task(case).load(self.base_folder(case))
@@ -260,7 +278,7 @@ class Store:
             lora.save_pretrained(self.base_folder(case) / "start")
             model: Any = lora.unload()
             record_quantization_(model)
-        elif case.bits == 4:
+        elif case.stored_bits == 4:
             model = task.load(
                 task.original,
                 quantization_config=BitsAndBytesConfig(
@@ -271,18 +289,22 @@ class Store:
                 ),
             )
         else:
-            model = quantize_(task.load(task.original), case.bits, double_quant=True)
+            model = quantize_(task.load(task.original), case.stored_bits, double_quant=True)
             record_quantization_(model)
         model.save_pretrained(self.base_folder(case))
         task.tokenizer.save_pretrained(self.base_folder(case))  # type: ignore[attr-defined]
 
     def _train(self, case: Case) -> None:
-        task = self.task(case)
-        base = prepare_model_for_kbit_training(task.load(self.base_folder(case)), use_gradient_checkpointing=False)
+        task, base = self.task(case), self.base(case)
+        if case.start != "dense":
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        aware: Any = (case.storage or "same") if case.aware else None
         if case.start == "loftq":
-            lora = LoraModel.from_pretrained(base, self.base_folder(case) / "start", is_trainable=True)
+            folder = self.base_folder(case) / "start"
+            config = replace(LoraConfig.from_pretrained(folder), merge_aware=aware)
+            lora = LoraModel.from_pretrained(base, folder, is_trainable=True, config=config)
         else:
             torch.manual_seed(case.seed)
-            lora = apply_lora(base, self._config(case))
+            lora = apply_lora(base, self._config(case, merge_aware=aware))
         task.fit_(lora, case, self.steps["encoder" if case.model == "MiniLM" else "language"])
         lora.save_pretrained(self.adapter_folder(case))

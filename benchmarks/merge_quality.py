@@ -123,7 +123,7 @@ def run(case: Case, store: Store, state: State, wanted: list[str] | None) -> Non
         if way.statistics and way.statistics not in moments:
             text = task.train if way.statistics == "train" else task.builtin
             moments[way.statistics] = text_moments(text, lora.model, list(lora.adapter_layers()))
-        options = dict(way.options)
+        options = case.storage | way.options
         if "base" in options:
             options["original"] = task.original
         began = time.monotonic()

@@ -1,12 +1,14 @@
 """A training step beside the frozen base's: time of forward and backward, and the bytes kept between the two.
 
-For the frozen base, peft, our plain form and our fused one (the default): every storage, with and without dropout, on
-a Llama of 4 layers (hidden size 512, 1,024 tokens) or one layer of a 7B shape (4096 / 11008, 256 tokens).
+For the frozen base, peft, our plain form and our fused one (the default), and on storage of few bits without dropout
+our merge-aware layers, which round their weights anew in each step: every storage, with and without dropout, on a
+Llama of 4 layers (hidden size 512, 1,024 tokens) or one layer of a 7B shape (4096 / 11008, 256 tokens).
 
 Run: python benchmarks/train_step.py [--shape tiny|7b] [--storages nf4 bf16 ...] [--ranks 16] [--dropouts 0 0.05]
-One thread. Times are of the processor, medians of repetitions in which the four take turns. Bytes are those of the
-tensors that autograd saves, each storage once, parameters and buffers left out, the loss's own left out too: exact.
-All four are given inputs that want a gradient, as layers inside a model are.
+One thread. Times are of the processor, medians of repetitions in which all take turns. Bytes are those of the tensors
+that autograd saves, each storage once, parameters and buffers left out, the loss's own left out too: exact. The rounded
+weights that merge-aware layers keep in their storage aren't among them. All are given inputs that want a gradient, as
+layers inside a model are.
 """
 
 from __future__ import annotations
@@ -60,15 +62,23 @@ def contestants(shape: str, storage: str, rank: int, dropout: float) -> dict[str
     settings = {"r": rank, "target_modules": LINEARS, "lora_dropout": dropout, "init_lora_weights": False}
     theirs = peft.LoraModel(base(shape, storage), peft.LoraConfig(**settings), "default").train()
     ours = qlora_kit.apply_lora(base(shape, storage), qlora_kit.LoraConfig(**settings)).train()
-    return {
+    entrants: dict[str, tuple[str, Any]] = {
         "frozen base": ("auto", base(shape, storage)),
         "peft": ("auto", theirs),
         "ours, plain": ("plain", ours),
         "ours": ("auto", ours),
     }
+    if STORAGES[storage][0] is not None and not dropout:
+        aware = qlora_kit.LoraConfig(**settings, merge_aware="same")
+        entrants["ours, merge-aware"] = ("auto", qlora_kit.apply_lora(base(shape, storage), aware).train())
+    return entrants
 
 
 def step(model: Any, x: Tensor, grad: Tensor) -> float:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1)  # as an optimizer's step leaves it: written to
     began = time.process_time()
     model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(grad)
     return time.process_time() - began

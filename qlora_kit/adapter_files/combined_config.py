@@ -36,6 +36,7 @@ def combined_config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> 
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         init_lora_weights=True,
         loftq_config=None,
+        merge_aware=None,  # another sum than those that were trained through a rounding
         ensure_weight_tying=False,  # all that shared one has its own now, and is named
     )
 

@@ -134,8 +134,12 @@ def merge(
         typer.Option(help="What an adapter's delta is multiplied by, once for each. Default: 1."),
     ] = None,
     into: Annotated[
-        str, typer.Option(help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, ...")
-    ] = "bfloat16",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, ... Default: what the "
+            "adapters are trained to be merged into, or bfloat16."
+        ),
+    ] = None,
     rounding: Annotated[str, typer.Option(help="Of k-bit weights: nearest or scale-search.")] = "nearest",
     blocksize: Annotated[
         Optional[str],  # noqa: UP045

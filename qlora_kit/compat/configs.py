@@ -124,7 +124,8 @@ _PeftFields: Any = dataclasses.make_dataclass(
 
 @dataclasses.dataclass
 class LoraConfig(core.LoraConfig, _PeftFields, PeftConfig):
-    """``qlora_kit.LoraConfig`` with PEFT's other fields, each of which can be read and must be at PEFT's default.
+    """``qlora_kit.LoraConfig`` with PEFT's other fields, each of which can be read and must be at PEFT's default. What
+    isn't PEFT's (``merge_aware``) is written where it says something.
 
     Scripts and frameworks pass ``use_dora=False`` and the like as a matter of course. As in PEFT, targets and
     exclusions given as a list become a set, and the types are enumerations (equal to their names as strings).
@@ -160,7 +161,7 @@ class LoraConfig(core.LoraConfig, _PeftFields, PeftConfig):
         """Every field of PEFT's as JSON has it, sets sorted; all but ``runtime_config``, as in PEFT."""
         values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         values.update(super().to_dict())  # which knows how a start is written
-        for name in ("runtime_config", *_OF_OLD):
+        for name in ("runtime_config", *_OF_OLD, *(("merge_aware",) if self.merge_aware is None else ())):
             del values[name]
         plain = {name: getattr(value, "value", value) for name, value in values.items()}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(plain.items())}

@@ -4,6 +4,7 @@ A configuration knows nothing of models: which modules its names mean is ``injec
 
 - ``lora``: ``LoraConfig``, and how it is read from and written to JSON
 - ``loftq``: ``LoftQConfig``, how a start quantizes, looks at inputs and finds its factors
+- ``merge_aware``: ``MergeAware``, the merge that an adapter is trained for
 - ``peft_json``: what an ``adapter_config.json`` of any PEFT release says
 - ``checks``: checks of single values, with their messages
 """

@@ -21,6 +21,7 @@ from ..compat.neighbours.passing import blank, loaded, standing_for
 from ..errors import ConfigError, closest
 from .checks import check_bool, check_choice, check_int, check_names, check_positive, check_regex, failure
 from .loftq import LoftQConfig
+from .merge_aware import MergeAware
 from .peft_json import STARTS_ELSEWHERE, fields_from_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -65,6 +66,10 @@ class LoraConfig:
         ensure_weight_tying: where the tables of words at a model's two ends are one weight, an adapter on one of them
             (or a trained copy, in ``modules_to_save``) is on both, as one. Without it each has its own or none.
         peft_type: always "LORA".
+        merge_aware: train what will be merged: forward computes with the weight as it will be after merging, rounded by
+            the storage's own rounding, and gradients go straight through that, so that a merge loses nothing. "same" is
+            a merge that keeps each module's few bits; "nf4", "int8", "signed2" and the like are types to merge into;
+            {"into": "signed2", "blocksize": 64, "double_quant": True} says more. Only here; PEFT computes without.
 
     Raises:
         ConfigError: a field has a value that can't work; names it, the value and the fix.
@@ -94,12 +99,14 @@ class LoraConfig:
     auto_mapping: dict[str, Any] | None = None
     peft_type: str = "LORA"
     ensure_weight_tying: bool = field(default=False, kw_only=True)
+    merge_aware: str | dict[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_targets()
         self._check_start()
         self._check_labels()
+        self._check_merge_aware()
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -114,6 +121,11 @@ class LoraConfig:
     def is_prompt_learning(self) -> bool:
         """PEFT's question; never."""
         return False
+
+    @property
+    def merged_into(self) -> MergeAware | None:
+        """What ``merge_aware`` says, understood; None where it says nothing."""
+        return None if self.merge_aware is None else MergeAware.of(self.merge_aware)
 
     def scaling_of(self, rank: int, alpha: float) -> float:
         """The factor on B @ A: alpha / rank, or alpha / sqrt(rank) with ``use_rslora``."""
@@ -284,6 +296,15 @@ class LoraConfig:
                     fix = f"pass {name}={{...}} or leave it out"
                     raise failure(name, "a dict with names as keys, or None", value, fix)
                 setattr(self, name, dict(value))
+
+    def _check_merge_aware(self) -> None:
+        wanted = self.merged_into
+        if wanted is None:
+            return
+        self.merge_aware = wanted.to_json()
+        if self.lora_dropout:
+            fix = "leave lora_dropout out: a merge can't know which inputs a step dropped"
+            raise failure("lora_dropout", "0 with merge_aware", self.lora_dropout, fix)
 
 
 def _without_defaults(config: Any, keep: tuple[str, ...]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``base``: ``AdapterLayer``, what every family shares
 - ``registry``: from a module's type to its family
 - ``merged``: what is merged into a base weight, and the way back
+- ``as_merged``: the weight as it will be after merging, computed with before
 - ``weight_in_effect``: what a layer answers when its weight is read
 - ``rescaled``: weights that a model rescales for inference, at the size that they are stored in
 - ``linear``: y = W x + b, however W is stored
@@ -20,6 +21,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``named``: containers of what each adapter has, under any name
 """
 
+from .as_merged import Rounding
 from .base import AdapterLayer
 from .conv import ConvAdapter
 from .embedding import EmbeddingAdapter
@@ -38,6 +40,7 @@ __all__ = [
     "LinearAdapter",
     "ModulesToSave",
     "RESERVED",
+    "Rounding",
     "chosen_branch",
     "find_layer_family",
     "layer_family_for",

@@ -15,6 +15,7 @@ the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so ar
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from ..codecs.base import autocasts
 from ..errors import AdapterError, TargetError
 from ..lowrank import delta
 from ..naming import StandIn
+from .as_merged import MergeAwareLayer, Rounding, for_gradients
 from .by_hand import AdjustedByHand
 from .merged import MergedLayer
 from .named import NamedModules
@@ -32,10 +34,10 @@ from .row_products import forward_by_rows, rows_of, weight_by_rows
 from .weight_in_effect import InEffect, Sum, weight_in_effect
 
 #: Attributes of a layer's own that change with every merge and switch: none is a tensor's, a module's or the base's.
-_OWN = frozenset({"active_adapters", "disable_adapters", "merged_adapters", "_unmerged"})
+_OWN = frozenset({"active_adapters", "computes_as_merged", "disable_adapters", "merged_adapters", "_kept", "_unmerged"})
 
 
-class AdapterLayer(AdjustedByHand, MergedLayer, StandIn):
+class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
     """A base module with any number of named low-rank branches beside it. See the module's text."""
 
     family: ClassVar[str]
@@ -56,6 +58,9 @@ class AdapterLayer(AdjustedByHand, MergedLayer, StandIn):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.merge_aware: dict[str, Rounding] = {}
+        self.computes_as_merged = True
+        self._kept = None
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
@@ -121,8 +126,10 @@ class AdapterLayer(AdjustedByHand, MergedLayer, StandIn):
             entries: Any = self._modules[container]
             if name in entries:
                 del entries[name]
-        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.start_reports, self.tied_to):
+        tables = (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.start_reports, self.tied_to)
+        for table in (*tables, self.merge_aware):
             table.pop(name, None)
+        self.forget_merged_()
         self.active_adapters = [n for n in self.active_adapters if n != name]
 
     def adapter_names(self) -> list[str]:
@@ -160,9 +167,16 @@ class AdapterLayer(AdjustedByHand, MergedLayer, StandIn):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (rows := rows_of(self, kwargs)) is not None:
             return forward_by_rows(self, rows, x, *args, **kwargs)
-        result = self.codec.forward(self.base_layer, x, *args, **kwargs)
-        for name in self._in_effect:
-            result = result + self.branch(x, name).to(result.dtype)
+        names = self._in_effect
+        merged = self.as_merged(names) if names else None
+        if merged is None:
+            result = self.codec.forward(self.base_layer, x, *args, **kwargs)
+            for name in names:
+                result = result + self.branch(x, name).to(result.dtype)
+            return result
+        result = merged.codec.forward(merged.module, x, *args, **kwargs)
+        for name in names if torch.is_grad_enabled() else ():
+            result = result + for_gradients(self.branch(x.detach(), name)).to(result.dtype)
         return result
 
     @property
@@ -190,8 +204,12 @@ class AdapterLayer(AdjustedByHand, MergedLayer, StandIn):
         """The weight that this layer computes with, for who reads it instead of calling; see ``weight_in_effect``."""
         if (rows := rows_of(self)) is not None:
             return weight_by_rows(self, rows)
-        branches = [(*self.factors(name), self.scaling[name]) for name in self._in_effect]
-        return weight_in_effect(Sum(self.codec, self.base_layer, self.base_layer.weight, branches, self._rescale_))
+        names = self._in_effect
+        branches = [(*self.factors(name), self.scaling[name]) for name in names]
+        terms = Sum(self.codec, self.base_layer, self.base_layer.weight, branches, self._rescale_)
+        if names and (rounding := self.rounding_in_effect(names)) is not None:
+            terms.rounded = partial(self.rounded_weight, rounding, names)
+        return weight_in_effect(terms)
 
     @torch.no_grad()
     def _rescale_(self, factor: float) -> None:

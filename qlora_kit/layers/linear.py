@@ -73,7 +73,7 @@ class LinearAdapter(AdapterLayer):
             return super().forward(x, *args, **kwargs)
         if why_plain(self, x, names) is None:
             return self._fused(x, x, names)
-        by_parts = trains(self) or rows_of(self) is not None
+        by_parts = trains(self) or rows_of(self) is not None or self.rounding_in_effect(names) is not None
         return super().forward(x) if by_parts else self._evaluated(x, names)
 
     def _evaluated(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -94,10 +94,12 @@ class LinearAdapter(AdapterLayer):
         return self._fused(given, first, names, made)
 
     def _fused(self, given: Any, like: Tensor, names: Sequence[str], made: Made | None = None) -> Tensor:
-        base, codec = self.base_layer, self.codec
+        merged = self.as_merged(names)
+        base, codec = (self.base_layer, self.codec) if merged is None else (merged.module, merged.codec)
         dtypes = codec.linear_dtypes(base, like)
-        known = Base(base, codec, dtypes[0] if dtypes else autocast_dtype(like))
-        return fused_linear(known, given, getattr(base, "bias", None), [self._branch(name) for name in names], made)
+        known = Base(base, codec, dtypes[0] if dtypes else autocast_dtype(like), merged is not None)
+        bias = getattr(self.base_layer, "bias", None)
+        return fused_linear(known, given, bias, [self._branch(name) for name in names], made)
 
     def _branch(self, name: str) -> Branch:
         dropout = self.lora_dropout[name]

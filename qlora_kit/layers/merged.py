@@ -25,6 +25,9 @@ class MergedLayer:
     merged_adapters: list[str]
     shares_weight: bool
     factors: Any
+    rounding_of: Any
+    rounded_weight: Any
+    forget_merged_: Any
     _shared: tuple[nn.Parameter, ...]
     _unmerged: Any
 
@@ -49,18 +52,36 @@ class MergedLayer:
         """Add the deltas of ``names`` to the base weight: one read, one write, whatever their number.
 
         With ``safe`` a result that isn't finite is refused. The weight from before is kept, so ``unmerge_``
-        gives it back bit for bit, quantized or not.
+        gives it back bit for bit, quantized or not. Adapters that are trained for a merge (``merge_aware``) give what
+        that leaves.
+
+        Raises:
+            MergeError: not finite; or the merge that they are trained for is into other few bits than the weight has.
         """
         names = [n for n in dict.fromkeys([*self.merged_adapters, *names]) if n in self.r]
         if names == self.merged_adapters:
             return
-        weight = self.merged_weight(names)
+        weight = self._weight_to_merge(names)
         if safe and not all_finite(weight):
             raise MergeError(f"merging {names} gives a weight with NaN or infinite values; the weight is unchanged")
         self._write_merged_(names, weight)
 
+    def _weight_to_merge(self, names: Sequence[str]) -> Tensor:
+        """What is to be stored for ``names``, float32 (out, in), where the storage rounds it if it has few bits."""
+        rounding, own = self.rounding_of(names), self.codec.quantizer(self.base_layer)
+        if rounding is None or rounding.quantizer == own:
+            return self.merged_weight(names)
+        if own is not None:
+            raise MergeError(
+                f"expected adapters that are trained to be merged into {own}, as the weight is stored, found {names} "
+                f"trained for {rounding.quantizer}; merge_and_unload() stores them so"
+            )
+        with self.unmerged():
+            return self.rounded_weight(rounding, names)
+
     def _write_merged_(self, names: Sequence[str], weight: Tensor) -> None:
-        """Store ``weight``, which is ``merged_weight(names)``, as the base's; on any error it is as it was."""
+        """Store ``weight``, which is that of ``names``, as the base's; on any error it is as it was."""
+        self.forget_merged_()
         shared = self._shared
         self._separate_()
         try:
@@ -89,6 +110,7 @@ class MergedLayer:
     @torch.no_grad()
     def unmerge_(self) -> None:
         """Put the base weight back as it was before ``merge_``, bit for bit."""
+        self.forget_merged_()
         if self._shared:
             (self.base_layer.weight,) = self._shared
         elif self._unmerged is not None:

@@ -8,7 +8,8 @@ training and in eval, and a merge would change what they give. So the answer is
     W + sum over active adapters of  s * B A,
 
 in the layout, dtype and device of the base's own weight, with gradients to the factors (and to W where that is
-trained). Dropout isn't applied: there is no input here that it could be applied to.
+trained). Dropout isn't applied: there is no input here that it could be applied to. Of a layer that computes with the
+weight as it will be merged (``as_merged``) it is that weight, with the same gradients.
 
 Most who read a weight want its dtype, device or shape only, some of them in each forward, and the product of a head
 takes gigabytes. So it is computed when the first function of torch gets the answer (``InEffect``). Until then the
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 from ..codecs import Codec
 from ..codecs.autocast import without_autocast
 from ..errors import AdapterError
+from .as_merged import for_gradients
 
 #: Canonical A (r, in) and B (out, r), and the scaling s.
 Branch = tuple[Tensor, Tensor, float]
@@ -57,6 +59,7 @@ class Sum:
         weight: the base's own.
         branches: of the active adapters.
         rescale_: multiplies the layer by a number, base and branches.
+        rounded: gives what the sum is rounded to, float32 (out, in), where the layer computes with that.
         unknown: why there is no one weight, where rows have adapters of their own; its dtype and shape there are.
     """
 
@@ -66,6 +69,7 @@ class Sum:
     branches: Sequence[Branch]
     rescale_: Callable[[float], None]
     unknown: str = ""
+    rounded: Callable[[], Tensor] | None = None
     computed: bool = False
 
     def value(self) -> Tensor:
@@ -80,7 +84,10 @@ class Sum:
             delta = sum(s * (B @ A) for A, B, s in self.branches)
             laid_out = self.codec.laid_out(self.base, delta)  # type: ignore[arg-type]
             assert laid_out is not None
-            return (self.weight + laid_out).to(self.weight.dtype)
+            if self.rounded is None:
+                return (self.weight + laid_out).to(self.weight.dtype)
+            rounded: Any = self.codec.laid_out(self.base, self.rounded())
+            return (rounded + for_gradients(laid_out)).to(self.weight.dtype)
 
 
 def weight_in_effect(terms: Sum) -> Tensor:

@@ -6,6 +6,7 @@ It works on ``injection.adapted.Adapted`` and must never know the wrapper that u
 - ``in_memory``: ``merge``, from the first check to the report
 - ``in_place``: merges that stay undoable, and adapters switched off and on
 - ``task``: what it is asked for, checked before anything is written
+- ``aware``: adapters that are trained for a merge: what they round, and which merge is theirs
 - ``layer``: one layer at a time
 - ``rest_of_model``: what changes beside the adapted layers: trained copies, dtypes, what the config says
 - ``ties``: tied weights, one again or said to be two

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from ..preparation.float32 import release_from_float32_
 from ..preparation.trainers import leave_training_
 from .advice import refusal
 from .agreement import record
+from .aware import departures_in, storage_for, trained_for, warning_of
 from .base_choice import base_losses, quantized_modules
 from .fidelity import share_of
 from .in_place import switch_on_
@@ -47,7 +50,7 @@ from .rest_of_model import (
     narrow_held_,
     put_trained_copies_,
 )
-from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder, storage_name
+from .task import MergeTask, check_consumed, check_layers, chosen_parts, original_folder
 from .ties import check_can_be_parted, declare_untied_, tie_again_, tied_by_adapters
 
 # Below this share of the delta, by norm along its own direction, requantizing is refused: half of what was learned.
@@ -61,7 +64,7 @@ def merge(
     *,
     adapters: str | Sequence[str] | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
-    into: str | torch.dtype = "same",
+    into: str | torch.dtype | None = None,
     base: str = "dequantized",
     original: str | os.PathLike[str] | None = None,
     rounding: str = "nearest",
@@ -86,10 +89,11 @@ def merge(
         model: a ``LoraModel``.
         adapters: names to merge, summed; by default the active ones and those that ``merge_adapter`` merged.
         weights: what each adapter's delta is multiplied by, in their order or by name; 1 by default.
-        into: "same" keeps each module's storage (a 4-bit layer is requantized); "float32", "bfloat16" and "float16"
-            give a dense model, every k-bit module of it dequantized, adapted or not; "nf4", "fp4", "int8", "nf3",
-            "nf2" and the other types of ``codecs.codebooks`` store adapted linear layers, and those of few bits
-            already, in that type.
+        into: None is the merge that the adapters are trained for (``LoraConfig.merge_aware``), "same" if they are for
+            none; another is warned of. "same" keeps each module's storage (a 4-bit layer is requantized); "float32",
+            "bfloat16" and "float16" give a dense model, every k-bit module of it dequantized, adapted or not; "nf4",
+            "fp4", "int8", "nf3", "nf2" and the other types of ``codecs.codebooks`` store adapted linear layers, and
+            those of few bits already, in that type.
         base: what the deltas are added to: the "dequantized" weights that the adapter was trained on, the "original"
             16-bit ones, or "auto": those with the lower next-token loss on ``text``, as the report says.
         original: the folder of the 16-bit safetensors; by default the one that the model was loaded from.
@@ -125,9 +129,11 @@ def merge(
     at_full_size_(adapted.root)
     with uncollected(), adapted.mapped():
         parts = chosen_parts(adapted, adapters, weights)
+        configs = [adapted.configs[name] for name in parts]
+        storage, blocksize, double_quant = storage_for(configs, into, blocksize, double_quant, otherwise="same")
         task = MergeTask(
             parts,
-            storage_name(into),
+            storage,
             rounding,
             residual_rank,
             base,
@@ -141,12 +147,17 @@ def merge(
         )
         check_layers(adapted, task, force)
         check_can_be_parted(adapted, parts)
+        if trained := trained_for(configs):
+            others = departures_in(adapted, task)
+            task = replace(task, trained=not others, refuses=task.refuses and bool(others))
+            if others:
+                warnings.warn(warning_of(trained, others), stacklevel=2)
     with uncollected(), Spill(scratch) as spill:
         undo = Injection()
         try:
             report, kept, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
             if kept >= task.least_retained or not task.refuses:
-                if kept < task.least_retained:
+                if kept < task.least_retained and not task.trained:
                     logger.warning("merge: %.1f %% of the delta survived rounding", 100 * kept)
                 return report
             undo.undo()
@@ -211,6 +222,7 @@ def _carried_out(
         base_losses=losses,
         rounding=task.rounding,
         residual_rank=task.residual_rank,
+        trained=task.trained,
     )
     del saved
     merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo, dense)

@@ -15,6 +15,9 @@ from .agreement import Agreement
 from .fidelity import LayerFidelity, share_of
 from .fidelity_plot import plot
 
+#: What to say of a merge that loses nothing, though it rounds.
+TRAINED = "the adapters are trained for this merge (merge_aware): these are the weights that training computed with"
+
 
 @dataclass
 class MergeReport:
@@ -28,6 +31,8 @@ class MergeReport:
         base: "dequantized" or "original", the weights that the deltas were added to.
         base_losses: with ``base="auto"``, the loss of either on the text.
         rounding, residual_rank: how k-bit layers were written.
+        trained: whether it is the merge that the adapters are trained for (``LoraConfig.merge_aware``): the model then
+            computes with the weights that training ended with, whatever share of the deltas rounding shows.
         agreement: of the merged model's output with the adapted one's, where a text was given.
     """
 
@@ -40,6 +45,7 @@ class MergeReport:
     base_losses: dict[str, float] = field(default_factory=dict)
     rounding: str = "nearest"
     residual_rank: int = 0
+    trained: bool = False
     agreement: Agreement | None = None
 
     def mean(self, attribute: str) -> float:
@@ -66,6 +72,7 @@ class MergeReport:
             "base_losses": dict(self.base_losses),
             "rounding": self.rounding,
             "residual_rank": self.residual_rank,
+            "trained": self.trained,
             "retained": self.retained,
             "kept": self.kept,
             "layers": [asdict(layer) for layer in self.layers],
@@ -100,6 +107,8 @@ class MergeReport:
         )
         if self.residual_rank:
             lines[-1] += f", a residual adapter of rank {self.residual_rank} attached"
+        if self.trained:
+            lines.append(TRAINED)
         if any(layer.arrived is not None for layer in self.layers):
             lines.append(f"{self.kept:.1%} of it in the layers' outputs, by the second moments of their inputs")
         if self.base_losses:

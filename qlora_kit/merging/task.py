@@ -53,6 +53,7 @@ class MergeTask:
         base: "dequantized", "original" or "auto".
         original: the folder of the 16-bit weights, where one is needed.
         account: whether layers are measured whose numbers decide nothing.
+        trained: whether it is the merge that the adapters are trained for, which keeps all that matters of them.
         least_retained: share of the deltas below which requantizing is refused, if it ``refuses`` at all.
     """
 
@@ -68,6 +69,7 @@ class MergeTask:
     refuses: bool = True
     residual_dtype: torch.dtype | None = None
     account: bool = True
+    trained: bool = False
 
     def __post_init__(self) -> None:
         if self.into not in ("same", *DTYPES, *STORED_TYPES):

@@ -10,6 +10,7 @@ over that. Nothing below imports it; it must not hold state of its own, or walk 
 - ``row_adapters``: one call with an adapter for each row of the batch
 - ``of_transformers``: what transformers' models do to their own modules, under adapters
 - ``life``: adapters come and go
+- ``merge_aware``: computed as it will be merged, or without the rounding
 - ``base_files``: the base under its adapters, saved
 - ``combining``: adapters combined into a new one
 - ``loading``: a stored adapter onto a model

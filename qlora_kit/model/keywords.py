@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,11 @@ _OF_ADAPTERS = (
     "save_embedding_layers",
     "push_to_hub",
 )
+
+
+def as_names(names: str | Sequence[str]) -> list[str]:
+    """``names`` as a list, one alone included."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_save_keywords(keywords: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from ..injection.targets import shortest_names
 from ..injection.ties import warn_of_ties
 from ..layers import RESERVED, AdapterLayer
 from ..layers.rescaled import at_full_size_
+from ..merging.aware import make_aware_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
 from ..preparation.trainers import leave_training_
@@ -49,7 +50,12 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     else:
         start = _as_it_is(adapted.layers(tree), twin)
     del tree
-    inject_(root, plan, config, name, start, dtype=dtype)
+    done = inject_(root, plan, config, name, start, dtype=dtype)
+    try:
+        make_aware_(adapted, name, config)
+    except BaseException:
+        done.undo()
+        raise
     adapted.configs[name], adapted.plan = recorded, plan
     if twin in adapted.backbones:
         adapted.backbones[name] = adapted.backbones[twin]

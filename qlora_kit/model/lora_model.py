@@ -30,9 +30,10 @@ from ..preparation.kbit import count_parameters
 from ..preparation.trainers import marks_of
 from .combining import add_weighted_adapter
 from .hub import push_to_hub
-from .keywords import check_save_keywords
+from .keywords import as_names, check_save_keywords
 from .life import add_, delete_, take_out_, train_
 from .loading import AdapterContents, config_for, fill_, load_, record_, resumed_
+from .merge_aware import set_merge_aware
 from .of_transformers import dequantize, resize_token_embeddings
 from .proxy import ModelProxy, check_model
 
@@ -91,17 +92,18 @@ class LoraModel(ModelProxy):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones, and (unless ``inference_mode``) the trainable ones."""
-        self.adapted.choose_(_names(adapter_name), trainable=not inference_mode)
+        self.adapted.choose_(as_names(adapter_name), trainable=not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters without changing which ones are active."""
-        train_(self.adapted, _names(adapter_names), requires_grad)
+        train_(self.adapted, as_names(adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
         delete_(self.adapted, adapter_name)
 
     add_weighted_adapter = add_weighted_adapter
+    set_merge_aware = set_merge_aware
 
     # -- switching off and on ------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class LoraModel(ModelProxy):
         Adapters merged before stay merged, and naming these alone is a MergeError. While any is, forward applies no
         others.
         """
-        names = list(self.active_adapters) if adapter_names is None else _names(adapter_names)
+        names = list(self.active_adapters) if adapter_names is None else as_names(adapter_names)
         for name in names:
             self.adapted.check_known(name)
         if not names:
@@ -157,7 +159,8 @@ class LoraModel(ModelProxy):
 
         ``qlora_kit.merge`` does the same with a choice of storage and returns what was lost on the way. It
         refuses values that aren't finite; so does this, and ``safe_merge`` is here for PEFT's callers. A delta that
-        rounding swallows, which it refuses too, is merged here as PEFT does it, and logged.
+        rounding swallows, which it refuses too, is merged here as PEFT does it, and logged. Adapters that are trained
+        for a merge (``LoraConfig.merge_aware``) get that one.
         """
         return merge(self, adapters=adapter_names, progressbar=progressbar, force=True, account=False).model
 
@@ -333,10 +336,6 @@ class LoraModel(ModelProxy):
 
     dequantize = dequantize
     resize_token_embeddings = resize_token_embeddings
-
-
-def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
 
 
 def apply_lora(

@@ -48,6 +48,7 @@ CONFIGS: dict[str, Callable[[int], LoraConfig]] = {
         rank_pattern={path: 1 + place % 3 for place, path in enumerate(paths(count))},
         layers_to_transform=list(range(count)),
     ),
+    "merge-aware": lambda count: LoraConfig(r=2, target_modules=NAMES, merge_aware="nf4"),
     "all but one": lambda count: LoraConfig(r=2, target_modules=NAMES, exclude_modules=paths(count)[1:]),
 }
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ from ...checkpoints.pipeline import in_order
 from ...checkpoints.records import read_record
 from ...checkpoints.stored_model import StoredModel
 from ...config.checks import check_device, check_int
-from ...config.lora import CONFIG_NAME
+from ...config.lora import CONFIG_NAME, LoraConfig
+from ...config.merge_aware import MergeAware
 from ...errors import MergeError, QLoRAKitError, StorageError
+from ...merging.aware import departures, storage_for, trained_for, warning_of
 from ...merging.fidelity import LayerFidelity, share_of
 from ...merging.in_memory import LEAST_RETAINED
 from ...merging.report import MergeReport
-from ...merging.task import MergeTask, storage_name
+from ...merging.task import MergeTask
 from ..stored_adapter import StoredAdapter, check_once, read_stored_adapter
 from .base_check import check_stored_backbone
 from .changes import changes_of, parts_of
@@ -64,6 +67,7 @@ class FolderMergeReport:
         base, out: the folders. adapters: the weight of each, by folder.
         layers: of each merged weight, in the order of their names.
         replaced: tensors that an adapter had whole. untied: groups of parameters that were one and no longer are.
+        trained: as in ``MergeReport``.
         verified: tensors that were made again and compared; 0 if an earlier run did.
         checksums: of every tensor of the output, CRC-32 in hexadecimal digits.
     """
@@ -76,6 +80,7 @@ class FolderMergeReport:
     layers: list[LayerFidelity] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     untied: list[list[str]] = field(default_factory=list)
+    trained: bool = False
     verified: int = 0
     checksums: dict[str, str] = field(default_factory=dict)
 
@@ -90,6 +95,7 @@ class FolderMergeReport:
 
     def __str__(self) -> str:
         table = MergeReport(nn.Module(), self.into, list(self.adapters), self.layers, rounding=self.rounding)
+        table.trained = self.trained
         lines = [str(table)]
         if self.replaced:
             lines.append(f"taken whole from the adapters: {', '.join(self.replaced)}")
@@ -106,7 +112,7 @@ def merge_folders(
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
-    into: str | torch.dtype = "bfloat16",
+    into: str | torch.dtype | None = None,
     rounding: str = "nearest",
     blocksize: int | str | None = None,
     double_quant: bool | None = None,
@@ -152,10 +158,10 @@ def merge_folders(
     if tokenizer is not None and not (Path(tokenizer).is_dir() and tokenizer_files(Path(tokenizer))):
         raise StorageError(f"tokenizer={str(tokenizer)!r}: expected a folder with a tokenizer, found none; correct it")
     check_int("shard_bytes", shard_bytes, 1, "pass shard_bytes=5 * 10**9, say")
-    task = MergeTask(parts, storage_name(into), rounding, blocksize=blocksize, double_quant=double_quant)
     source = locate(base, "base")
     stored = {name: read_stored_adapter(locate(name, "adapters"), allow_pickle=allow_pickle) for name in parts}
     check_once([one.folder for one in stored.values()])
+    task = _task(parts, [one.config for one in stored.values()], into, rounding, blocksize, double_quant)
     if os.path.realpath(out) in {os.path.realpath(folder) for folder in (source, *(s.folder for s in stored.values()))}:
         raise StorageError(
             f"{out}: expected a folder of its own for the merged model, found a source's; choose another"
@@ -166,6 +172,11 @@ def merge_folders(
         for name, one in stored.items():
             check_stored_backbone(model, name, one)
     plan = MergePlan(model, changes_of(model, stored, parts), task)
+    if task.trained and not plan.quantized:
+        warnings.warn(
+            warning_of(trained_for([s.config for s in stored.values()]), [f"{source} isn't quantized"]), stacklevel=2
+        )
+        plan.task = task = replace(task, trained=False)
     _check_rounding(plan)
     words = Path(tokenizer) if tokenizer is not None else _resized_by(overrides, stored)
     check_disk(out, plan.nbytes)
@@ -180,11 +191,30 @@ def merge_folders(
             with _withdrawn_on_error(out):
                 _carry_out(plan, output, journal, finished, device, progressbar)
             report = _report(plan, journal, source, out)
-            if not force:
+            if not force and not task.trained:
                 _check_retained(plan, report, least_retained)
             with _withdrawn_on_error(out):
                 _finish(plan, output, journal, report, words, device)
             return report
+
+
+def _task(
+    parts: dict[str, float],
+    configs: list[LoraConfig],
+    into: Any,
+    rounding: str,
+    blocksize: int | str | None,
+    double_quant: bool | None,
+) -> MergeTask:
+    into, blocksize, double_quant = storage_for(configs, into, blocksize, double_quant, otherwise="bfloat16")
+    task = MergeTask(parts, into, rounding, blocksize=blocksize, double_quant=double_quant)
+    trained = trained_for(configs)
+    found = departures(task, trained)
+    if set(trained) - {MergeAware(into, blocksize, double_quant)}:
+        found.append(f"into={into!r}")
+    if found:
+        warnings.warn(warning_of(trained, found), stacklevel=3)
+    return replace(task, trained=bool(trained) and not found)
 
 
 def _carry_out(
@@ -243,6 +273,7 @@ def _report(plan: MergePlan, journal: Journal, source: Path, out: Path) -> Folde
     report = FolderMergeReport(
         str(source), str(out), task.into, dict(task.parts), task.rounding, rows, replaced, plan.untied
     )
+    report.trained = task.trained
     report.checksums = checksums_in({name: entry for line in lines for name, entry in line["base"].items()})
     return report
 

@@ -41,11 +41,17 @@ from .branch import Branch
 
 @dataclass(frozen=True)
 class Base:
-    """A base module, how it keeps its weight, and the dtype that it computes in: its own, autocast's or its input's."""
+    """A base module, how it keeps its weight, and the dtype that it computes in: its own, autocast's or its input's.
+
+    Attributes:
+        merged: whether that weight has the branches in it (``layers.as_merged``); these are then wanted for the
+            gradients of their factors alone.
+    """
 
     module: nn.Module
     codec: Codec
     dtype: torch.dtype
+    merged: bool = False
 
     def own_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
         """The dtypes of the product and of the output, where it is multiplied here; None where the module's forward is
@@ -117,23 +123,25 @@ class _FusedLinear(torch.autograd.Function):
         given, factors = tensors[:count], tensors[count:]
         x = given[0] if made is None else made.make(*given)
         branches = _branches(factors, settings)
-        keeps_x = made is not None or any(ctx.needs_input_grad[4 + count :: 2])  # of some A
+        needs = ctx.needs_input_grad[4 + count :]
+        keeps_x = made is not None or any(needs if base.merged else needs[::2])  # of some A
         own = base.own_dtypes(x)
         ctx.base, ctx.settings, ctx.product = base, settings, own[0] if own else base.dtype
         y = None if own else base.codec.forward(base.module, x)
         with without_autocast(x.device):
             rows = _rows(x, base.dtype)
-            folded = [b for b in branches if own and keeps_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
+            beside = [] if base.merged else branches
+            folded = [b for b in beside if own and keeps_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if y is None:
                 weight = base.weight(ctx.product, folded)
                 y = F.linear(_cast(x, rows, ctx.product), weight, None if bias is None else bias.to(ctx.product))
             flat, narrowed = _flat(y), []
-            for branch in branches:
+            for branch in beside:
                 if branch not in folded:
                     narrowed.append(branch.narrowed(rows))
                     branch.add_(flat, narrowed[-1])
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        ctx.made, ctx.version = made, base.version()
+        ctx.made, ctx.version, ctx.keeps_x = made, base.version(), keeps_x
         ctx.autocast = torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
         ctx.save_for_backward(*factors, *(given if keeps_x else narrowed))
         # No view: autograd forbids to write into what a function returns a view of.
@@ -153,19 +161,20 @@ class _FusedLinear(torch.autograd.Function):
         branches, kept = _branches(saved[:count], ctx.settings), saved[count:]
         needs_bias, needs_x, needs = ctx.needs_input_grad[3], *_needs(ctx.needs_input_grad[4:], count)
         with without_autocast(grad.device):
-            leaves, x = (None, kept[0]) if made is None else made.again(kept, ctx.autocast)
+            leaves, x = (None, kept[0] if kept else None) if made is None else made.again(kept, ctx.autocast)
             rows, grad_x = _rows(grad, base.dtype), None
-            folded = [b for b in branches if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
+            beside = [] if base.merged else branches
+            folded = [b for b in beside if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if needs_x:
                 grad_x = _cast(grad, rows, ctx.product) @ base.weight(ctx.product, folded)
-            inputs = _rows(x.detach(), base.dtype) if any(needs[::2]) or made is not None else None
+            inputs = _rows(x.detach(), base.dtype) if ctx.keeps_x and x is not None else None
             found: list[Tensor | None] = []
             for i, branch in enumerate(branches):
                 found += branch.backward(
                     rows,
                     x=inputs,
-                    narrowed=kept[i] if inputs is None else None,
-                    grad_x=None if branch in folded else grad_x,
+                    narrowed=kept[i] if inputs is None and beside else None,
+                    grad_x=None if branch in folded or base.merged else grad_x,
                     needs=(needs[2 * i], needs[2 * i + 1]),
                 )
             if grad_x is not None:
@@ -180,9 +189,10 @@ def _needs(needs: Sequence[bool], factors: int) -> tuple[bool, Sequence[bool]]:
     return any(needs[:-factors]), needs[-factors:]
 
 
-def _through(leaves: Sequence[Tensor] | None, x: Tensor, grad_x: Tensor | None) -> Sequence[Tensor | None]:
+def _through(leaves: Sequence[Tensor] | None, x: Tensor | None, grad_x: Tensor | None) -> Sequence[Tensor | None]:
     """The gradients of ``leaves``, which ``x`` was made of."""
     assert leaves is not None
+    assert x is not None
     if grad_x is None:
         return [None] * len(leaves)
     return torch.autograd.grad(x, leaves, grad_x.to(x.dtype))  # autocast may have made another of it
