@@ -214,6 +214,7 @@ def test_the_search_by_bins_is_the_binary_search(quant_type: str, blocksize: int
     assert torch.equal(_search(values, levels).long(), expected)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     quant_type=st.sampled_from(TYPES),

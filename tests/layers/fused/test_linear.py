@@ -68,6 +68,7 @@ def kept(layer: nn.Module, *inputs: Tensor) -> list[Tensor]:
 # -- numbers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [3, 40])  # few: products of the tokens; many: s B A added to the weight
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
