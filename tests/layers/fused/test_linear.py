@@ -25,11 +25,9 @@ from qlora_kit.layers.fused import thin
 from qlora_kit.layers.fused.choice import why_plain
 
 
-def packed(dtype: torch.dtype = torch.float32, double_quant: bool = False) -> nn.Module:
+def packed(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     linear = nn.Linear(64, 24).to(dtype)
-    return pack_linear(
-        linear, quantize_matrix(linear.weight.detach().float(), "signed2", 64, double_quant=double_quant)
-    )
+    return pack_linear(linear, quantize_matrix(linear.weight.detach().float(), "signed2", 64, **options))
 
 
 BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
@@ -250,17 +248,14 @@ def test_functorch_computes_the_plain_form() -> None:
 @pytest.mark.parametrize("name", ["dense", "conv1d", "packed", "packed, 8-bit scales"])
 def test_compiled_without_a_break(name: str, kind: str) -> None:
     layer = fused_layer(packed(double_quant=True) if "scales" in name else BASES[name](torch.float32))
-    x = torch.randn(5, 64, requires_grad=True)
+    x, outcomes = torch.randn(5, 64, requires_grad=True), []
     torch._dynamo.reset()
     with qlora_kit.set_branch(kind):
-        outcomes = []
         for called in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+            x.grad = None
             layer.zero_grad()
-            y = called(x)
-            (grad_x,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
-            y.square().sum().backward()
-            outcomes.append([y, grad_x, *(p.grad for p in layer.parameters() if p.grad is not None)])
-    torch._dynamo.reset()
+            (y := called(x)).square().sum().backward()
+            outcomes.append([y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
     assert len(outcomes[0]) == 4
     torch.testing.assert_close(*outcomes)
 
