@@ -141,6 +141,7 @@ def test_a_backbone_saved_alone_loads_with_a_head(tmp_path: Path, llama_dir: Pat
     assert torch.equal(whole.state_dict()["model.layers.1.mlp.up_proj.weight"], base.layers[1].mlp.up_proj.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantized_layers_are_plain_and_hold_what_was_read(
     tmp_path: Path, llama_dir: Path, dtype: torch.dtype
@@ -157,6 +158,7 @@ def test_dequantized_layers_are_plain_and_hold_what_was_read(
     assert torch.equal(logits(again), logits(dense))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_loaded_model_is_saved_unchanged(tmp_path: Path, llama_dir: Path, double_quant: bool) -> None:
     packed_base(tmp_path, llama_dir, 2, double_quant=double_quant)
@@ -262,6 +264,7 @@ def test_a_configuration_survives_its_dictionary() -> None:
 # -- peft ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("bits", [2, 4])
 def test_peft_runs_the_adapter_on_the_reloaded_base(tmp_path: Path, bits: int) -> None:

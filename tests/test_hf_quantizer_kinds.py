@@ -34,6 +34,7 @@ def quantized(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if type(module).__name__ in QUANTIZED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_of_many_storages_reloads_bit_for_bit(tmp_path: Path, llama_dir: Path, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=dtype).eval()

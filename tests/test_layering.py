@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def imports(source: str, module: str, is_package: bool, known: set[str]) -> Iter
             yield node.value
 
 
+@cache
 def imports_of(module: str) -> list[str]:
     """Every module that ``module`` imports, but for those in ``LATE``."""
     file = FILES[module]

@@ -207,30 +207,30 @@ def _int8(matrix: Tensor) -> Quantized:
     return Quantized("int8", codes, Scales(scales), None, None, scales, True)
 
 
-@cache
-def dynamic_map() -> tuple[float, ...]:
-    """The 256 ascending values of the signed dynamic data type (Dettmers 2016, arXiv 1511.04561).
-
-    For each decade 10^-6 to 10^0, 2^i midpoints of an even grid from 0.1 to 1, i = 0 to 6, with both signs;
-    and 0 and 1.
-    """
+def _dynamic_map() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for power in range(7):
-        grid = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32)
+        grid = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32, device="cpu")
         means = (grid[:-1] + grid[1:]) / 2
         values += (10.0 ** (power - 6) * means).tolist() + (-(10.0 ** (power - 6)) * means).tolist()
     return tuple(sorted(values))
 
 
+# The 256 ascending values of the signed dynamic data type (Dettmers 2016, arXiv 1511.04561): for each decade 10^-6 to
+# 10^0, 2^i midpoints of an even grid from 0.1 to 1, i = 0 to 6, with both signs; and 0 and 1. A constant, for code that
+# torch.compile traces can make no values.
+DYNAMIC_MAP = _dynamic_map()
+
+
 def dynamic_table(like: Tensor) -> Tensor:
-    """``dynamic_map`` as float32 (256,) on the device of ``like``. Kept there, for copying it again would wait for all
+    """``DYNAMIC_MAP`` as float32 (256,) on the device of ``like``. Kept there, for copying it again would wait for all
     of the device's work; but made anew for tensors that are traced, which mix with none that have values."""
     if type(like) is not Tensor or torch.compiler.is_compiling():
-        return torch.tensor(dynamic_map(), dtype=torch.float32, device=like.device)
+        return torch.tensor(DYNAMIC_MAP, dtype=torch.float32, device=like.device)
     return _kept_table(like.device)
 
 
 @cache
 def _kept_table(device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it outlives the mode
-        return torch.tensor(dynamic_map(), dtype=torch.float32, device=device)
+        return torch.tensor(DYNAMIC_MAP, dtype=torch.float32, device=device)

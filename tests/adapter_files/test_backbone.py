@@ -63,6 +63,7 @@ def test_is_the_same_after_a_forward_that_repacks(storage: torch.dtype) -> None:
     assert fingerprint({"a": module}) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_is_the_same_for_packed_layers_after_a_cast(cast: torch.dtype, double_quant: bool) -> None:
@@ -174,6 +175,7 @@ def test_other_bases_are_refused_and_left_alone(saved: Path, which: str) -> None
     assert lora.backbones == {"default": expected}
 
 
+@pytest.mark.slow
 def test_adding_an_adapter_checks_too(saved: Path) -> None:
     lora = apply_lora(llama(), LoraConfig(r=4, target_modules="all-linear"))
     before = {path: id(layer) for path, layer in lora.adapter_layers().items()}
@@ -189,6 +191,7 @@ def test_adding_an_adapter_checks_too(saved: Path) -> None:
     assert torch.equal(lora.adapter_layers()["model.layers.0.mlp.up_proj"].factors("default")[0], kept)
 
 
+@pytest.mark.slow
 def test_on_the_right_base_an_adapter_is_added(saved: Path) -> None:
     base = LlamaForCausalLM.from_pretrained(saved / "base")
     lora = apply_lora(base, LoraConfig(r=4, target_modules="all-linear"))
@@ -208,6 +211,7 @@ def test_a_loaded_adapter_is_saved_with_its_backbone(saved: Path) -> None:
     assert stored_backbone(saved / "forced") == stored_backbone(saved / "adapter")
 
 
+@pytest.mark.slow
 def test_a_zero_start_carries_none_and_loads_anywhere(saved: Path) -> None:
     base = LlamaForCausalLM.from_pretrained(saved / "base")
     lora = apply_lora(base, LoraConfig(r=4, target_modules="all-linear"))

@@ -42,6 +42,7 @@ def test_golden_adapters_give_pefts_logits(case: str) -> None:
         assert (lora.unload()(expected["ids"]) - expected[case]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @peft_talks
 @pytest.mark.parametrize("case", CASES)
 def test_peft_reads_ours_and_writes_the_same_keys(case: str, tmp_path: Path) -> None:

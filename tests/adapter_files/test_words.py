@@ -126,6 +126,7 @@ def test_what_peft_stored_comes_back(tied: bool, case: str, tmp_path: Path) -> N
     assert close(logits(quiet(LoraModel.from_pretrained, onto, tmp_path / "adapter")), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_same_tables_are_stored_as_peft_stores(tied: bool, tmp_path: Path) -> None:
     source = base(tmp_path, tied)

@@ -109,6 +109,7 @@ def test_pruned_types(way: str, density: float, method: str) -> None:
         assert found.captured == pytest.approx(1 - lost**2, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_large_deltas_are_cut_as_an_exact_decomposition_would() -> None:
     """Where the Krylov solver takes over; the factors' rounding is all that is apart."""
     given = branches((4, 4, 4), (1100, 1024))

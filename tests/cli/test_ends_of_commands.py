@@ -188,6 +188,7 @@ def test_other_options_in_a_finished_folder(tmp_path: Path) -> None:
     assert f"remove {tmp_path / 'out'} to begin anew, or choose another folder" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["a byte", "a shard"])
 def test_a_finished_folder_that_was_spoiled(spoil: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

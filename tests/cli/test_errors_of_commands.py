@@ -115,6 +115,7 @@ def test_merge(arguments: str, message: str, room: Path, monkeypatch: pytest.Mon
     assert message in said(qlora_kit.cli.app, arguments, room, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +162,7 @@ def test_combine_and_compress(arguments: str, message: str, room: Path, monkeypa
 EXTRACT = "extract --base model --tuned resized --out out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,6 +204,7 @@ def test_what_a_report_advises(room: Path, monkeypatch: pytest.MonkeyPatch) -> N
 INIT = "init --model model --out out --device cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,6 +10,7 @@ from qlora_kit.codecs.finite import all_finite
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [[float("nan")], [float("inf")], [float("-inf")], [float("inf"), float("-inf")]])
 @pytest.mark.parametrize("shape", [(5,), (1200, 1200), (3, 4, 5, 2)])

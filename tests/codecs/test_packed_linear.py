@@ -51,6 +51,20 @@ def assert_close(found: list[Tensor], expected: list[Tensor], relative: float) -
         assert (ours - theirs).abs().max() <= relative * theirs.abs().max()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracing does it
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["signed2", "affine3"])
+def test_compiled_alone_without_a_break(quant_type: str, double_quant: bool) -> None:
+    module = make(7, 33, quant_type, double_quant=double_quant)
+    x, grad = torch.randn(5, 33), torch.randn(5, 7)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = compiled(x), *outcome(compiled, x, grad)
+    torch._dynamo.reset()
+    assert_close(list(found), [module(x), *outcome(dense_twin(module), x, grad)], 1e-5)  # sums in another order
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @every_shape
 @every_type

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_kit.codecs.blockwise import _search
 from qlora_kit.codecs.codebooks import SCHEMES, codebook, scheme
-from qlora_kit.codecs.quantized import Quantized, dynamic_map, quantize_matrix
+from qlora_kit.codecs.quantized import DYNAMIC_MAP, Quantized, quantize_matrix
 from qlora_kit.errors import CodecError
 
 TYPES = [name for name, kind in SCHEMES.items() if kind.bits in (2, 3, 4, 8)]
@@ -188,8 +188,8 @@ def test_int8_refuses_what_float16_cannot_hold() -> None:
 
 
 def test_the_dynamic_type_is_its_decades() -> None:
-    assert len(dynamic_map()) == 256
-    np.testing.assert_allclose(dynamic_map(), ref.dynamic_levels(), rtol=1e-6)  # made in float32
+    assert len(DYNAMIC_MAP) == 256
+    np.testing.assert_allclose(DYNAMIC_MAP, ref.dynamic_levels(), rtol=1e-6)  # made in float32
 
 
 def searched(levels: tuple[float, ...]) -> Tensor:
@@ -207,13 +207,14 @@ def searched(levels: tuple[float, ...]) -> Tensor:
 @pytest.mark.parametrize("quant_type", [*SCHEMES, "dynamic"])
 @pytest.mark.slow
 def test_the_search_by_bins_is_the_binary_search(quant_type: str, blocksize: int) -> None:
-    levels = dynamic_map() if quant_type == "dynamic" else scheme(quant_type).table(blocksize)
+    levels = DYNAMIC_MAP if quant_type == "dynamic" else scheme(quant_type).table(blocksize)
     values = searched(levels)
     table, order = torch.tensor(levels).sort(stable=True)
     expected = order[torch.bucketize(values, (table[1:] + table[:-1]) / 2)]
     assert torch.equal(_search(values, levels).long(), expected)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     quant_type=st.sampled_from(TYPES),

@@ -36,6 +36,7 @@ def saved(folder: Path, base: Path, **fields: Any) -> torch.Tensor:
     return model(IDS).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 def test_pefts_classes_open_ours(llama_dir: Path, tmp_path: Path, task: str | None, peft: Any) -> None:
     expected = saved(tmp_path, llama_dir, task_type=task)

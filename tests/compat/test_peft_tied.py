@@ -176,6 +176,7 @@ def test_factors_that_peft_trained_apart_are_loaded_apart(base: Path, tmp_path: 
         shared.load_adapter(tmp_path / "adapter", "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["branch on the table", "branch on the head", "both saved", "head saved"])
 def test_what_was_trained_as_one_is_loaded_apart_on_an_untied_model(case: str, base: Path, tmp_path: Path):
     theirs = peft_model(base, True, **copy.deepcopy(CASES[case]))

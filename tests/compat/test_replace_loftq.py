@@ -69,6 +69,7 @@ def test_every_layer_comes_nearer_to_its_weight(llama_dir: Path, storage: str, a
         assert torch.equal(layer.codec.read(layer.base_layer), bases[path]), "the base stays"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("storage", KBIT)
 def test_the_branch_is_the_best_approximation(llama_dir: Path, storage: str, use_rslora: bool) -> None:

@@ -92,6 +92,7 @@ def test_every_layer_of_a_hybrid_is_reached(stem: str, case: tuple[str, dict[str
     assert set.union(*(found[layer] for layer in found if layer not in with_attention)) == elsewhere
 
 
+@pytest.mark.slow
 def test_jamba_and_a_layer_that_has_attention_beside_a_recurrence() -> None:
     period = {"attn_layer_period": 4, "attn_layer_offset": 3, "num_experts": 2, "num_experts_per_tok": 1}
     found = by_layer(meta("Jamba", "JambaConfig", {**HEADS, **period, "mamba_d_state": 4}))

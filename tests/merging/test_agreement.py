@@ -45,6 +45,7 @@ def llama(storage: str | None = "nf4") -> Any:
     return model if storage is None else quantize_(model, quant_type=storage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"into": "nf3"}, {"into": "bfloat16"}, {"residual_rank": 1, "weights": [2.0]}])
 def test_every_number_by_its_definition(options: dict[str, Any]) -> None:
     given = batches()

@@ -95,6 +95,7 @@ def test_without_whole_moments_error_feedback_is_named_and_not_tried(diagonal: b
         assert f"{report.kept:.1%}" == share, setting
 
 
+@pytest.mark.slow
 def test_on_the_original_base(tmp_path: Path) -> None:
     """Rounded anew: the weight to round isn't the one that is stored plus the delta."""
     tiny_llama.llama(num_hidden_layers=1, intermediate_size=64).save_pretrained(tmp_path)

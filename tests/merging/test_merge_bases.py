@@ -85,6 +85,7 @@ def test_the_original_plus_the_delta(folder: Path, storage: str, into: str) -> N
         assert np.array_equal(found, full[path]) == (into == "float32"), "what isn't adapted comes from there too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [False, True])
 def test_auto_takes_the_lower_loss(folder: Path, flip: bool) -> None:
     """Losses are those of the two models, computed from their logits in float64."""

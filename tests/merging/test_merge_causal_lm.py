@@ -108,6 +108,7 @@ def test_evaluation_changes_no_weight_that_is_not_adapted(folder: Path) -> None:
     assert all(torch.equal(value, state[key]) for key, value in lora.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 def test_requantized_saved_and_loaded(folder: Path, tmp_path: Path, storage: str) -> None:
     lora = adapted(load(folder, storage, torch.float32), "all-linear")
@@ -125,6 +126,7 @@ def test_requantized_saved_and_loaded(folder: Path, tmp_path: Path, storage: str
     assert_close(logits(again), expected, RELATIVE["bfloat16"] if storage == "4-bit" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("storage", KBIT)
 def test_a_merged_model_takes_the_next_adapter(folder: Path, storage: str, train: bool) -> None:
@@ -137,6 +139,7 @@ def test_a_merged_model_takes_the_next_adapter(folder: Path, storage: str, train
     assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["same", *DTYPES])
 @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("embed_tokens",)])
 def test_tied_weights_stay_tied_until_one_is_adapted(tmp_path: Path, into: str, targets: tuple[str, ...]) -> None:
@@ -154,6 +157,7 @@ def test_tied_weights_stay_tied_until_one_is_adapted(tmp_path: Path, into: str, 
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["same", "bfloat16", "float32"])
 def test_a_trained_head_and_embedding_on_four_bits(folder: Path, tmp_path: Path, into: str) -> None:
     config = LoraConfig(

@@ -77,6 +77,7 @@ def test_an_in_place_merge_writes_what_merge_writes(storage: str) -> None:
         np.testing.assert_array_equal(found, stored_weight(final.get_submodule(path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "nf4-double", "int8"])
 @pytest.mark.parametrize("into", ["same", "float32"])
 def test_merge_takes_up_an_earlier_merge(storage: str, into: str) -> None:
@@ -261,6 +262,7 @@ def test_hooks_of_the_base_stay(storage: str, into: str) -> None:
     assert recorder.calls == ["before", "forward", "before", "forward", "backward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", IN_PLACE)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("switched_off", [False, True])

@@ -86,6 +86,7 @@ def test_trained_copies_and_biases_are_in_the_models_dtype() -> None:
     assert runs(model).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_residual_stays_on_a_model_that_can_be_saved(folder: Path, tmp_path: Path) -> None:
     base = load(folder, "4-bit", torch.bfloat16)
     trained = {name for name, p in base.named_parameters() if p.requires_grad}

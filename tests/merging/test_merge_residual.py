@@ -145,6 +145,7 @@ def test_more_adapters_and_merges_on_the_result() -> None:
     assert not isinstance(dense.model, LoraModel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "into"), [("nf4", "same"), (None, "nf3"), ("int8", "same")])
 def test_saved_and_loaded_with_its_base(tmp_path: Path, storage: str | None, into: str) -> None:
     model = tiny_llama.llama(num_hidden_layers=1, intermediate_size=128).eval()

@@ -144,6 +144,7 @@ def failing(function: Callable[..., Any], nth: int = 1, error: BaseException | N
     return fails
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "storage", "nth"), [(Codec4bit, "nf4", 2), (CodecInt8, "int8", 1), (PackedCodec, "nf3", 2)]
 )
@@ -155,6 +156,7 @@ def test_codes_that_are_not_taken(monkeypatch: pytest.MonkeyPatch, codec: Any, s
     merge(lora, rounding="scale-search", force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["records", "residual", "memory", "another module"])
 def test_a_late_failure(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     holder, name = {

@@ -139,6 +139,7 @@ def test_a_requantized_merge_is_closer_than_no_merge(storage: str) -> None:
     assert 0.8 < report.mean("retained") < 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning")
 @pytest.mark.parametrize("several", [False, True])

@@ -51,6 +51,7 @@ def off(found: Tensor, right: Tensor) -> float:
     return float((found - right).norm() / right.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", list(OFF))
 def test_it_computes_trains_and_merges(folder: Path, tmp_path: Path, storage: str) -> None:
     lora = adapted(folder, storage)
@@ -74,6 +75,7 @@ def test_it_computes_trains_and_merges(folder: Path, tmp_path: Path, storage: st
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", list(OFF))
 def test_a_merged_adapter_can_still_be_taken_out(folder: Path, storage: str) -> None:
     lora = adapted(folder, storage)

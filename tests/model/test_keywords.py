@@ -75,6 +75,7 @@ def test_what_says_nothing_and_what_is_the_models_own_passes() -> None:
     assert llama().generate(IDS, max_new_tokens=2, do_sample=False, adapter_names=None).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_compiled_and_patched_models_refuse_them_too() -> None:
     lora, x = swallows(), torch.ones(2, 4)
     assert torch.compile(lora, backend="eager", fullgraph=True)(x).shape == (2, 4)

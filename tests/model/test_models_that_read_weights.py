@@ -69,6 +69,7 @@ def check_merged(lora: LoraModel, run: Callable[[Any], Tensor]) -> None:
     assert (run(merge(lora, into="float32").model) - adapted).norm() < FLOAT32 * size
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize(
     ("build", "targets"),

@@ -19,6 +19,7 @@ from qlora_kit import AdapterError, quantize_
 from qlora_kit.compat.peft import PeftModel, get_peft_model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::qlora_kit.errors.LeftOutWarning")  # stacked experts
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "bert", "t5", "mixtral", "qwen2-moe", "cnn", "clip", "mamba"])
 def test_each_row_is_as_with_its_adapter_alone(name: str) -> None:
@@ -49,6 +50,7 @@ def test_models_that_hand_layers_something_else_than_rows_are_refused(name: str)
         lora(**member.batch(), adapter_names=["p", "q"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("storage", ["dense", "4 bits", "2 bits"])
 def test_peft_gives_the_same(storage: str) -> None:

@@ -136,6 +136,7 @@ def test_a_base_that_was_loaded_quantized_is_saved(llama_dir: Path, tmp_path: Pa
     assert torch.equal(logits(LoraModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "adapter")), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_what_quantize_made_is_saved_under_adapters_and_without(llama_dir: Path, tmp_path: Path, bits: int) -> None:
     model = quantize_(AutoModelForCausalLM.from_pretrained(llama_dir), bits)

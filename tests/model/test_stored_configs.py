@@ -103,6 +103,7 @@ def test_folders_are_combined_and_merged_as_well(change: dict[str, Any], tmp_pat
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [*NULLS, "rank_pattern", "alpha_pattern"])
 def test_null_is_the_default_where_it_can_mean_nothing_else(field: str, tmp_path: Path) -> None:
     expected = stored(tmp_path, {})

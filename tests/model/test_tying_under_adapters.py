@@ -44,6 +44,7 @@ def trained(way: str) -> tuple[LoraModel, Tensor]:
     return lora, without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_moves(way: str) -> None:
     lora, without = trained(way)

@@ -95,6 +95,7 @@ def test_wrapped_before(wrap: Callable[[Any], Any], plain: tuple[Path, Tensor], 
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WAYS.values(), ids=WAYS)
 def test_wrapped_before_and_targets_left_to_us(wrap: Callable[[Any], Any]) -> None:
     wrapped, unwrapped = (
@@ -199,6 +200,7 @@ def old(name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [r".*language_model.*\.(q|v)_proj", r"language_model\.model\..*\.(q|v)_proj", None])
 def test_an_adapter_of_an_older_release(targets: str | None, tmp_path: Path) -> None:
     paths = [f"model.language_model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]

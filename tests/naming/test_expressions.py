@@ -38,6 +38,7 @@ def test_it_means_what_python_s_own_means(pattern: str) -> None:
         assert Expression(pattern).fullmatch(path) == (plain.fullmatch(path) is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", SLOW)
 def test_one_that_would_run_for_minutes_ends(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expressions, "SECONDS", 0.05)
@@ -49,6 +50,7 @@ def test_one_that_would_run_for_minutes_ends(pattern: str, monkeypatch: pytest.M
     assert time.monotonic() - begun < 30
 
 
+@pytest.mark.slow
 def test_many_that_are_each_just_quick_enough_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expressions, "SECONDS", 0.002)
     monkeypatch.setattr(expressions, "_AT_ONCE", 0.0)
@@ -58,6 +60,7 @@ def test_many_that_are_each_just_quick_enough_end_together(monkeypatch: pytest.M
         Patterns(many).value("a" * 12 + "!", 0)
 
 
+@pytest.mark.slow
 def test_thousands_that_are_no_plain_names_are_refused() -> None:
     assert Patterns({f"layers.{n}.q_proj": n for n in range(50_000)}).value("layers.7.q_proj", 0) == 7
     with pytest.raises(ConfigError, match=r"at most 2,000 regular expressions, found more among 50,000"):

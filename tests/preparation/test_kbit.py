@@ -42,6 +42,7 @@ def test_only_norms_become_float32_and_nothing_is_trainable(llama_dir: Path, sto
         assert torch.equal(parameter.to(old_dtype), old), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_prepared_model_trains_and_keeps_its_output_dtype(llama_dir: Path, storage: str, dtype: torch.dtype) -> None:
@@ -68,6 +69,7 @@ def test_float32_norms_are_not_less_exact(llama_dir: Path, dtype: torch.dtype) -
     assert errors[1] < 1.1 * errors[0]  # a tenth: the two round at different places, so neither is always below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast_embeddings", [False, True])
 @pytest.mark.parametrize("cast_head", [False, True])
 @pytest.mark.parametrize("tied", [False, True])

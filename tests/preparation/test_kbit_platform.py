@@ -68,6 +68,7 @@ def pickled(value: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 def test_generate(llama_dir: Path, storage: str) -> None:
     lora = adapted(prepare_model_for_kbit_training(load(llama_dir, storage, torch.bfloat16))).eval()

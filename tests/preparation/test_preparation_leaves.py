@@ -52,6 +52,7 @@ def test_unload_gives_the_model_from_before(llama_dir: Path, storage: str, dtype
     assert_same(state(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_head_in_float32_go_back(tied: bool) -> None:
     model = llama(tied).to(torch.bfloat16)

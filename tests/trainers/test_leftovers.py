@@ -74,6 +74,7 @@ def test_the_base_leaves_without_mixed_precision(leave: str) -> None:
     assert torch.equal(found, logits(clean))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_copies_compute_as_the_original_and_by_themselves(how: str, mixed_precision: str) -> None:

@@ -176,6 +176,7 @@ def test_the_model_goes_on_as_before(tmp_path: Path, lm: Path) -> None:
     assert lora.merge_and_unload().generate(**prompt, **greedy).shape[1] == prompt["input_ids"].shape[1] + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_wrapper", [False, True])
 def test_an_adapter_on_the_head_is_refused(tmp_path: Path, untied: Path, in_wrapper: bool) -> None:
     model = load_storage(untied, "dense")
@@ -210,6 +211,7 @@ def test_a_head_trained_whole_is_trained_and_resumed(storage: str, tmp_path: Pat
     assert_same(resumed.adapters, whole.adapters)
 
 
+@pytest.mark.slow
 def test_noise_on_embeddings_leaves_the_base(tmp_path: Path, lm: Path) -> None:
     lora = wrapped(load_storage(lm, "4-bit"))
     base = base_tensors(lora)

@@ -152,6 +152,7 @@ def test_adapters_in_use_are_trained_and_resumed(in_use: list[str], tmp_path: Pa
     assert_same(resumed.adapters, whole.adapters)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path, folder: Path) -> None:
     trained(wrapped(load_storage(folder, "dense")), tmp_path)
     lora = wrapped(load_storage(folder, "dense"), config(r=8))
@@ -277,6 +278,7 @@ def test_mixed_precision_leaves_adapters_in_float32(storage: str, tmp_path: Path
         assert torch.equal(lora(**batch).logits, logits)
 
 
+@pytest.mark.slow
 def test_a_stock_collator_and_tokenizer(tmp_path: Path) -> None:
     lm = write_tiny_lm(tmp_path / "lm")
     tokenizer = AutoTokenizer.from_pretrained(lm)

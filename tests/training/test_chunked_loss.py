@@ -161,6 +161,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head(head: str) -> None:
     model = HEADS[head]()

@@ -127,6 +127,7 @@ def test_an_error_within_the_forward_ends_it() -> None:
     assert used.moved == before
 
 
+@pytest.mark.slow
 def test_what_it_is_given_is_checked() -> None:
     with pytest.raises(ConfigError, match="model: expected a model that is loaded"):
         offload_activations("name")  # type: ignore[arg-type]

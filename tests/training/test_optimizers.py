@@ -181,6 +181,7 @@ def test_an_error_leaves_a_trainable() -> None:
 # -- by name ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
     [

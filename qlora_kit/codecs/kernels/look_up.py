@@ -69,7 +69,10 @@ def look_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> Tensor:
 def _look_groups_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> None:
     groups, places = _as_elements(groups, out.view(-1, _NUMBERS[bits][1], groups.shape[1]))
     for part, number in enumerate(_numbers(packed, bits)):
-        torch.index_select(groups, 0, number, out=places[:, part])
+        if torch.compiler.is_compiling():  # which writes to no memory with gaps as `out`
+            places[:, part] = groups[number]
+        else:
+            torch.index_select(groups, 0, number, out=places[:, part])
 
 
 def _numbers(packed: Tensor, bits: int) -> tuple[Tensor, ...]:

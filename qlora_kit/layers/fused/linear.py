@@ -36,6 +36,7 @@ from ...codecs.base import autocasts
 from ...codecs.native import product_dtype
 from ...codecs.scratch import is_scratch, scratch
 from ...errors import AdapterError
+from . import thin
 from .branch import Branch
 
 
@@ -207,9 +208,9 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as (tokens, features) in what thin products take: on CPUs at least float32."""
+    """``x`` as (tokens, features) in what thin products take."""
     rows = _flat(x)
-    return rows.to(torch.promote_types(dtype, torch.float32)) if x.device.type == "cpu" else rows.to(dtype)
+    return rows.to(torch.promote_types(dtype, torch.float32) if thin.casts_up(x.device) else dtype)
 
 
 def _cast(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,8 +48,13 @@ def gathered(u: Tensor, x: Tensor) -> Tensor:
     return sides if len(stack) == 1 else sides[: u.shape[1]] + sides[u.shape[1] :]
 
 
+def casts_up(device: torch.device) -> bool:
+    """Whether products on ``device`` are of activations in float32 at least, whatever they come in."""
+    return device.type == "cpu"
+
+
 def _in_halves(x: Tensor) -> bool:
-    return x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in (torch.bfloat16, torch.float16) and not casts_up(x.device)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

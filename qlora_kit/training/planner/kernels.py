@@ -35,10 +35,14 @@ class OnCard(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args and args[0].is_meta:
             return self._attention(*args, **kwargs)
-        if func in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
-            offsets = kwargs["offs"] if "offs" in kwargs else args[2]
-            return torch.ops.transformers.grouped_mm_fallback(*args[:2], offsets)
+        if func in _GROUPED and args[0].is_meta and (args[0].dtype != torch.bfloat16 or not self.flash):
+            return self._product_by_groups(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _product_by_groups(self, x: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
+        """Rows of ``x`` with the weight (in, out) of their group: as much as with one weight for all. On older cards
+        transformers' own loop, which makes gradients of frozen weights too."""
+        return x @ weights[0] if self.flash else torch.ops.transformers.grouped_mm_fallback(x, weights, offs)
 
     def _attention(
         self,

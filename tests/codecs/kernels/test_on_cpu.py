@@ -56,6 +56,7 @@ def test_products_and_dense_weights(quant_type: str, layout: tuple[int, int, int
         assert torch.equal(kernels.dense(matrix, dtype), exact.to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_pieces", "instructions")
 @pytest.mark.parametrize("shape", [(47,), (1, 47), (4, 47), (2, 3, 47), (0, 47), (2, 0, 47)])
 @every_dtype

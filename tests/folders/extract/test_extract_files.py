@@ -83,6 +83,7 @@ def test_wide_noise_is_held_as_well_as_it_can_be(shape: tuple[int, int], rank: i
 # -- the adapter -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, 5])
 def test_a_known_delta_comes_back(rank: int, tmp_path: Path) -> None:
     model = llama()
@@ -140,6 +141,7 @@ def test_every_number_of_the_report(tmp_path: Path) -> None:
     assert f"{report.left:.4%} is in tensors left out" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("energy", [0.3, 0.9])
 def test_an_energy_gives_each_module_its_own_rank(energy: float, tmp_path: Path) -> None:
     base, tuned = pair(llama(), tmp_path, noise(0.02, only=("layers.0",)), low_rank(9, 0.3, only="layers.0.mlp"))
@@ -158,6 +160,7 @@ def test_an_energy_gives_each_module_its_own_rank(energy: float, tmp_path: Path)
     assert {layer.scaling["default"] for one in (own, again) for layer in one.adapter_layers().values()} == {1.0}
 
 
+@pytest.mark.slow
 def test_a_rank_beyond_the_dimensions_is_the_whole_difference(tmp_path: Path) -> None:
     model = llama(hidden_size=40, intermediate_size=50)
     base, tuned = pair(model, tmp_path, noise(0.05, only=("proj",)))

@@ -58,6 +58,7 @@ def bert_config() -> BertConfig:
 # -- whole modules and biases ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["norm", "lm_head"], "changed"])
 def test_changed_modules_may_be_stored_whole(names: Any, tmp_path: Path) -> None:
     model = llama()
@@ -103,6 +104,7 @@ def test_biases_of_modules_without_a_branch(tmp_path: Path) -> None:
     assert_reproduces(loader(GPT2LMHeadModel, base), tmp_path / "out", model, inputs())
 
 
+@pytest.mark.slow
 def test_embeddings_and_a_resized_vocabulary(tmp_path: Path) -> None:
     model = llama()
     base, tuned = pair(model, tmp_path, low_rank(2))
@@ -170,6 +172,7 @@ def test_t5_shares_its_table_thrice(tmp_path: Path) -> None:
 # -- heads -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_head(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
@@ -193,6 +196,7 @@ def test_a_checkpoint_without_its_head(tmp_path: Path) -> None:
     torch.testing.assert_close(again(**inputs())[0], model.model(**inputs())[0], rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow
 def test_a_classifier_tuned_from_a_masked_model(tmp_path: Path) -> None:
     """The base's own head is left behind, the new one comes along; names of BERT's first release are understood."""
     torch.manual_seed(0)

@@ -59,6 +59,7 @@ def test_more_words_in_one_of_two_tables(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_tokenizer(bases: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
     words = tmp_path / "words"
     words.mkdir()
@@ -71,6 +72,7 @@ def test_another_tokenizer(bases: dict[str, Path], adapter: Path, tmp_path: Path
     assert "README.md" not in names
 
 
+@pytest.mark.slow
 def test_convolutions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -52,6 +52,7 @@ def test_bits_of_the_merge_in_memory(
     assert torch.isfinite(logits(again)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["float32", "nf4"])
 def test_conv1d_and_biases(into: str, gpt2_dir: Path, tmp_path: Path) -> None:
     adapter = save_adapter(gpt2_dir, tmp_path / "adapter", bias="all")
@@ -99,6 +100,7 @@ def test_several_adapters_and_weights_against_float64(
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_embeddings_and_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(bases["bfloat16"], tmp_path / "adapter", ["embed_tokens", "lm_head", "v_proj"])
     for into in ("bfloat16", "nf4"):
@@ -110,6 +112,7 @@ def test_embeddings_and_the_head(bases: dict[str, Path], tmp_path: Path) -> None
     assert head.dtype == torch.bfloat16, "embeddings stay dense"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "into"), [("bfloat16", "same"), ("nf4", "bfloat16")])
 def test_trained_copies(storage: str, into: str, bases: dict[str, Path], tmp_path: Path) -> None:
     saved = ["lm_head", "embed_tokens"]
@@ -168,6 +171,7 @@ def test_shards_and_what_is_copied(bases: dict[str, Path], adapter: Path, tmp_pa
     assert settings(out)["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_names_with_and_without_the_prefix(gpt2_dir: Path, tmp_path: Path) -> None:
     """GPT-2's own checkpoint has no "transformer." before its names, nor has one of the model without its head."""
     adapter = save_adapter(gpt2_dir, tmp_path / "adapter")
@@ -207,6 +211,7 @@ def test_the_base_of_an_adapter_made_by_loftq(bases: dict[str, Path], tmp_path: 
     assert (logits(again) - logits(lora)).abs().max() <= 1e-5 * logits(lora).abs().max()
 
 
+@pytest.mark.slow
 def test_the_command(bases: dict[str, Path], adapter: Path, second: Path, tmp_path: Path) -> None:
     options = ["--base", str(bases["bfloat16"]), "--adapter", str(adapter), "--adapter", str(second)]
     options += ["--weight", "1", "--weight", "0.5", "--into", "nf4", "--double-quant", "--shard-size", "1", "--force"]

@@ -105,6 +105,7 @@ def test_a_head_that_is_quantized_when_untied(tied: Path, tmp_path: Path) -> Non
     assert torch.equal(model.model.embed_tokens.weight, tensors(tied)[EMBEDDING])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "nf4"])
 def test_a_copy_of_one_of_two_tied_unties_them(storage: str, tmp_path: Path) -> None:
     base = save_base(llama(tied=True), tmp_path / "base", storage)

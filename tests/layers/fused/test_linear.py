@@ -25,9 +25,9 @@ from qlora_kit.layers.fused import thin
 from qlora_kit.layers.fused.choice import why_plain
 
 
-def packed(dtype: torch.dtype = torch.float32) -> nn.Module:
+def packed(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     linear = nn.Linear(64, 24).to(dtype)
-    return pack_linear(linear, quantize_matrix(linear.weight.detach().float(), "signed2", 64))
+    return pack_linear(linear, quantize_matrix(linear.weight.detach().float(), "signed2", 64, **options))
 
 
 BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
@@ -66,6 +66,7 @@ def kept(layer: nn.Module, *inputs: Tensor) -> list[Tensor]:
 # -- numbers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [3, 40])  # few: products of the tokens; many: s B A added to the weight
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -242,13 +243,21 @@ def test_functorch_computes_the_plain_form() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "conv1d"])
-def test_compiled_without_a_break(name: str) -> None:
-    layer = fused_layer(BASES[name](torch.float32))
-    x = torch.randn(5, 64, requires_grad=True)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracing does it
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+@pytest.mark.parametrize("name", ["dense", "conv1d", "packed", "packed, 8-bit scales"])
+def test_compiled_without_a_break(name: str, kind: str) -> None:
+    layer = fused_layer(packed(double_quant=True) if "scales" in name else BASES[name](torch.float32))
+    x, outcomes = torch.randn(5, 64, requires_grad=True), []
     torch._dynamo.reset()
+    with qlora_kit.set_branch(kind):
+        for called in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+            x.grad = None
+            layer.zero_grad()
+            (y := called(x)).square().sum().backward()
+            outcomes.append([y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert len(outcomes[0]) == 4
+    torch.testing.assert_close(*outcomes)
 
 
 # -- the choice --------------------------------------------------------------------------------------------

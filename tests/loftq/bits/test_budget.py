@@ -62,6 +62,7 @@ def least_error(choices: Layers, fits: Callable[[dict[str, Choice]], bool]) -> f
 # -- the integer program ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2.0, 2.3, 3.1, 5.0, 7.9, 8.0])
 @pytest.mark.parametrize("seed", range(6))
 def test_mean_bits_are_spent_as_well_as_any_assignment_could(seed: int, bits: float) -> None:
@@ -78,6 +79,7 @@ def test_mean_bits_are_spent_as_well_as_any_assignment_could(seed: int, bits: fl
     assert mean_bits(found, weights) == sum(found[p].bits * n for p, n in weights.items()) / sum(weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("ranks", [(4,), (2, 8)])
 @pytest.mark.parametrize("seed", range(3))
@@ -155,6 +157,7 @@ def test_the_first_layers_get_4_bits_and_the_rest_2(bits: float, share: float) -
     assert mean_bits(found, weights) == bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2.0, 2.25, 2.5, 3.0, 3.3, 4.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_integer_program_is_never_worse_than_the_first_layers(seed: int, bits: float) -> None:

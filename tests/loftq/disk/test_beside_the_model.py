@@ -50,6 +50,7 @@ def with_code(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -135,6 +135,7 @@ def test_mean_bits_choose_as_in_memory(method: str, source: Path, text: Path, tm
     assert_verified(tmp_path / "out", source)
 
 
+@pytest.mark.slow
 def test_memory_is_kept_by_the_model_that_loads(source: Path, tmp_path: Path) -> None:
     code, said = init(source, tmp_path / "out", "--memory", "105KB", "--method", "loftq")
     assert code == 0, said

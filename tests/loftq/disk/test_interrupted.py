@@ -112,6 +112,7 @@ def test_a_finished_run_is_left_alone(llama_dir: Path, tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_changed_option_is_named(finished: bool, llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

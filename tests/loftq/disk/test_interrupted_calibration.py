@@ -237,6 +237,7 @@ def test_another_task_is_refused_with_what_differs(changes: dict[str, Any], mess
     stream(task())
 
 
+@pytest.mark.slow
 def test_memory_for_activations_may_change(source: Path, tmp_path: Path) -> None:
     """No byte of the output depends on it."""
     cut_after(3, Task(source, tmp_path / "out", lora("qera")))

@@ -168,6 +168,7 @@ def test_a_changed_configuration_is_found(finished: Path, tmp_path: Path, file: 
     assert "as they were written" in "".join(verify(out, load=False))
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_was_damaged_since_is_no_success(llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     streamed(llama_dir, out, config(2), shard_bytes=10_000)
@@ -185,6 +186,7 @@ def test_a_finished_run_that_was_damaged_since_is_no_success(llama_dir: Path, tm
         streamed(llama_dir, out, config(2), shard_bytes=10_000)
 
 
+@pytest.mark.slow
 def test_what_transformers_can_not_load_is_found(finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
     settings = json.loads((out / "config.json").read_text())
@@ -216,6 +218,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return outcome.exit_code, outcome.output
 
 
+@pytest.mark.slow
 def test_the_three_commands(llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     init = ("init", "--model", llama_dir, "--out", out, "--bits", 3, "--method", "loftq", "--rank", 4, "--steps", 2)

@@ -70,6 +70,7 @@ def test_the_rank_is_that_of_the_weight_on_disk_as_in_memory(
     assert max(scalings) == pytest.approx(min(scalings)) == ALPHA / (RANK**0.5 if rslora else RANK)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_peft_builds_the_same_from_what_is_recorded(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -107,6 +108,7 @@ def test_a_budget_counts_the_rank_that_there_is(
     assert allocate(model, lora_config(bits=4), bits=3).config.rank_pattern == {"shared_expert_gate": 1}
 
 
+@pytest.mark.slow
 def test_a_rank_that_no_module_has_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"r: expected a rank of at most 64, .* found 4000; lower r"):
         stream(Task(folder, tmp_path / "out", lora_config(r=4000)))

@@ -214,6 +214,7 @@ def test_layers_without_inputs_do_not_dilute_the_output_error() -> None:
 # -- calibration text ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_text_is_read_with_the_tokenizer_beside_the_model(tmp_path: Path) -> None:
     source = add_tokenizer(write(llama(**SMALL), tmp_path / "source"))
     text = write_text(tmp_path / "text.txt", words=240)
@@ -246,6 +247,7 @@ def test_a_missing_or_short_text_is_seen_before_anything_is_written(outputs: boo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_too_few_tokens_are_said_in_the_report(tmp_path: Path) -> None:
     source = write(llama(**SMALL), tmp_path / "source")
     few = streamed(source, tmp_path / "few", calibrated("qera", calibration=rows(4, 20)))

@@ -19,6 +19,7 @@ from qlora_kit.checkpoints.shards import ShardReader
 from qlora_kit.errors import LeftOutWarning, TargetError
 
 
+@pytest.mark.slow
 def test_an_embedding_is_simulated(tmp_path: Path) -> None:
     lora = config(4, ["embed_tokens", "q_proj"])
     source = write(llama(), tmp_path / "source")
@@ -28,6 +29,7 @@ def test_an_embedding_is_simulated(tmp_path: Path) -> None:
     assert_same(tensors(tmp_path / "out" / ADAPTER_FOLDER), tensors(tmp_path / "memory" / ADAPTER_FOLDER))
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     source = write(llama(tied=True), tmp_path / "source")
     streamed(source, tmp_path / "out", config(2))
@@ -150,6 +152,7 @@ def test_targets_that_few_bits_cant_hold_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_architecture_that_starts_its_own_layers_loads(tmp_path: Path) -> None:
     """RWKV draws linear layers by their weight's shape, and writes to two of a block in eval, which stay dense."""
     torch.manual_seed(0)

@@ -73,6 +73,7 @@ def test_a_head_that_is_not_stored_is_a_missing_weight(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_copied_too(tmp_path: Path) -> None:
     source, lora = write(roberta(), tmp_path / "source"), config(2)
     lora.modules_to_save = ["LayerNorm"]

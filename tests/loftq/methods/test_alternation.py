@@ -13,7 +13,7 @@ from reference.lowrank import best_approximation
 
 from loftq import factorize
 from loftq.methods.quantizers import quantizer_for
-from qlora_kit.codecs.quantized import dynamic_map
+from qlora_kit.codecs.quantized import DYNAMIC_MAP
 from qlora_kit.config.loftq import DEFAULT_TYPES
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import delta
@@ -138,7 +138,7 @@ def test_quantizes_as_bitsandbytes_does(shape: tuple[int, int], kind: str, doubl
 
 def test_the_dynamic_map_is_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert torch.equal(torch.tensor(dynamic_map()), functional.create_dynamic_map())
+    assert torch.equal(torch.tensor(DYNAMIC_MAP), functional.create_dynamic_map())
 
 
 @pytest.mark.parametrize(

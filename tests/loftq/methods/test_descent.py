@@ -195,6 +195,7 @@ def test_a_correction_that_leaves_less_missing_and_unlearns_the_whole_is_refused
         assert torch.equal(found, given[right]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "nf3 in short blocks"])
 def test_other_roundings_keep_little_of_it(kind: str) -> None:
     """The nearest codes are nearly the stored ones, and feedback has next to nothing to feed back."""

@@ -22,6 +22,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"bits": 2}, {"bits": 8}, {"quant_type": "affine3"}, {"method": "pissa"}])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_dtype_and_layout_gives_what_its_float32_copy_gives(layout: str, options: dict[str, Any]) -> None:

@@ -114,6 +114,7 @@ def test_leaves_less_weighted_error_than_the_nearest_codes(quant_type: str) -> N
     assert max(gains) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", [kind for kind in TYPES if kind != "int8"])
 def test_uncorrelated_inputs_leave_nothing_to_feed_back(quant_type: str) -> None:
     quantizer, full = quantizer_for(quant_type=quant_type, blocksize=16), weight()

@@ -124,6 +124,7 @@ def test_the_reported_errors_are_those_of_the_started_model(method: str, name: s
         assert row.tokens == sum(shown(value, b) for b, values in calls for value in values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_an_embedding_is_weighed_by_its_tokens_frequencies(method: str) -> None:
     model, batches = tiny_llama(), text(padded=True)

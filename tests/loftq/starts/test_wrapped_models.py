@@ -58,6 +58,7 @@ def test_a_start_sees_through_wrappers(wrap: Any, where: str, method: str) -> No
         assert all(torch.equal(*pair) for pair in zip(found[path], own, strict=True)), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled])
 def test_bits_are_chosen_through_wrappers(wrap: Any) -> None:
     plain = allocate(llama(), config("qera"), bits=3)

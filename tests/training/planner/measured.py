@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_kit import LoraConfig, apply_lora, prepare_model_for_kbit_training, quantize_
 from qlora_kit.codecs.scratch import release_scratch
+from qlora_kit.layers.fused import thin
 from qlora_kit.training import use_chunked_loss
 
 
@@ -46,6 +51,26 @@ class Watch(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
         return out
+
+
+_attention = F.scaled_dot_product_attention
+
+
+def _attention_of_a_card(query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
+    """In float32 with heads that share keys a GPU has the plain one alone, and a CPU a fused one."""
+    plain = query.dtype == torch.float32 and query.shape[1] != key.shape[1]
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return _attention(query, key, *others, **options)
+
+
+@contextmanager
+def as_on_a_card() -> Iterator[None]:
+    """A CPU computes as a GPU does where it would hold more or less: in attention, and in thin products of half
+    precision, which it takes in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", _attention_of_a_card)
+        patch.setattr(thin, "casts_up", lambda device: False)
+        yield
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
@@ -85,11 +110,12 @@ def measured_peak(
     trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     words = torch.randint(16, model.config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(1))
-    step(lora, optimizer, words)
-    release_scratch()  # which may be as large as another test's weights
-    states = (value for state in optimizer.state.values() for value in state.values())
-    with Watch((*tensors_of(lora), *states, words)) as watch:
+    with as_on_a_card():
         step(lora, optimizer, words)
+        release_scratch()  # which may be as large as another test's weights
+        states = (value for state in optimizer.state.values() for value in state.values())
+        with Watch((*tensors_of(lora), *states, words)) as watch:
+            step(lora, optimizer, words)
     return watch.peak
 
 

@@ -35,6 +35,7 @@ def test_it_is_what_the_whole_model_holds(name: str, period: int, checkpointing:
     assert extended(short, longer, stack.left) == peak_of(whole)
 
 
+@pytest.mark.slow
 def test_what_is_not_alike_is_not_concluded_from(tmp_path: Path) -> None:
     settings = Settings(seq=40, batch=2, rank=4)
     empty = make_empty(config_folder(tmp_path, "llama", layers=4), settings)
