@@ -9,6 +9,7 @@ import typer
 
 from qlora_kit.cli.group import command_group, in_words_of, names_or_pattern
 from qlora_kit.cli.numbers import gigabytes, parse_bytes, size_or_word, whole_numbers
+from qlora_kit.codecs.codebooks import STORED_TYPES
 from qlora_kit.config.loftq import AUTO
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.errors import ConfigError
@@ -123,7 +124,7 @@ def init(
             target_modules=names_or_pattern(targets),
             init_lora_weights="loftq",
             loftq_config=LoftQConfig(
-                loftq_bits=4 if budget is not None or bits is None else int(bits),
+                loftq_bits=_bits(quant_type) if budget is not None or bits is None else int(bits),
                 loftq_iter=steps,
                 quant_type=quant_type,
                 blocksize=size_or_word(blocksize) or "",
@@ -178,6 +179,11 @@ def verify(
     with in_words_of("loftq verify", context, check, LoraConfig, LoftQConfig):
         for line in check(out, against, layers=layers, load=load):
             typer.echo(line)
+
+
+def _bits(quant_type: str | None) -> int:
+    """Of that type; 4 where none or no type is named."""
+    return int(quant_type[-1]) if quant_type in STORED_TYPES else 4
 
 
 def _device(name: str) -> str:

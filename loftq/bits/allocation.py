@@ -124,9 +124,7 @@ def decide(
     chosen = choose(choices, sizes, budget, fixed=fixed, rank_of={entry.path: entry.rank for entry in entries})
     # Patterns match the ends of paths too: longer ones first, so that each path meets its own.
     order = sorted(chosen, key=len, reverse=True)
-    loftq = replace(
-        config.loftq_config or LoftQConfig(), quant_type=None, bits_pattern={path: chosen[path].bits for path in order}
-    )
+    loftq = replace(config.loftq_config or LoftQConfig(), bits_pattern={path: chosen[path].bits for path in order})
     ranks: dict[str, int] = {path: chosen[path].rank for path in order} if budget.ranks else dict(config.rank_pattern)
     alphas = dict(config.alpha_pattern)
     if budget.ranks:
@@ -144,13 +142,13 @@ def decide(
 
 
 def undecided(options: LoftQConfig) -> LoftQConfig:
-    """``options``, if they leave types and bits to the budget. Raises ConfigError otherwise."""
-    for name in ("quant_type", "bits_pattern"):
-        if value := getattr(options, name):
-            raise ConfigError(
-                f"{name}: expected none with a budget, which gives each layer one of "
-                f"{', '.join(MIXED_TYPES.values())}, found {value!r}; leave it out, or the budget"
-            )
+    """``options``, if they leave bits to the budget. Raises ConfigError otherwise."""
+    if options.bits_pattern:
+        raise ConfigError(
+            f"bits_pattern: expected none with a budget, which gives each layer one of "
+            f"{', '.join(map(options.mixed_type, MIXED_TYPES))}, found {options.bits_pattern!r}; leave it out, or the "
+            "budget"
+        )
     return options
 
 
@@ -168,7 +166,8 @@ def costs_of(request: Request, options: LoftQConfig, budget: Budget) -> list[Cho
     out_features, in_features = request.shape
     own = (request.rank,) if not budget.ranks else budget.ranks
     choices = []
-    for bits, kind in MIXED_TYPES.items():
+    for bits in MIXED_TYPES:
+        kind = options.mixed_type(bits)
         for rank in sorted({min(rank, out_features, in_features) for rank in own}):
             factors = 4 * rank * (out_features + in_features)
             nbytes = module_bytes((out_features, in_features), kind, options)
@@ -192,7 +191,7 @@ def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Bud
     choices = []
     for choice in costs_of(request, options, budget):
         try:
-            result = factorize_as(once, weight, choice.rank, MIXED_TYPES[choice.bits], seen=seen)
+            result = factorize_as(once, weight, choice.rank, options.mixed_type(choice.bits), seen=seen)
         except ConfigError as fault:
             raise ConfigError(f"{request.path}: {fault}") from fault
         left = result.error if result.output_error is None else result.output_error

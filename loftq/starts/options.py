@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qlora_kit.checkpoints.quantized_tensors import weight_bytes
-from qlora_kit.config.loftq import DEFAULT_TYPES, MIXED_TYPES, LoftQConfig
+from qlora_kit.config.loftq import DEFAULT_TYPES, LoftQConfig
 from qlora_kit.naming import pattern_value
 
 from ..inputs.groups import Seen
@@ -16,7 +16,7 @@ from ..methods.registry import LoftQResult, needs_of
 def storage_of(path: str, options: LoftQConfig) -> tuple[str, bool]:
     """The type that the module at ``path`` is stored in, and whether it is packed by us whatever the type."""
     if options.bits_pattern:
-        return MIXED_TYPES[pattern_value(path, options.bits_pattern, options.loftq_bits)], True
+        return options.mixed_type(pattern_value(path, options.bits_pattern, options.loftq_bits)), True
     return options.quant_type or DEFAULT_TYPES[options.loftq_bits], False
 
 

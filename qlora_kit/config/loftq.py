@@ -47,7 +47,8 @@ class LoftQConfig:
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
             leaves it to the method.
         bits_pattern: other bits by path, end of a path, or regular expression, as ``rank_pattern``. Where it is
-            given, all modules are packed ones, of the types ``MIXED_TYPES``.
+            given, all modules are packed ones, of the types ``MIXED_TYPES``, or of the family of ``quant_type``:
+            "trellis2" is then "trellis3" where a module gets 3 bits.
 
     Raises:
         ConfigError: a field has a value that can't work.
@@ -92,12 +93,15 @@ class LoftQConfig:
             if isinstance(bits, bool) or bits not in MIXED_TYPES:
                 raise failure("bits_pattern", "2, 3, 4 or 8", {pattern: bits}, "pass one of these")
             check_regex("bits_pattern", pattern)
-        if self.bits_pattern and self.quant_type is not None:
-            raise failure("quant_type", "None with bits_pattern", self.quant_type, "leave one of them out")
         if self.weights is not None:
             if not isinstance(self.weights, (str, os.PathLike)):
                 raise failure("weights", "a folder", self.weights, "pass the path of the 16-bit model")
             self.weights = os.fspath(self.weights)
+
+    def mixed_type(self, bits: int) -> str:
+        """The type of modules of ``bits`` bits where modules of several stand in one model."""
+        own = (self.quant_type or "").rstrip("0123456789") + str(bits)
+        return own if own in STORED_TYPES and own != "int8" else MIXED_TYPES[bits]
 
     @property
     def chosen_method(self) -> str:

@@ -244,11 +244,24 @@ def test_an_impossible_budget_is_seen_before_anything_is_measured(monkeypatch: p
         allocate(llama(), asked(method="qera"), memory=1000)
 
 
-@pytest.mark.parametrize("loftq", [{"quant_type": "nf4"}, {"bits_pattern": {"q_proj": 4}}])
-def test_types_and_bits_beside_a_budget_are_refused(loftq: dict[str, Any]) -> None:
-    (name,) = loftq
-    with pytest.raises(ConfigError, match=f"{name}: expected none with a budget, .*; leave it out, or the budget"):
-        allocate(llama(), asked(**loftq), bits=3)
+def test_bits_beside_a_budget_are_refused() -> None:
+    with pytest.raises(ConfigError, match="bits_pattern: expected none with a budget"):
+        allocate(llama(), asked(bits_pattern={"q_proj": 4}), bits=3)
+
+
+def test_a_type_beside_a_budget_is_its_family() -> None:
+    found = allocate(llama(), asked(quant_type="affine4"), bits=2.5)
+    bits = {path: choice.bits for path, choice in found.chosen.items()}
+    assert len(set(bits.values())) > 1
+    layers = started(llama(), found).adapted.layers()
+    assert {path: layers[path].base_layer.quant_type for path in bits} == {p: f"affine{b}" for p, b in bits.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "kind"), [("nf2", 3, "nf3"), ("signed2", 4, "nf4"), ("int8", 8, "uniform8")]
+)
+def test_a_family_without_so_many_bits_is_the_default(family: str, bits: int, kind: str) -> None:
+    assert LoftQConfig(loftq_bits=int(family[-1]), quant_type=family).mixed_type(bits) == kind
 
 
 def test_a_quantized_model_is_refused() -> None:

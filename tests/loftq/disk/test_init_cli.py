@@ -203,10 +203,6 @@ def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Pat
         ),
         (["--bits", "4", "--memory", "300KB"], "expected either bits or memory, found --bits 4.0 and --memory 300000"),
         (
-            ["--bits", "2.5", "--quant-type", "nf4"],
-            "--quant-type: expected none with a budget, which gives each layer",
-        ),
-        (
             ["--memory", "9MB", "--allocation", "first-layers"],
             "--allocation: expected bits of at most 4 and nothing else",
         ),
