@@ -14,6 +14,7 @@ from qlora_kit.lowrank import check_matrix, delta
 
 from .checks import checked_cross, checked_statistics
 from .factors import Factors, made
+from .halves import Half, checked_half
 from .metric import DAMPING, output_norm
 from .quantizers import quantizer_for
 from .registry import LoftQResult, Problem, method_for, needs_of
@@ -38,6 +39,8 @@ def factorize(
     damping: float = DAMPING,
     scale_search: bool | None = None,
     factors: Factors | None = None,
+    half: Half | None = None,
+    adapter_aware: bool | None = None,
 ) -> LoftQResult:
     """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
 
@@ -58,6 +61,11 @@ def factorize(
         scale_search: search the scales of blocks (True), take them from the largest magnitudes (False), or as the
             method does (None).
         factors: where what is made of ``statistics`` and ``cross`` is kept for other weights with the same.
+        half: for "aligned": the same moments of about half of the inputs. How far to follow the text is then
+            decided on the inputs that it isn't decided from, see ``alignment``.
+        adapter_aware: for "cloq" and "aligned": round so that the adapter takes most of the error back, where that
+            leaves less, see ``leaning``; the quantized weight is then of no use without its adapter. None is the
+            method's own choice: True for "aligned".
 
     Raises:
         ConfigError: an argument can't work; names it.
@@ -85,6 +93,8 @@ def factorize(
         damping,
         scale_search,
         factors,
+        checked_half(half, weight),
+        adapter_aware,
     )
     result = solve(problem)
     if problem.statistics is None:

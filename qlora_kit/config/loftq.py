@@ -41,6 +41,9 @@ class LoftQConfig:
         damping: share of the inputs' mean square that is added to each one's own.
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
             leaves it to the method.
+        adapter_aware: round so that the adapter takes most of the error back (True; for "cloq" and "aligned", layer by
+            layer where it leaves less), or never (False); None leaves it to the method, and "aligned" does. The
+            quantized weights are then of no use without their adapter.
         bits_pattern: other bits by path, end of a path, or regular expression, as ``rank_pattern``. Where it is
             given, all modules are packed ones, of the types ``MIXED_TYPES``.
 
@@ -61,6 +64,7 @@ class LoftQConfig:
     calibration_tokens: int = 512
     damping: float = 0.01
     scale_search: bool | None = None
+    adapter_aware: bool | None = None
     bits_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,8 +85,9 @@ class LoftQConfig:
         for name in ("calibration_rows", "calibration_tokens"):
             check_int(name, getattr(self, name), 1, f"pass {name}=128")
         check_positive("damping", self.damping, "pass damping=0.01")
-        if self.scale_search is not None:
-            check_bool("scale_search", self.scale_search)
+        for name in ("scale_search", "adapter_aware"):
+            if getattr(self, name) is not None:
+                check_bool(name, getattr(self, name))
         for pattern, bits in self.bits_pattern.items():
             if isinstance(bits, bool) or bits not in MIXED_TYPES:
                 raise failure("bits_pattern", "2, 3, 4 or 8", {pattern: bits}, "pass one of these")
