@@ -36,7 +36,7 @@ from qlora_kit.lowrank import norm
 
 from .factors import Factors, made
 from .halves import Half
-from .metric import LEAST_DAMPING
+from .metric import DAMPING, LEAST_DAMPING
 
 # Tried as mu, in units of the inputs' mean square.
 PULLS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -91,8 +91,7 @@ def trusted(weight: Tensor, statistics: Tensor, cross: Tensor, half: Half, *, fa
     size = norm(weight)
     if not size or not statistics.any():
         return Trust(PULLS[0], 0.0, 0.0)
-    moments = statistics, cross, half.statistics, half.cross
-    sides = made(factors, moments, ("halves", half.share), lambda: _sides(*moments, half.share))
+    sides = _sides(statistics, cross, half, factors)
     unit = weight / size
     gram = unit.T @ unit
     pulls = torch.tensor(PULLS, dtype=torch.float64, device=weight.device)
@@ -109,6 +108,35 @@ def trusted(weight: Tensor, statistics: Tensor, cross: Tensor, half: Half, *, fa
     best = int(gain.argmax())
     scale = float((gram.double() * statistics.double()).sum() / statistics.double().diagonal().mean())
     return Trust(PULLS[best], float(part[best]), float(gain[best]) / scale if scale > 0 else 0.0)
+
+
+def trusted_damping(statistics: Tensor, cross: Tensor, half: Half, *, factors: Factors | None = None) -> float:
+    """The mu of ``PULLS`` with which one half's R + mu I says best what the other half is like, relative to the mean
+    square.
+
+    Least is tr((R_k + mu I)^-1 R_o) + log det(R_k + mu I): the other's inputs are likeliest then, as Gaussian ones.
+    That is what damping is for: error feedback foretells each input from the later ones, and the likelihood is that of
+    these foretellings, one input after the other. The eigenvalues are there already, so it costs next to nothing.
+    """
+    if not statistics.any():
+        return PULLS[0]
+    pulls = torch.tensor(PULLS, dtype=torch.float64, device=statistics.device)
+    cost = torch.zeros_like(pulls)
+    for side in _sides(statistics, cross, half, factors):
+        damped = side.values[:, None] + pulls
+        cost += side.counts * (side.curvature.diagonal().double()[:, None] / damped + damped.log()).sum(0)
+    return PULLS[int(cost.argmin())]
+
+
+def damping_for(
+    asked: float | None, statistics: Tensor | None, cross: Tensor | None, half: Half | None, factors: Factors | None
+) -> float:
+    """The damping that is ``asked`` for, or what the half says, or without one ``DAMPING``."""
+    if asked is not None:
+        return asked
+    if half is None or statistics is None or cross is None:
+        return DAMPING
+    return trusted_damping(statistics, cross, half, factors=factors)
 
 
 @dataclass(frozen=True)
@@ -129,22 +157,27 @@ class _Side:
     counts: float
 
 
-def _sides(statistics: Tensor, cross: Tensor, half: Tensor, half_cross: Tensor, share: float) -> list[_Side]:
-    """Each half in turn as the one from which D is found."""
+def _sides(statistics: Tensor, cross: Tensor, half: Half, factors: Factors | None) -> list[_Side]:
+    """Each half in turn as the one from which D is found; made once for all weights that share ``factors``."""
+    moments = statistics, cross, half.statistics, half.cross
+    return made(factors, moments, ("halves", half.share), lambda: _compared(*moments, half.share))
+
+
+def _compared(statistics: Tensor, cross: Tensor, half: Tensor, half_cross: Tensor, share: float) -> list[_Side]:
     unit = statistics.double().diagonal().mean()
     first, first_cross = half.double() / unit, half_cross.double() / unit
     second, second_cross = (
         (whole.double() / unit - share * own) / (1 - share)
         for whole, own in ((statistics, first), (cross, first_cross))
     )
-    mismatches = first_cross - first, second_cross - second
+    mismatches = (first_cross - first).float(), (second_cross - second).float()
     sides = []
     for k, (R, other) in enumerate(((first, second), (second, first))):
         values, Q = torch.linalg.eigh((R + R.T) / 2)
+        Q = Q.float()
         own, others = (mismatch @ Q for mismatch in (mismatches[k], mismatches[1 - k]))
-        curvature = Q.T @ other @ Q
-        counts = 1 - share if k == 0 else share
-        sides.append(_Side(values.clamp_min(0), own.float(), others.float(), curvature.float(), counts))
+        curvature = Q.T @ other.float() @ Q
+        sides.append(_Side(values.clamp_min(0), own, others, curvature, 1 - share if k == 0 else share))
     return sides
 
 

@@ -38,7 +38,8 @@ class LoftQConfig:
             file, token ids (rows, tokens), or a list of batches, each a dictionary that the model is called with.
             None is "builtin" for a named method that looks at the inputs.
         calibration_rows, calibration_tokens: for text: how many rows of how many tokens to cut from it.
-        damping: share of the inputs' mean square that is added to each one's own.
+        damping: share of the inputs' mean square that is added to each one's own; None finds it layer by layer on
+            other rows for "aligned", and is 0.01 for the other methods.
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
             leaves it to the method.
         adapter_aware: round so that the adapter takes most of the error back (True; for "cloq" and "aligned", layer by
@@ -62,7 +63,7 @@ class LoftQConfig:
     calibration: Any = field(default=None, compare=False)
     calibration_rows: int = 128
     calibration_tokens: int = 512
-    damping: float = 0.01
+    damping: float | None = None
     scale_search: bool | None = None
     adapter_aware: bool | None = None
     bits_pattern: dict[str, int] = field(default_factory=dict)
@@ -84,7 +85,8 @@ class LoftQConfig:
         check_int("seed", self.seed, 0, "pass seed=0")
         for name in ("calibration_rows", "calibration_tokens"):
             check_int(name, getattr(self, name), 1, f"pass {name}=128")
-        check_positive("damping", self.damping, "pass damping=0.01")
+        if self.damping is not None:
+            check_positive("damping", self.damping, "pass damping=0.01")
         for name in ("scale_search", "adapter_aware"):
             if getattr(self, name) is not None:
                 check_bool(name, getattr(self, name))

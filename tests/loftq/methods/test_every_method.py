@@ -20,7 +20,7 @@ from reference.starts import (
 from torch import Tensor
 
 from loftq import LoftQResult, factorize
-from loftq.methods import error_feedback as library
+from loftq.methods import alignment as library
 from loftq.methods.quantizers import quantizer_for
 from qlora_kit.errors import ConfigError
 
@@ -226,10 +226,11 @@ def test_srr_is_never_worse_than_qera_s_first_step(rank: int, quant_type: str) -
         assert min(srr.history) <= factorize(weight(seed=seed), rank, method="qera", steps=1, **given).history[0]
 
 
+@pytest.mark.parametrize("aware", [False, True])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_aligned_to_the_model_s_own_inputs_is_cloq(steps: int) -> None:
+def test_aligned_to_the_model_s_own_inputs_is_cloq(steps: int, aware: bool) -> None:
     statistics = moments(inputs())
-    given = {"bits": 2, "steps": steps, "statistics": statistics}
+    given = {"bits": 2, "steps": steps, "statistics": statistics, "adapter_aware": aware}
     cloq = factorize(weight(), 4, method="cloq", **given)
     same = factorize(weight(), 4, method="aligned", **given)
     assert same.history == cloq.history
