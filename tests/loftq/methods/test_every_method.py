@@ -143,7 +143,8 @@ def test_statistics_of_any_dtype(method: str, dtype: torch.dtype) -> None:
     given = options(method)
     rounded = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in given.items()}
     exact, result = (factorize(weight(), 5, bits=2, steps=1, **one) for one in (given, rounded))
-    assert result.output_error == pytest.approx(exact.output_error, rel=0.05)
+    # Which of its two roundings leaves less may turn for "aligned", whose metric is damped and not that of the output.
+    assert result.output_error == pytest.approx(exact.output_error, rel=0.1 if method == "aligned" else 0.05)
 
 
 @pytest.mark.parametrize("units", [1e-30, 1e30])
