@@ -79,6 +79,14 @@ def init(
             help="Search each block's scale. Default: as the method.",
         ),
     ] = None,
+    adapter_aware: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--adapter-aware/--no-adapter-aware",
+            rich_help_panel=_SWITCHES,
+            help="Round so that the adapter takes most of the error back. Default: as the method.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, rich_help_panel=_RUN, help="Of the decomposition's random start.")] = 0,
     device: Annotated[
         str, typer.Option(rich_help_panel=_RUN, help="cpu, cuda, or auto: cuda if there is one.")
@@ -135,6 +143,7 @@ def init(
                 calibration_rows=calibration_rows,
                 calibration_tokens=calibration_tokens,
                 scale_search=scale_search,
+                adapter_aware=adapter_aware,
             ),
         )
         task = Task(

@@ -76,7 +76,7 @@ PARAMETERS = {
     """,
     "qlora_kit.LoftQConfig": """
         loftq_bits loftq_iter quant_type blocksize double_quant weights method seed calibration calibration_rows
-        calibration_tokens damping scale_search bits_pattern
+        calibration_tokens damping scale_search adapter_aware bits_pattern
     """,
     "qlora_kit.merge": """
         model * adapters weights into base original rounding residual_rank residual_dtype statistics force text
@@ -94,7 +94,7 @@ PARAMETERS = {
     "qlora_kit.register_initializer": "name * prepare bounded",
     "loftq.factorize": """
         weight rank * bits quant_type steps scaling statistics blocksize double_quant method solver seed cross damping
-        scale_search
+        scale_search half adapter_aware
     """,
     "loftq.allocate": "model config * bits memory ranks rule",
     "loftq.collect_statistics": "model batches paths * diagonal",

@@ -45,7 +45,8 @@ def verify(
     report = Report.load(out)
     base, folder = ShardReader(out), out / ADAPTER_FOLDER
     adapter = ShardReader(folder)
-    loftq = LoftQConfig(**{field.name: report.options[field.name] for field in fields(LoftQConfig)})
+    known = (field.name for field in fields(LoftQConfig) if field.name in report.options)  # an older one has fewer
+    loftq = LoftQConfig(**{name: report.options[name] for name in known})
     config = replace(LoraConfig.from_pretrained(folder), init_lora_weights="loftq", loftq_config=loftq)
     names = StoredNames(skeleton(out, quantized=True), base, quantized=True)
     stems = {row.path: _stem(names, out, row.path) for row in report.layers}

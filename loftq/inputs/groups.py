@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from qlora_kit.naming import base_of, module_at
 
 from ..methods.factors import Factors
+from ..methods.halves import Half
 from .caches import uncached
 from .moments import Collector, Moments, counted_statistics, gather, inputs_of, rows_of, vocabularies, watchable
 from .walk import Enough, Run, Walk, stops_for
@@ -43,12 +44,14 @@ class Seen:
         cross: E[x x^^T] if sequential.
         tokens: how many inputs there were.
         factors: made of these moments, for all modules that are given the same inputs; None where it is one module.
+        half: the same moments of every other batch, with ``cross``, where both these and the others had inputs.
     """
 
     statistics: Tensor
     cross: Tensor | None
     tokens: int
     factors: Factors | None = field(default=None, repr=False, compare=False)
+    half: Half | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -205,25 +208,13 @@ def _in_turns(
     for leader, group in groups.items():
 
         def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
-            own, cross, paired = Moments(diagonal=leader in widths), Moments(), leader not in widths
-            for run in runs:
-                x = _input(walk, run, leader, {}, leader in once)
-                seen = _input(other, twins[run.index], leader, replaced, leader in once)
-                for mine in seen:
-                    if leader in widths:
-                        own.add_tokens(mine, widths[leader])
-                    else:
-                        own.add(mine)
-                # A router may send other tokens here than it used to.
-                paired = paired and [len(rows) for rows in seen] == [len(rows) for rows in x]
-                for mine, its in zip(seen, x, strict=True) if paired else ():
-                    cross.add(its, mine)
-            mean = own.matrix(leader)
-            if mean is None:
-                return {}
-            both = cross.matrix(leader) if paired else None
-            factors = Factors() if len(group) > 1 else None
-            return {path: Seen(mean, both, own.count, factors) for path in group}
+            def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+                for run in runs:
+                    x = _input(walk, run, leader, {}, leader in once)
+                    yield _input(other, twins[run.index], leader, replaced, leader in once), x
+
+            seen = _paired(pairs(), leader, widths.get(leader), shared=len(group) > 1)
+            return {} if seen is None else dict.fromkeys(group, seen)
 
         stage = Stage(group, _collect=collect)
         yield from _turn(stage)
@@ -233,6 +224,40 @@ def _in_turns(
         with _changed(other.model, replaced):
             output = twins[run.index].forward()
         other.go_on(twins[run.index], output)
+
+
+def _paired(
+    pairs: Iterable[tuple[list[Tensor], list[Tensor]]], path: str, width: int | None, *, shared: bool
+) -> Seen | None:
+    """What is known of the inputs of the module at ``path``, given batch by batch and call by call, those of the model
+    as it becomes with the original's; None if no token came. Memory: two matrices, and two for every other batch.
+
+    Args:
+        width: of the vocabulary, where the inputs are tokens.
+        shared: with other modules.
+    """
+    own, cross, paired = Moments(diagonal=width is not None), Moments(), width is None
+    halves = Moments(), Moments()
+    for number, (seen, x) in enumerate(pairs):
+        half, half_cross = halves if paired and number % 2 == 0 else (None, None)
+        for mine in seen:
+            if width is None:
+                own.add(mine, part=half)
+            else:
+                own.add_tokens(mine, width)
+        # A router may send other tokens here than it used to.
+        paired = paired and [len(rows) for rows in seen] == [len(rows) for rows in x]
+        for mine, its in zip(seen, x, strict=True) if paired else ():
+            cross.add(its, mine, part=half_cross)
+    mean = own.matrix(path)
+    if mean is None:
+        return None
+    both = cross.matrix(path) if paired else None
+    factors = Factors() if shared else None
+    part, part_cross = (moments.matrix(path) for moments in halves)
+    if both is None or part is None or part_cross is None or halves[0].count == own.count:
+        return Seen(mean, both, own.count, factors)
+    return Seen(mean, both, own.count, factors, Half(part, part_cross, halves[0].count / own.count))
 
 
 def _groups(

@@ -36,19 +36,22 @@ class Moments:
         self.diagonal, self.count = diagonal, 0
         self._sum: Tensor | None = None
 
-    def add(self, rows: Tensor, others: Tensor | None = None) -> None:
-        """Take in ``rows`` (n, in) as x, and ``others`` as y (default: the same)."""
+    def add(self, rows: Tensor, others: Tensor | None = None, *, part: Moments | None = None) -> None:
+        """Take in ``rows`` (n, in) as x, and ``others`` as y (default: the same); and ``part`` takes them in too."""
         rows = rows.float()
         others = rows if others is None else others.float()
         new = (rows * others).sum(0) if self.diagonal else rows.T @ others
-        self._sum = new if self._sum is None else self._sum.add_(new)
-        self.count += len(rows)
+        if part is not None:
+            part._take(new.clone() if part._sum is None else new, len(rows))
+        self._take(new, len(rows))
 
     def add_tokens(self, ids: Tensor, vocabulary: int) -> None:
         """Take in token ids (n,) as one-hot rows; for a diagonal."""
-        new = torch.bincount(ids, minlength=vocabulary).float()
+        self._take(torch.bincount(ids, minlength=vocabulary).float(), len(ids))
+
+    def _take(self, new: Tensor, count: int) -> None:
         self._sum = new if self._sum is None else self._sum.add_(new)
-        self.count += len(ids)
+        self.count += count
 
     def matrix(self, path: str = "statistics") -> Tensor | None:
         """The mean; None if no row came.

@@ -20,6 +20,8 @@ from qlora_kit.errors import ConfigError, StorageError
 from .caches import uncached
 
 BUILTIN = "builtin"
+# Rows of a batch.
+_BATCH = 8
 # Characters to read for a token that is wanted: no tokenizer needs more on average, for text in its languages.
 _CHARACTERS_PER_TOKEN = 8
 # Where a file is longer than needed, at most so many pieces of at least so many characters are taken of it.
@@ -32,7 +34,7 @@ def batches_for(
     *,
     rows: int,
     window: int,
-    batch: int = 8,
+    batch: int = _BATCH,
     folder: str | os.PathLike[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Batches to call ``model`` with, on its device.
@@ -77,12 +79,16 @@ def batches_for(
 def calibration_batches(
     options: LoftQConfig, model: nn.Module, folder: str | os.PathLike[str] | None = None
 ) -> list[dict[str, Any]]:
-    """``batches_for`` what ``options`` say of the text."""
+    """``batches_for`` what ``options`` say of the text; of two rows or more at least two batches, for each other batch
+    is what the rest is held against."""
+    source = options.calibration
+    rows = len(source) if isinstance(source, Tensor) else options.calibration_rows
     return batches_for(
-        options.calibration,
+        source,
         model,
         rows=options.calibration_rows,
         window=options.calibration_tokens,
+        batch=max(1, min(_BATCH, (rows + 1) // 2)),
         folder=folder,
     )
 

@@ -12,6 +12,9 @@ in memory, a shard or a test brings it.
 - ``quantizers``: which quantizer the loop runs with
 - ``rounding``: scales searched by block, codes by error feedback
 - ``nearest``: methods that round to the nearest codes
+- ``halves``: moments of a part of the inputs, to hold what is found against the rest
+- ``alignment``: the weight that makes up for earlier layers, as far as the text is to be believed
+- ``leaning``: the metric whose rounding errors the adapter takes back
 - ``error_feedback``: methods whose quantized weight is fitted to the inputs
 - ``principal``: methods that keep the weight's own top directions out of what is quantized
 - ``descent``: codes for a small delta on a weight that lies on the grid already

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from qlora_kit.lowrank import norm
 
+from .alignment import aligned_weight, trusted_weight
 from .alternation import Rounding, alternate
-from .factors import Factors, made
-from .metric import LEAST_DAMPING, Metric
+from .leaning import leaning_metric
+from .metric import Metric
 from .registry import LoftQResult, Problem, register_method
 from .rounding import round_with_feedback
 
@@ -22,34 +21,33 @@ def cloq(problem: Problem) -> LoftQResult:
     """CLoQ (Deng et al. 2025, arXiv 2501.18475): Q by error feedback against R, then sBA = svd_r((W - Q) F) F^-1.
 
     With R damped by 0.01 of its mean square, as published. Instead of MagR's preprocessing, the blocks' scales are
-    searched; and the two half-steps may alternate, Q then being rounded from W - sBA.
+    searched; and the two half-steps may alternate, Q then being rounded from W - sBA. It leans on the adapter (see
+    ``leaning``) where that is asked for.
     """
-    metric = problem.metric()
-    return alternate(problem, metric, feedback_rounding(problem, metric))
+    return _fed_back(problem, problem.metric(), lean=problem.adapter_aware is True)
 
 
 @register_method("aligned", statistics="full", sequential=True)
 def aligned(problem: Problem) -> LoftQResult:
     """Later layers make up for earlier ones: the inputs are those of the quantized model, layer after layer.
 
-    Let x be a layer's input in the original model and x^ that in the model whose earlier layers are quantized and
-    corrected. E ||W x - V x^||^2 is least, with damping mu pulling towards W, for
+    The weight that the original model's outputs ask for, V of ``alignment``, takes the weight's place in "cloq", under
+    the quantized model's inputs x^; for E ||W x - V' x^||^2 exceeds its least by tr((V - V') R (V - V')^T), V being
+    where it is least. And the rounding leans on the adapter wherever that leaves less. (Aligning first and correcting
+    then is the idea of Align-then-Correct, 2026; the objective is the sequential one of GPTAQ, Li et al. 2025,
+    arXiv 2504.02692, in closed form.)
 
-        V = W (C + mu I)(R^ + mu I)^-1,     C = E[x x^^T],  R^ = E[x^ x^^T]
-
-    and exceeds that least by tr((V - Q - sBA)(R^ + mu I)(V - Q - sBA)^T). So V takes the weight's place in "cloq",
-    under R^. (Aligning first and correcting then is the idea of Align-then-Correct, 2026; the objective is the
-    sequential one of GPTAQ, Li et al. 2025, arXiv 2504.02692, in closed form.)
+    Without moments of a half, V is W (C + mu I)(R^ + mu I)^-1 with the metric's own damping for mu.
     """
     metric = problem.metric()
+    lean = problem.adapter_aware is not False
     if problem.cross is None or problem.statistics is None or metric.order is None:
-        return cloq(problem)
-    target = aligned_weight(problem.weight, problem.statistics, problem.cross, problem.damping, factors=problem.factors)
+        return _fed_back(problem, metric, lean=lean)
+    target = _target(problem, problem.statistics, problem.cross)
     full = problem.weight
     size = norm(full) or 1.0
     zero_error = problem.zero_norms[0] / size
-    aims = replace(problem, weight=target)
-    result = alternate(aims, metric, feedback_rounding(problem, metric), zero_error=zero_error)
+    result = _fed_back(replace(problem, weight=target), metric, lean=lean, zero_error=zero_error)
     left = full - result.quantized.dequantize()
     quantization_error = norm(left) / size
     return replace(
@@ -61,29 +59,22 @@ def aligned(problem: Problem) -> LoftQResult:
     )
 
 
-def aligned_weight(
-    weight: Tensor, statistics: Tensor, cross: Tensor, damping: float, *, factors: Factors | None = None
-) -> Tensor:
-    """W (C + mu I)(R^ + mu I)^-1, float32 (out, in), with mu ``damping`` times the mean of R^'s diagonal.
-
-    Args:
-        factors: where the decomposition of R^ + mu I is kept for other weights.
-    """
-    decompose = partial(_decomposed, statistics, damping)
-    mu, lu, pivots = made(factors, (statistics,), ("lu", damping), decompose)
-    goal = cross.double()
-    goal.diagonal().add_(mu)
-    return torch.linalg.lu_solve(lu, pivots, weight.double() @ goal, left=False).float()
+def _target(problem: Problem, statistics: Tensor, cross: Tensor) -> Tensor:
+    """V, float32 (out, in)."""
+    if problem.half is None:
+        return aligned_weight(problem.weight, statistics, cross, problem.damping, factors=problem.factors)
+    return trusted_weight(problem.weight, statistics, cross, problem.half, factors=problem.factors)[0]
 
 
-def _decomposed(statistics: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """mu, and the LU decomposition of R^ + mu I in float64."""
-    moments = statistics.double()
-    mu = max(damping, LEAST_DAMPING) * moments.diagonal().mean()
-    moments = moments.clone() if moments is statistics else moments
-    moments.diagonal().add_(mu)
-    lu, pivots = torch.linalg.lu_factor(moments)
-    return mu, lu, pivots
+def _fed_back(problem: Problem, metric: Metric, *, lean: bool, zero_error: float | None = None) -> LoftQResult:
+    """The start by error feedback under ``metric``; if ``lean``, that which leans on the adapter where it ends with
+    less error. The history is that of the one returned."""
+    found = alternate(problem, metric, feedback_rounding(problem, metric), zero_error=zero_error)
+    if not lean or metric.order is None:
+        return found
+    rounding = feedback_rounding(problem, leaning_metric(problem))
+    leaning = alternate(problem, metric, rounding, zero_error=found.zero_error)
+    return leaning if min(leaning.history) < min(found.history) else found
 
 
 def feedback_rounding(problem: Problem, metric: Metric) -> Rounding:

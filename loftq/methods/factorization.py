@@ -12,9 +12,11 @@ from qlora_kit.config.checks import check_positive
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import check_matrix, delta
 
+from .alignment import damping_for
 from .checks import checked_cross, checked_statistics
 from .factors import Factors, made
-from .metric import DAMPING, output_norm
+from .halves import Half, checked_half
+from .metric import output_norm
 from .quantizers import quantizer_for
 from .registry import LoftQResult, Problem, method_for, needs_of
 
@@ -35,9 +37,11 @@ def factorize(
     solver: str = "auto",
     seed: int = 0,
     cross: Tensor | None = None,
-    damping: float = DAMPING,
+    damping: float | None = None,
     scale_search: bool | None = None,
     factors: Factors | None = None,
+    half: Half | None = None,
+    adapter_aware: bool | None = None,
 ) -> LoftQResult:
     """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
 
@@ -54,10 +58,16 @@ def factorize(
         solver: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
         seed: makes runs of solvers that draw random numbers repeatable; the exact ones draw none.
         cross: for "aligned": E[x x^^T] (in, in), of the original model's inputs x with those x^ of ``statistics``.
-        damping: share of the mean square that is added to each input's own.
+        damping: share of the mean square that is added to each input's own; None is 0.01, or what the ``half``
+            says, see ``alignment.trusted_damping``.
         scale_search: search the scales of blocks (True), take them from the largest magnitudes (False), or as the
             method does (None).
         factors: where what is made of ``statistics`` and ``cross`` is kept for other weights with the same.
+        half: for "aligned": the same moments of about half of the inputs. How far to follow the text is then
+            decided on the inputs that it isn't decided from, see ``alignment``.
+        adapter_aware: for "cloq" and "aligned": round so that the adapter takes most of the error back, where that
+            leaves less, see ``leaning``; the quantized weight is then of no use without its adapter. None is the
+            method's own choice: True for "aligned".
 
     Raises:
         ConfigError: an argument can't work; names it.
@@ -65,12 +75,23 @@ def factorize(
     check_matrix(weight, rank, "weight")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps: expected an integer of at least 1, found {steps!r}; 5 is a good choice")
-    check_positive("damping", damping, "pass damping=0.01")
+    if damping is not None:
+        check_positive("damping", damping, "pass damping=0.01")
     solve = method_for(method)
     if needs_of(method).statistics and statistics is None:
         raise ConfigError(
             f"statistics: expected second moments of the layer's inputs for method {method!r}, found None; collect "
             "them with loftq.collect_statistics, or use method='loftq'"
+        )
+    half = checked_half(half, weight)
+    if half is not None and factors is None:
+        factors = Factors()  # what the halves say serves more than one question
+    statistics = _once(factors, statistics, weight, checked_statistics)
+    cross = _once(factors, cross, weight, checked_cross)
+    if half is not None and (cross is None or statistics is None or statistics.dim() != 2):
+        raise ConfigError(
+            "half: expected the moments of all inputs beside those of a part, statistics (in, in) and cross, found "
+            "one of them missing; pass all, or no half"
         )
     problem = Problem(
         weight.detach().float().contiguous(),  # the methods look at it block by block, in the order of its rows
@@ -78,13 +99,15 @@ def factorize(
         scaling,
         quantizer_for(bits=bits, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant),
         steps,
-        _once(factors, statistics, weight, checked_statistics),
+        statistics,
         solver,
         seed,
-        _once(factors, cross, weight, checked_cross),
-        damping,
+        cross,
+        damping_for(damping, statistics, cross, half, factors),
         scale_search,
         factors,
+        half,
+        adapter_aware,
     )
     result = solve(problem)
     if problem.statistics is None:

@@ -22,6 +22,7 @@ from qlora_kit.errors import ConfigError, closest
 from qlora_kit.lowrank import norm
 
 from .factors import Factors, made
+from .halves import Half
 from .metric import DAMPING, Metric, output_norm
 
 
@@ -41,6 +42,10 @@ class Problem:
         scale_search: search the scales, or not; None is the method's own choice.
         solver, seed: of the decomposition, see ``qlora_kit.lowrank.truncated_svd``.
         factors: where what is made of ``statistics`` and ``cross`` is kept for other weights with the same.
+        half: the same moments of about half of the inputs, where what is found from one half is to be held against
+            the other.
+        adapter_aware: let rounding lean on the adapter, see ``loftq.methods.leaning``, or not; None is the method's
+            own choice.
     """
 
     weight: Tensor
@@ -55,6 +60,8 @@ class Problem:
     damping: float = DAMPING
     scale_search: bool | None = None
     factors: Factors | None = None
+    half: Half | None = None
+    adapter_aware: bool | None = None
 
     def metric(self, *, diagonal: bool = False) -> Metric:
         """That of the ``statistics``, see ``Metric.of``; made once for all problems that share ``factors``."""

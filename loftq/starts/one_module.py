@@ -35,6 +35,7 @@ from qlora_kit.lowrank import delta, norm
 from qlora_kit.preparation.quantize import linear_holding
 
 from ..inputs.groups import Seen
+from ..methods.alignment import damping_for
 from ..methods.alternation import correction
 from ..methods.factors import made
 from ..methods.metric import Metric, output_norm
@@ -123,8 +124,9 @@ def _correction(request: Request, options: LoftQConfig, seen: Seen | None, left:
     metric = Metric()
     if seen is not None and kind is not None:
         diagonal = kind == "diagonal"
-        find = partial(Metric.of, seen.statistics, diagonal=diagonal, damping=options.damping)
-        metric = made(seen.factors, (seen.statistics,), ("metric", diagonal, options.damping), find)
+        damping = damping_for(options.damping, seen.statistics, seen.cross, seen.half, seen.factors)
+        find = partial(Metric.of, seen.statistics, diagonal=diagonal, damping=damping)
+        metric = made(seen.factors, (seen.statistics,), ("metric", diagonal, damping), find)
     return correction(left, request.rank, request.scaling, metric=metric, seed=options.seed)
 
 

@@ -53,4 +53,6 @@ def factorize_as(
         damping=options.damping,
         scale_search=options.scale_search,
         factors=None if seen is None else seen.factors,
+        half=None if seen is None else seen.half,
+        adapter_aware=options.adapter_aware,
     )

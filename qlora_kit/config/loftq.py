@@ -43,9 +43,13 @@ class LoftQConfig:
             None is none, but for a named method that looks at the inputs "builtin". "auto" is as None, but for 2 and
             3 bits of a language model with its tokenizer beside it "builtin" (``loftq.starts.default_text``).
         calibration_rows, calibration_tokens: for text: how many rows of how many tokens to cut from it.
-        damping: share of the inputs' mean square that is added to each one's own.
+        damping: share of the inputs' mean square that is added to each one's own; None finds it layer by layer on
+            other rows for "aligned", and is 0.01 for the other methods.
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
             leaves it to the method.
+        adapter_aware: round so that the adapter takes most of the error back (True; for "cloq" and "aligned", layer by
+            layer where it leaves less), or never (False); None leaves it to the method, and "aligned" does. The
+            quantized weights are then of no use without their adapter.
         bits_pattern: other bits by path, end of a path, or regular expression, as ``rank_pattern``. Where it is
             given, all modules are packed ones, of the types ``MIXED_TYPES``, or of the family of ``quant_type``:
             "trellis2" is then "trellis3" where a module gets 3 bits.
@@ -65,8 +69,9 @@ class LoftQConfig:
     calibration: Any = field(default=AUTO, compare=False)
     calibration_rows: int = 128
     calibration_tokens: int = 512
-    damping: float = 0.01
+    damping: float | None = None
     scale_search: bool | None = None
+    adapter_aware: bool | None = None
     bits_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,9 +91,11 @@ class LoftQConfig:
         check_int("seed", self.seed, 0, "pass seed=0")
         for name in ("calibration_rows", "calibration_tokens"):
             check_int(name, getattr(self, name), 1, f"pass {name}=128")
-        check_positive("damping", self.damping, "pass damping=0.01")
-        if self.scale_search is not None:
-            check_bool("scale_search", self.scale_search)
+        if self.damping is not None:
+            check_positive("damping", self.damping, "pass damping=0.01")
+        for name in ("scale_search", "adapter_aware"):
+            if getattr(self, name) is not None:
+                check_bool(name, getattr(self, name))
         for pattern, bits in self.bits_pattern.items():
             if isinstance(bits, bool) or bits not in MIXED_TYPES:
                 raise failure("bits_pattern", "2, 3, 4 or 8", {pattern: bits}, "pass one of these")

@@ -121,3 +121,35 @@ def aligned_weight(weight: np.ndarray, inputs: np.ndarray, seen: np.ndarray, pul
     rows = np.concatenate([seen / np.sqrt(count), np.sqrt(pull) * np.eye(width)])
     goals = np.concatenate([inputs @ weight.T / np.sqrt(count), np.sqrt(pull) * weight.T])
     return np.linalg.lstsq(rows, goals, rcond=None)[0].T
+
+
+def error_on_others(weight: np.ndarray, found: np.ndarray, moments: np.ndarray, cross: np.ndarray) -> float:
+    """E ||W x - V x^||^2 on inputs of these moments, less E ||W x||^2, which V doesn't change, a row at a time."""
+    rows = zip(weight.astype(np.float64), found.astype(np.float64), strict=True)
+    return float(sum(v @ moments @ v - 2 * w @ cross @ v for w, v in rows))
+
+
+def change_towards(weight: np.ndarray, moments: np.ndarray, cross: np.ndarray, pull: float) -> np.ndarray:
+    """D = W (C - R)(R + pull)^-1, by a system for each row."""
+    pulled = moments + pull * np.eye(len(moments))
+    return np.stack([np.linalg.solve(pulled.T, (cross - moments).T @ row) for row in weight.astype(np.float64)])
+
+
+def unlikelihood(moments: np.ndarray, others: np.ndarray, pull: float) -> float:
+    """-2 log of how likely inputs of moments ``others`` are as Gaussian ones of covariance ``moments`` + pull, by the
+    regression of each input on those before it."""
+    model, total = moments + pull * np.eye(len(moments)), 0.0
+    for k in range(len(model)):
+        slope = np.linalg.solve(model[:k, :k], model[:k, k]) if k else np.zeros(0)
+        row = np.concatenate([-slope, [1.0]])
+        size = row @ model[: k + 1, : k + 1] @ row
+        total += row @ others[: k + 1, : k + 1] @ row / size + np.log(size)
+    return float(total)
+
+
+def taken_back(error: np.ndarray, moments: np.ndarray, A: np.ndarray) -> np.ndarray:
+    """``error`` less the B A of least tr((error - B A) R (error - B A)^T), by least squares on R's symmetric root."""
+    values, vectors = np.linalg.eigh(moments)
+    root = vectors @ np.diag(np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    B = np.linalg.lstsq((A @ root).T, (error @ root).T, rcond=None)[0].T
+    return error - B @ A

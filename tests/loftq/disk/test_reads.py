@@ -45,7 +45,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return read(self, name)
 
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", reading)
-    for name in ("cholesky_ex", "lu_factor"):
+    for name in ("cholesky_ex", "eigh"):
         own = getattr(torch.linalg, name)
 
         def counting(*args: Any, name: str = name, own: Any = own, **options: Any) -> Any:
@@ -68,8 +68,10 @@ def test_a_block_is_read_once_for_all_batches(method: str, source: Path, counts:
     of_blocks = {name: count for name, count in counts.items() if "layers." in name}
     assert len(of_blocks) == 2 * 9
     assert set(of_blocks.values()) == {2}, "once for the row that goes ahead, once for all that comes then"
-    assert counts["cholesky_ex"] == 2 * GROUPS, "q, k and v share one, and so do gate and up"
-    assert counts["lu_factor"] == (2 * GROUPS if method == "aligned" else 0)
+    # "aligned" has two metrics, and two halves of the inputs.
+    metrics, halves = (2, 2) if method == "aligned" else (1, 0)
+    assert counts["cholesky_ex"] == metrics * 2 * GROUPS, "q, k and v share one, and so do gate and up"
+    assert counts["eigh"] == halves * 2 * GROUPS
     counts.clear()
     assert_same(found, written(source, tmp_path / "anew", method, activation_bytes=0))
     if method == "aligned":
@@ -79,7 +81,7 @@ def test_a_block_is_read_once_for_all_batches(method: str, source: Path, counts:
             assert counts[path] == count + BATCHES, path
             [path] = [path for path in counts if path.startswith("model.layers.1.") and f".{name}." in path]
             assert counts[path] == count - BATCHES, path
-    assert counts["cholesky_ex"] == 2 * GROUPS
+    assert counts["cholesky_ex"] == metrics * 2 * GROUPS
 
 
 class Stored(dict[str, Tensor]):

@@ -69,6 +69,18 @@ def assert_near(found: Tensor, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=atol)
 
 
+def assert_near_half(seen: Seen, own: list[list[Tensor]], its: list[list[Tensor]], batches: Batches) -> None:
+    """``seen.half`` is of every other batch, if these and the rest had inputs."""
+    x, other = (rows_of(each[::2], batches[::2]) for each in (own, its))
+    if not 0 < len(other) < seen.tokens:
+        assert seen.half is None
+        return
+    assert seen.half is not None
+    assert seen.half.share == len(other) / seen.tokens
+    assert_near(seen.half.statistics, other.T @ other / len(other))
+    assert_near(seen.half.cross, x.T @ other / len(other))
+
+
 def in_double(batches: Batches) -> Batches:
     return [
         {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
@@ -110,6 +122,7 @@ def test_inputs_are_those_of_the_model_with_the_earlier_modules_replaced(name: s
                 continue
             cross = x.T @ other / len(x)
             assert_near(seen.cross, cross)
+            assert_near_half(seen, own[path], its[path], batches)
             moved = max(moved, float(np.abs(cross - expected).max() / np.abs(expected).max()))
         for path in stage.paths:
             stage.replaced[path] = random_change(model.get_submodule(path), len(order))
@@ -294,6 +307,13 @@ def test_a_conv1d_is_replaced_in_the_orientation_of_its_kind() -> None:
         assert_near(stage.seen()[path].statistics, expected)
         stage.replaced[path] = random_change(wide.get_submodule(path), 1)
         replaced_(current, path, stage.replaced[path])
+
+
+def test_one_batch_has_no_half_of_its_own() -> None:
+    for stage in stages(tiny_llama(), text()[:1], targets(tiny_llama()), sequential=True):
+        assert all(seen.half is None for seen in stage.seen().values())
+    for stage in stages(tiny_llama(), text(), targets(tiny_llama())):
+        assert all(seen.half is None for seen in stage.seen().values()), "nothing differs from the original's inputs"
 
 
 def test_no_batches_and_no_paths_are_no_stages() -> None:

@@ -14,7 +14,16 @@ from tiny_lm import write_tiny_lm
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel, AutoTokenizer, LlamaForCausalLM, T5Config, T5EncoderModel
 
-from loftq.inputs.text import BUILTIN, batches_for, builtin_text, load_tokenizer, text_identity, token_rows
+from loftq.inputs.text import (
+    BUILTIN,
+    batches_for,
+    builtin_text,
+    calibration_batches,
+    load_tokenizer,
+    text_identity,
+    token_rows,
+)
+from qlora_kit.config.loftq import LoftQConfig
 from qlora_kit.errors import ConfigError, StorageError
 
 CONTEXT = 256  # of the tiny model
@@ -170,6 +179,13 @@ def test_token_ids_are_split_into_batches() -> None:
     batches = batches_for(ids, tiny_llama(), rows=1, window=1, batch=4)
     assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 3]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids.long())
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [1]), (2, [1, 1]), (7, [4, 3]), (16, [8, 8]), (17, [8, 8, 1])])
+def test_calibration_of_two_rows_has_two_batches(rows: int, sizes: list[int]) -> None:
+    """Each other batch is what the rest is held against."""
+    options = LoftQConfig(calibration=torch.ones(rows, 4, dtype=torch.int64))
+    assert [len(batch["input_ids"]) for batch in calibration_batches(options, tiny_llama())] == sizes
 
 
 def test_batches_are_taken_as_they_are_and_not_written_to() -> None:

@@ -23,7 +23,8 @@ def statistics_of(walk: Iterable[Stage]) -> dict[str, list[Tensor]]:
     found = {}
     for stage in walk:
         for path, seen in stage.seen().items():
-            found[path] = [seen.statistics, *([] if seen.cross is None else [seen.cross])]
+            half = [] if seen.half is None else [seen.half.statistics, seen.half.cross]
+            found[path] = [seen.statistics, *([] if seen.cross is None else [seen.cross]), *half]
     return found
 
 

@@ -20,7 +20,7 @@ from reference.starts import (
 from torch import Tensor
 
 from loftq import LoftQResult, factorize
-from loftq.methods import error_feedback as library
+from loftq.methods import alignment as library
 from loftq.methods.quantizers import quantizer_for
 from qlora_kit.errors import ConfigError
 
@@ -143,7 +143,8 @@ def test_statistics_of_any_dtype(method: str, dtype: torch.dtype) -> None:
     given = options(method)
     rounded = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in given.items()}
     exact, result = (factorize(weight(), 5, bits=2, steps=1, **one) for one in (given, rounded))
-    assert result.output_error == pytest.approx(exact.output_error, rel=0.05)
+    # Which of its two roundings leaves less may turn for "aligned", whose metric is damped and not that of the output.
+    assert result.output_error == pytest.approx(exact.output_error, rel=0.1 if method == "aligned" else 0.05)
 
 
 @pytest.mark.parametrize("units", [1e-30, 1e30])
@@ -226,10 +227,11 @@ def test_srr_is_never_worse_than_qera_s_first_step(rank: int, quant_type: str) -
         assert min(srr.history) <= factorize(weight(seed=seed), rank, method="qera", steps=1, **given).history[0]
 
 
+@pytest.mark.parametrize("aware", [False, True])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_aligned_to_the_model_s_own_inputs_is_cloq(steps: int) -> None:
+def test_aligned_to_the_model_s_own_inputs_is_cloq(steps: int, aware: bool) -> None:
     statistics = moments(inputs())
-    given = {"bits": 2, "steps": steps, "statistics": statistics}
+    given = {"bits": 2, "steps": steps, "statistics": statistics, "adapter_aware": aware}
     cloq = factorize(weight(), 4, method="cloq", **given)
     same = factorize(weight(), 4, method="aligned", **given)
     assert same.history == cloq.history
