@@ -18,7 +18,7 @@ test: lint  ## lint, types, all tests but the zoo
 	$(PYTEST) $(ARGS)
 
 check: lint  ## lint, types, layering, quick tests
-	$(PYTEST) -m "not slow and not zoo" $(ARGS)
+	$(PYTEST) -m "not slow and not zoo and not cuda" $(ARGS)
 
 zoo: $(VENV)/.installed-test  ## every architecture through a whole life: minutes
 	$(PYTEST) -m zoo $(ARGS)
