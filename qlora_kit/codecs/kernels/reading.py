@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..trellis import window
 from .look_up import chunks, group_values, look_up_
 from .matrix import PackedMatrix
 
@@ -18,7 +19,10 @@ class Reader:
 
     def __init__(self, matrix: PackedMatrix) -> None:
         self.matrix = matrix
-        self.groups = group_values(matrix.table, matrix.bits, keep=matrix.is_plain)
+        by_code = matrix.table
+        if matrix.has_memory:  # first to the codes themselves
+            by_code = torch.arange(2**matrix.bits, dtype=torch.uint8, device=matrix.table.device)
+        self.groups = group_values(by_code, matrix.bits, keep=matrix.is_plain)
         self.scales = matrix.scales.read()
         self.shifts = None if matrix.shifts is None else matrix.shifts.read()
 
@@ -28,10 +32,19 @@ class Reader:
         matrix, blocksize = self.matrix, self.matrix.blocksize
         for part in chunks(out.numel(), matrix.unit, out.device):
             first = begin + part.start
-            values = look_up_(matrix.codes[first * matrix.bits // 8 :], matrix.bits, self.groups, out[part])
+            values = self._look_up_(matrix.codes[first * matrix.bits // 8 :], out[part])
             blocks = slice(first // blocksize, -(-(first + values.numel()) // blocksize))
             scale_blocks_(values, self.scales[blocks], blocksize, None if self.shifts is None else self.shifts[blocks])
         return out
+
+    def _look_up_(self, packed: Tensor, out: Tensor) -> Tensor:
+        """Overwrite flat ``out`` with the values of the first codes in ``packed``, a row's first among them."""
+        matrix = self.matrix
+        if not matrix.has_memory:
+            return look_up_(packed, matrix.bits, self.groups, out)
+        codes = torch.empty(out.numel(), dtype=torch.uint8, device=out.device)
+        codes = look_up_(packed, matrix.bits, self.groups, codes).view(-1, matrix.shape[1])
+        return out.copy_(window.look_up(codes, matrix.table, matrix.bits).view(-1))
 
     def rows(self, rows: slice, memory: Tensor | None = None) -> Tensor:
         """The values of some rows, float32 (rows, in), in flat ``memory`` of ``room(rows)`` values or in new."""
