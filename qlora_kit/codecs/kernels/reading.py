@@ -6,11 +6,13 @@ than the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..trellis import window
 from .look_up import chunks, group_values, look_up_
+from .look_up_windows import Windows
 from .matrix import PackedMatrix
 
 
@@ -19,10 +21,13 @@ class Reader:
 
     def __init__(self, matrix: PackedMatrix) -> None:
         self.matrix = matrix
-        by_code = matrix.table
-        if matrix.has_memory:  # first to the codes themselves
-            by_code = torch.arange(2**matrix.bits, dtype=torch.uint8, device=matrix.table.device)
-        self.groups = group_values(by_code, matrix.bits, keep=matrix.is_plain)
+        table, bits, keep = matrix.table, matrix.bits, matrix.is_plain
+        self._look_up_: Callable[[Tensor, Tensor], Tensor]
+        if matrix.has_memory:
+            self._look_up_ = Windows(table, bits, matrix.shape[1], keep=keep).look_up_
+        else:
+            groups = group_values(table, bits, keep=keep)
+            self._look_up_ = lambda packed, out: look_up_(packed, bits, groups, out)
         self.scales = matrix.scales.read()
         self.shifts = None if matrix.shifts is None else matrix.shifts.read()
 
@@ -36,15 +41,6 @@ class Reader:
             blocks = slice(first // blocksize, -(-(first + values.numel()) // blocksize))
             scale_blocks_(values, self.scales[blocks], blocksize, None if self.shifts is None else self.shifts[blocks])
         return out
-
-    def _look_up_(self, packed: Tensor, out: Tensor) -> Tensor:
-        """Overwrite flat ``out`` with the values of the first codes in ``packed``, a row's first among them."""
-        matrix = self.matrix
-        if not matrix.has_memory:
-            return look_up_(packed, matrix.bits, self.groups, out)
-        codes = torch.empty(out.numel(), dtype=torch.uint8, device=out.device)
-        codes = look_up_(packed, matrix.bits, self.groups, codes).view(-1, matrix.shape[1])
-        return out.copy_(window.look_up(codes, matrix.table, matrix.bits).view(-1))
 
     def rows(self, rows: slice, memory: Tensor | None = None) -> Tensor:
         """The values of some rows, float32 (rows, in), in flat ``memory`` of ``room(rows)`` values or in new."""
