@@ -45,9 +45,11 @@ _BLOCK = 128
 def round_by_search(matrix: Tensor, quantizer: Quantizer, metric: Metric) -> Quantized:
     """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes, and rotated
     types have scales of least error anyway."""
+    if _is_rotated(quantizer):
+        return quantizer(matrix)
     # Searched from the magnitudes themselves; the search's result is what goes through 8 bits.
     plain = replace(quantizer, double_quant=False)(matrix)
-    if plain.blocksize is None or scheme(plain.quant_type).rotated:  # rows whose scales are fitted to their codes
+    if plain.blocksize is None:
         return plain
     importance = _importance(metric, matrix)
     scales, shifts = _searched(matrix, plain, importance)
@@ -71,7 +73,7 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
     Args:
         search: search the scales; else they are the quantizer's own.
     """
-    if quantizer.quant_type in SCHEMES and scheme(quantizer.quant_type).rotated:
+    if _is_rotated(quantizer):
         return round_rotated(matrix, quantizer, metric)
     scaled = round_by_search(matrix, quantizer, metric) if search else quantizer(matrix)
     if metric.order is None:  # nothing is correlated: the nearest codes are the best
@@ -113,6 +115,10 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
         None,
         scaled.rows,
     )
+
+
+def _is_rotated(quantizer: Quantizer) -> bool:
+    return quantizer.quant_type in SCHEMES and scheme(quantizer.quant_type).rotated
 
 
 def ascending(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from qlora_kit.codecs.trellis.search import best_path, codes_of
 from .metric import Metric
 
 # Columns that are rounded at a time, and more that the search has in view; single values want no search.
-_PIECE, _VIEW = 16, 8
+_PIECE, _VIEW = 16, 16
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x)
         x = x.to(dtype)
-        return frozen_linear(_Products(self), rotate(x) if self.rotated else x, self.bias, dtype)
+        return frozen_linear(_Products(self), x, self.bias, dtype)
 
     @property
     def rotated(self) -> bool:
@@ -167,15 +167,16 @@ class _Products:
     module: PackedLinear
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = rotate(x) if self.module.rotated else x
         return kernels.linear(x, packed_matrix(self.module), bias)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        return kernels.gradient(grad, packed_matrix(self.module))
+        return _own_basis(self.module, kernels.gradient(grad, packed_matrix(self.module)))
 
 
-def _own_basis(module: PackedLinear, weight: Tensor) -> Tensor:
-    """Rows (n, in) of ``module``'s weight as they are multiplied with its inputs."""
-    return unrotate(weight) if module.rotated else weight
+def _own_basis(module: PackedLinear, rows: Tensor) -> Tensor:
+    """Rows (..., in) of ``module``'s stored matrix, or of gradients through it, in the basis of its inputs."""
+    return unrotate(rows) if module.rotated else rows
 
 
 @register_codec(PackedLinear)
@@ -201,7 +202,13 @@ class PackedCodec(Codec):
             yield rows, _own_basis(module, reader.rows(rows))
 
     def multiplier(self, module: Any, dtype: torch.dtype) -> Tensor:
-        return _own_basis(module, kernels.dense(packed_matrix(module), dtype))
+        return kernels.dense(packed_matrix(module), dtype)
+
+    def to_basis(self, module: Any, x: Tensor) -> Tensor:
+        return rotate(x) if module.rotated else x
+
+    def from_basis(self, module: Any, x: Tensor) -> Tensor:
+        return _own_basis(module, x)
 
     def quantizer(self, module: Any) -> Quantizer:
         known = module.stored_scales().read() if module.rotated and not module.weight.is_meta else None

@@ -69,7 +69,15 @@ def look_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> Tensor:
 def _look_groups_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> None:
     groups, places = as_elements(groups, out.view(-1, _NUMBERS[bits][1], groups.shape[1]))
     for part, number in enumerate(_numbers(packed, bits)):
-        torch.index_select(groups, 0, number, out=places[:, part])
+        select_(groups, number, places[:, part])
+
+
+def select_(groups: Tensor, number: Tensor, out: Tensor) -> None:
+    """Overwrite ``out`` with the ``groups`` of these numbers; it may have gaps, which torch doesn't trace in ``out=``."""
+    if torch.compiler.is_compiling():
+        out.copy_(groups.index_select(0, number))
+    else:
+        torch.index_select(groups, 0, number, out=out)
 
 
 def _numbers(packed: Tensor, bits: int) -> tuple[Tensor, ...]:

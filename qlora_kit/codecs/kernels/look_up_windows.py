@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..trellis import window
-from .look_up import as_elements, group_values, look_up_, words
+from .look_up import as_elements, group_values, look_up_, select_, words
 
 # bits -> bytes of a group, and the bits of its codes that are looked up at once: as many as leave the values in a cache.
 _GROUPS = {2: (1, 8), 3: (3, 6), 4: (1, 8)}
@@ -55,7 +55,7 @@ class Windows:
         values, places = as_elements(self.values, out.view(-1, 8 * size // unit, self.values.shape[1]))
         for part in range(8 * size // unit):
             number = numbers >> part * unit & 2 ** (unit + self.before) - 1 if size > 1 else numbers
-            torch.index_select(values, 0, number, out=places[:, part])
+            select_(values, number, places[:, part])
 
 
 def _values(table: Tensor, bits: int, keep: bool) -> Tensor:

@@ -4,18 +4,19 @@ makes weights look like independent normal values, which is what the trellis typ
 
 A width is 2^k m with m odd. The transform is the Kronecker product of the Hadamard matrix of 2^k, taken in factors of at
 most 64, and of the Hartley matrix of m, cas(2 pi i j / m) / sqrt(m) with cas = cos + sin. Both are symmetric and
-orthogonal, so the way back is the same transform, and then the signs. The signs are bits of SHAKE-256 of the width:
+orthogonal, so the way back is the same transform, and then the signs. The signs are bits of a hash of width and place:
 the same in every process and version, and none need be stored.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from ..autocast import without_autocast
 
 # Hadamard factors up to this: as fast to multiply with as butterflies, and one call each.
 _FACTOR = 64
@@ -33,11 +34,6 @@ def unrotate(x: Tensor) -> Tensor:
     return (_transform(x.to(signs.dtype), factors) * signs).to(x.dtype)
 
 
-def rotated_moments(moments: Tensor) -> Tensor:
-    """Second moments (width, width) of inputs x as those of ``rotate(x)``."""
-    return rotate(rotate(moments).T).T
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -45,12 +41,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
     shape = x.shape
     sizes = [len(factor) for factor in factors]
-    for axis, factor in enumerate(factors):
-        before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
-        if after == 1:  # symmetric, so either side will do
-            x = x.reshape(-1, sizes[axis]) @ factor
-        else:
-            x = factor @ x.reshape(-1, before, sizes[axis], after)
+    with without_autocast(x.device):
+        for axis, factor in enumerate(factors):
+            before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
+            if after == 1:  # symmetric, so either side will do
+                x = x.reshape(-1, sizes[axis]) @ factor
+            else:
+                x = factor @ x.reshape(-1, before, sizes[axis], after)
     return x.reshape(shape)
 
 
@@ -73,13 +70,16 @@ def _made(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
         size = min(twos, _FACTOR)
         factors.append(_hadamard(size))
         twos //= size
-    signs = torch.tensor(_signs(width), dtype=dtype, device=device)
-    return signs, tuple(factor.to(device=device, dtype=dtype) for factor in factors)
+    return _signs(width).to(device, dtype), tuple(factor.to(device, dtype) for factor in factors)
 
 
-def _signs(width: int) -> list[float]:
-    stream = hashlib.shake_256(f"qlora-kit rotation {width}".encode()).digest(-(-width // 8))
-    return [1.0 - 2.0 * (stream[i // 8] >> i % 8 & 1) for i in range(width)]
+def _signs(width: int) -> Tensor:
+    """float64 (width,), on the CPU: the lowest bits of 32-bit numbers that murmur3's last step (Appleby 2011) mixes."""
+    mixed = torch.arange(width, device="cpu") + width * 0x9E3779B9
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = mixed & 0xFFFFFFFF
+        mixed = (mixed ^ mixed >> shift) * factor
+    return 1.0 - 2.0 * (mixed & 1).double()
 
 
 def _hartley(size: int) -> Tensor:
