@@ -17,10 +17,12 @@ float64, up to what rounding R's entries to bfloat16 can have caused. What needs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from qlora_kit.codecs.trellis.rotation import rotate
 from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import SAFE_NORMS, norm
 
@@ -87,6 +89,19 @@ class Metric:
                     "from inputs"
                 )
             shift = min(10 * shift, most)
+
+    @cached_property
+    def rotated_factor(self) -> Tensor:
+        """The upper triangular F, float32 (in, in), of the rotated inputs in their own order; not of the plain norm."""
+        assert self.factor is not None
+        root = torch.diag(self.factor) if self.order is None else torch.empty_like(self.factor)
+        if self.order is not None:
+            root[self.order] = self.factor
+        root = rotate(root.double().T)  # F^T, so that the moments are its Gram matrix
+        # QR of what is read backwards gives the triangle without squaring what is lost in the moments.
+        triangle = torch.linalg.qr(root.flip(1), mode="r").R
+        triangle = triangle * torch.where(triangle.diagonal() < 0, -1.0, 1.0)[:, None]
+        return triangle.T.flip(0, 1).float()
 
     @property
     def plain(self) -> bool:

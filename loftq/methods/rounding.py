@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from qlora_kit.codecs.blockwise import nearest_codes, search_codes
-from qlora_kit.codecs.codebooks import scheme
+from qlora_kit.codecs.codebooks import SCHEMES, scheme
 from qlora_kit.codecs.quantized import Quantized, Quantizer, Scales
 from qlora_kit.lowrank import norm
 
 from .metric import Metric
+from .trellis import round_rotated
 
 # Tried in the place of 1: the largest magnitude as the scale.
 _GRID = tuple(0.30 + 0.05 * step for step in range(19))
@@ -42,7 +43,10 @@ _BLOCK = 128
 
 @torch.no_grad()
 def round_by_search(matrix: Tensor, quantizer: Quantizer, metric: Metric) -> Quantized:
-    """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes."""
+    """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes, and rotated
+    types have scales of least error anyway."""
+    if _is_rotated(quantizer):
+        return quantizer(matrix)
     # Searched from the magnitudes themselves; the search's result is what goes through 8 bits.
     plain = replace(quantizer, double_quant=False)(matrix)
     if plain.blocksize is None:
@@ -69,6 +73,8 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
     Args:
         search: search the scales; else they are the quantizer's own.
     """
+    if _is_rotated(quantizer):
+        return round_rotated(matrix, quantizer, metric)
     scaled = round_by_search(matrix, quantizer, metric) if search else quantizer(matrix)
     if metric.order is None:  # nothing is correlated: the nearest codes are the best
         return scaled
@@ -109,6 +115,10 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
         None,
         scaled.rows,
     )
+
+
+def _is_rotated(quantizer: Quantizer) -> bool:
+    return quantizer.quant_type in SCHEMES and scheme(quantizer.quant_type).rotated
 
 
 def ascending(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor]:

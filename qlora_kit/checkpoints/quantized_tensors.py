@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import codec_for
+from ..codecs.codebooks import scheme
 from ..codecs.packed import PackedLinear
 from ..codecs.packing import packed_bytes
 from ..codecs.quantized import SCALES_BLOCKSIZE
@@ -117,7 +118,8 @@ def weight_bytes(shape: tuple[int, ...], kind: str, blocksize: int | None, doubl
         blocksize: None for rows.
     """
     count, bits = prod(shape), int(kind[-1])
-    blocks = -(-count // (blocksize if blocksize and kind != "int8" else shape[-1]))
+    low = None if kind == "int8" else scheme(kind)
+    blocks = -(-count // (shape[-1] if low is None else low.blocksize(blocksize, shape[-1])))
     scales = blocks + 4 * (-(-blocks // SCALES_BLOCKSIZE) + 1) if double_quant else 4 * blocks
-    table = 0 if kind == "int8" else 4 * 2**bits
+    table = 0 if low is None else 4 * 2**low.memory
     return packed_bytes(count, bits) + scales * (2 if kind.startswith("affine") else 1) + table

@@ -185,9 +185,18 @@ class Codec:
         return None
 
     def multiplier(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """The (out, in) weight in ``dtype``, to be multiplied with at once: the stored tensor itself where that will
-        do, else in memory that the next call may overwrite. It isn't to be written to."""
+        """The (out, in) weight in ``dtype``, to be multiplied with inputs in its basis, see ``to_basis``, and at once: the
+        stored tensor itself where that will do, else in memory that the next call may overwrite. It isn't to be written
+        to."""
         return self.read(module).to(dtype)
+
+    def to_basis(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Inputs (..., in) as ``multiplier`` is multiplied with, whose columns may be in another, orthonormal basis."""
+        return x
+
+    def from_basis(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The inverse of ``to_basis``: gradients of inputs, and rows of the weight."""
+        return x
 
     def dense_like(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """An unquantized module of the same function in ``dtype``; ``module`` itself where it is dense."""

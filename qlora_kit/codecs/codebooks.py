@@ -5,7 +5,8 @@ A type is a table of 2^bits levels and a way to bring a block into the table's r
 - ``absmax``: the scale is the block's largest magnitude, so values lie in [-1, 1] and one of them is 1 or -1;
 - ``signed``: the scale is the value of largest magnitude with its sign, so one value is always 1 and never -1;
   a table can spend a level on it and put the others where the rest of the block is;
-- ``range``: a shift besides the scale brings the block's least value to 0 and its largest to 1.
+- ``range``: a shift besides the scale brings the block's least value to 0 and its largest to 1;
+- ``fitted``: the scale is the one of least squared error, a row's each, after the row has been rotated (``trellis``).
 
 Types:
 
@@ -20,6 +21,9 @@ Types:
 - ``lloyd2``, ``lloyd3``: the levels of least squared error (Lloyd 1982, Max 1960) for blocks of independent
   normal values divided by their largest magnitude, symmetric about 0; they depend on the blocksize.
 - ``signed2``, ``signed3``: the same for ``signed`` scales, which makes them lopsided.
+- ``rotated2``, ``rotated3``, ``rotated4``: the same for rotated rows, which are like normal values themselves.
+- ``trellis2``, ``trellis3``, ``trellis4``: rotated rows whose codes have values by the codes before them too; a table
+  then has 2^memory levels.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError, closest
+from .trellis.tables import TABLES
 
 # fmt: off
 _NF4 = (
@@ -48,21 +53,42 @@ _NF2 = (-1.0, 0.0, 0.33791524171829224, 1.0)
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _FP4 = tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4_MAGNITUDES)
 # fmt: on
+# Lloyd (1982) and Max (1960): the levels of least squared error for a normal value, to four digits.
+_NORMAL = {
+    2: (0.4528, 1.5104),
+    3: (0.2451, 0.7560, 1.3439, 2.1520),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+}
 # Fitted levels are rounded to this, so that no library's last digits change a stored model.
 _FITTED_DIGITS = 3
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A low-bit type: ``bits`` a code, ``scaling`` "absmax", "signed" or "range", levels None if fitted."""
+    """A low-bit type: ``bits`` a code, ``scaling`` "absmax", "signed", "range" or "fitted", levels None if they depend
+    on the blocksize."""
 
     name: str
     bits: int
     scaling: str
     levels: tuple[float, ...] | None = None
 
+    @property
+    def rotated(self) -> bool:
+        """Whether codes are those of rotated rows (``trellis``), and scales are of rows."""
+        return self.scaling == "fitted"
+
+    @property
+    def memory(self) -> int:
+        """Bits of a row's codes that a value depends on: those of its own code, or more."""
+        return self.bits if self.levels is None else len(self.levels).bit_length() - 1
+
+    def blocksize(self, asked: int | None, width: int) -> int:
+        """Values that share a scale in rows of ``width``, where ``asked`` (None for rows) are asked for."""
+        return max(1, width) if self.rotated else asked or max(1, width)
+
     def table(self, blocksize: int = 64) -> tuple[float, ...]:
-        """The 2^bits levels, by code."""
+        """The 2^memory levels, by the number that ``memory`` bits are."""
         return self.levels or _fitted_levels(self.bits, self.scaling, blocksize)
 
     def multipliers(self, blocksize: int = 64) -> tuple[float, ...]:
@@ -79,6 +105,10 @@ def _even(bits: int, least: float) -> tuple[float, ...]:
     return tuple(least + (1 - least) * code / top for code in range(top + 1))
 
 
+def _both_signs(half: tuple[float, ...]) -> tuple[float, ...]:
+    return (*(-value for value in reversed(half)), *half)
+
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in [
@@ -90,6 +120,8 @@ SCHEMES: dict[str, Scheme] = {
         *(Scheme(f"affine{bits}", bits, "range", _even(bits, 0.0)) for bits in range(2, 9)),
         *(Scheme(f"lloyd{bits}", bits, "absmax") for bits in (2, 3)),
         *(Scheme(f"signed{bits}", bits, "signed") for bits in (2, 3)),
+        *(Scheme(f"rotated{bits}", bits, "fitted", _both_signs(half)) for bits, half in _NORMAL.items()),
+        *(Scheme(f"trellis{bits}", bits, "fitted", levels) for bits, levels in TABLES.items()),
     ]
 }
 # All types there are; bitsandbytes' int8 has whole rows in the place of blocks, and no table.
@@ -113,7 +145,7 @@ def scheme(quant_type: str) -> Scheme:
 
 
 def codebook(quant_type: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
-    """The table of ``quant_type``: float32, (2^bits,), indexed by code. Only fitted ones depend on ``blocksize``.
+    """The table of ``quant_type``: float32, (2^memory,), indexed by code. Some depend on ``blocksize``.
 
     Raises:
         CodecError: no table has that name; lists those that do.

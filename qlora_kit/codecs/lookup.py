@@ -34,10 +34,12 @@ class _WholeWeight:
     module: nn.Module
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.codec.multiplier(self.module, x.dtype), bias)
+        weight = self.codec.multiplier(self.module, x.dtype)
+        return F.linear(self.codec.to_basis(self.module, x), weight, bias)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        return grad.matmul(self.codec.multiplier(self.module, grad.dtype))
+        grad_x = grad.matmul(self.codec.multiplier(self.module, grad.dtype))
+        return self.codec.from_basis(self.module, grad_x)
 
 
 def lookup_linear(module: nn.Module, codec: Codec, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,9 @@ What a module holds, all of it in its state dict:
 - ``weight``: uint8, the codes in row-major order, packed by ``packing.pack``;
 - ``scales``: one a block, float32, or uint8 codes with ``scales_absmax`` and ``scales_offset`` (double
   quantization); types with a range also have ``shifts`` in the same way;
-- ``codebook``: float32 (2^bits,), the levels by code, so that a stored model doesn't depend on tables here.
+- ``codebook``: float32 (2^memory,), the levels by code, so that a stored model doesn't depend on tables here.
+
+Rotated types hold the codes of rotated rows, and rotate the inputs before they multiply.
 
 At 2 bits and blocks of 64 that is 2.5 bits a weight, or 2.13 with double quantization. The forward and the
 backward each read the weight once, some rows at a time or inside the product where ``kernels`` has a way to, and keep
@@ -32,6 +34,7 @@ from .pieces import row_pieces
 from .plain_weight import reason_against_computed
 from .quantized import SCALES_BLOCKSIZE, Quantized, Quantizer, Scales, dynamic_table
 from .registry import register_codec
+from .trellis.rotation import rotate, unrotate
 
 
 class PackedLinear(nn.Linear):
@@ -40,7 +43,7 @@ class PackedLinear(nn.Linear):
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
         quant_type: a type of ``codebooks.SCHEMES`` of 2, 3, 4 or 8 bits.
-        blocksize: weights that share a scale; ``in_features`` for rows.
+        blocksize: weights that share a scale; ``in_features`` for rows, which rotated types have whatever it says.
         double_quant: keep the scales in 8 bits.
         compute_dtype: what the weight would be dequantized in; products are computed in the input's dtype.
         device: "meta" to be filled later; elsewhere the weight starts as zeros.
@@ -63,9 +66,10 @@ class PackedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features, self.out_features = in_features, out_features
-        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.quant_type, self.double_quant = quant_type, double_quant
         self.compute_dtype = compute_dtype
         kind = scheme(quant_type)
+        self.blocksize = blocksize = kind.blocksize(blocksize, in_features)
         count = in_features * out_features
         weight = torch.zeros(packed_bytes(count, kind.bits), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -83,7 +87,13 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x)
-        return frozen_linear(_Products(self), x.to(dtype), self.bias, dtype)
+        x = x.to(dtype)
+        return frozen_linear(_Products(self), x, self.bias, dtype)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the codes are those of rotated rows."""
+        return scheme(self.quant_type).rotated
 
     def store_(self, quantized: Quantized) -> None:
         """Take the codes, scales and table of ``quantized``, which must be of this module's type and blocksize."""
@@ -135,7 +145,7 @@ class PackedLinear(nn.Linear):
 
 
 def packed_matrix(module: PackedLinear) -> kernels.PackedMatrix:
-    """What ``module`` stores as data, in its own memory."""
+    """What ``module`` stores as data, in its own memory: of a rotated type, the rotated weight."""
     scales = module.stored_scales()
     assert scales is not None
     return kernels.PackedMatrix(
@@ -157,10 +167,16 @@ class _Products:
     module: PackedLinear
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = rotate(x) if self.module.rotated else x
         return kernels.linear(x, packed_matrix(self.module), bias)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        return kernels.gradient(grad, packed_matrix(self.module))
+        return _own_basis(self.module, kernels.gradient(grad, packed_matrix(self.module)))
+
+
+def _own_basis(module: PackedLinear, rows: Tensor) -> Tensor:
+    """Rows (..., in) of ``module``'s stored matrix, or of gradients through it, in the basis of its inputs."""
+    return unrotate(rows) if module.rotated else rows
 
 
 @register_codec(PackedLinear)
@@ -178,18 +194,25 @@ class PackedCodec(Codec):
     def read(self, module: Any) -> Tensor:
         matrix = packed_matrix(module)
         whole = torch.empty(matrix.numel, dtype=torch.float32, device=matrix.codes.device)
-        return Reader(matrix).read_(0, whole).view(matrix.shape)
+        return _own_basis(module, Reader(matrix).read_(0, whole).view(matrix.shape))
 
     def pieces(self, module: Any) -> Iterator[tuple[slice, Tensor]]:
         reader = Reader(packed_matrix(module))
         for rows in row_pieces(self.shape(module)):
-            yield rows, reader.rows(rows)
+            yield rows, _own_basis(module, reader.rows(rows))
 
     def multiplier(self, module: Any, dtype: torch.dtype) -> Tensor:
         return kernels.dense(packed_matrix(module), dtype)
 
+    def to_basis(self, module: Any, x: Tensor) -> Tensor:
+        return rotate(x) if module.rotated else x
+
+    def from_basis(self, module: Any, x: Tensor) -> Tensor:
+        return _own_basis(module, x)
+
     def quantizer(self, module: Any) -> Quantizer:
-        return Quantizer(module.quant_type, module.blocksize, module.double_quant)
+        known = module.stored_scales().read() if module.rotated and not module.weight.is_meta else None
+        return Quantizer(module.quant_type, module.blocksize, module.double_quant, known)
 
     def quantized(self, module: Any) -> Quantized:
         shape = self.shape(module)

@@ -19,6 +19,9 @@ from ..errors import CodecError, ConfigError
 from .blockwise import dequantize, quantize, quantize_range
 from .codebooks import Scheme, codebook, scheme
 from .pieces import row_pieces
+from .trellis.fit import nearest
+from .trellis.rotation import rotate, unrotate
+from .trellis.window import look_up
 
 # The scales of a weight are themselves quantized in blocks of 256, as in bitsandbytes.
 SCALES_BLOCKSIZE = 256
@@ -104,13 +107,16 @@ class Quantized:
         return 8 if self.blocksize is None else scheme(self.quant_type).bits
 
     def table(self) -> Tensor:
-        """float32 (2^bits,): the levels by code; int8 has none."""
+        """float32 (2^memory,): the levels by code; int8 has none."""
         return codebook(self.quant_type, self.codes.device, self.blocksize or 0)
 
     def dequantize(self, *, out: Tensor | None = None) -> Tensor:
         """The matrix that the deployed layer multiplies with: float32 (out, in), in the memory of ``out`` if given."""
         if self.blocksize is None:
             return torch.mul(self.codes.float(), self.scales[:, None] / 127.0, out=out)
+        if scheme(self.quant_type).rotated:
+            read = unrotate(look_up(self.codes, self.table(), self.bits).mul_(self.scales[:, None]))
+            return read if out is None else out.copy_(read)
         return dequantize(self.codes, self.table(), self.scales, self.blocksize, self.shifts, out=out)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -121,14 +127,20 @@ class Quantized:
 
 
 def quantize_matrix(
-    matrix: Tensor, quant_type: str, blocksize: int | None = 64, *, double_quant: bool = False
+    matrix: Tensor,
+    quant_type: str,
+    blocksize: int | None = 64,
+    *,
+    double_quant: bool = False,
+    known_scales: Tensor | None = None,
 ) -> Quantized:
     """Quantize a finite float32 (out, in) matrix.
 
     Args:
         quant_type: a name of ``codebooks.SCHEMES`` or "int8".
-        blocksize: values per scale, None for one scale a row; int8 always has rows.
+        blocksize: values per scale, None for one scale a row; int8 and rotated types always have rows.
         double_quant: keep scales and shifts in 8 bits; not with int8.
+        known_scales: float32 (out,), of a rotated type: what rows may have been stored with before, see ``nearest``.
 
     A matrix on the meta device has no values: codes and scales are of the right shapes and dtypes, there too.
 
@@ -140,8 +152,11 @@ def quantize_matrix(
         return _without_values(matrix, quant_type, kind, blocksize, double_quant)
     if kind is None:
         return _int8(matrix)
-    rows, blocksize = not blocksize, blocksize or max(1, matrix.shape[1])
+    rows, blocksize = not blocksize, kind.blocksize(blocksize, matrix.shape[1])
     table = codebook(quant_type, matrix.device, blocksize)
+    if kind.rotated:
+        codes, scales = nearest(rotate(matrix.float()), table, kind.bits, known_scales)
+        return Quantized(quant_type, codes, Scales.of(scales, double_quant), None, blocksize, None, True)
     if kind.scaling == "range":
         codes, scales, shifts = quantize_range(matrix, table, blocksize)
     else:
@@ -158,7 +173,7 @@ def _without_values(
     if kind is None:
         codes, scales = matrix.to(torch.int8), matrix.new_empty(len(matrix), dtype=torch.float32)
         return Quantized("int8", codes, Scales(scales), None, None, scales, True)
-    rows, blocksize = not blocksize, blocksize or max(1, matrix.shape[1])
+    rows, blocksize = not blocksize or kind.rotated, kind.blocksize(blocksize, matrix.shape[1])
     scales = matrix.new_empty(-(-matrix.numel() // blocksize), dtype=torch.float32)
     stored = Scales(scales)
     if double_quant:
@@ -176,15 +191,20 @@ class Quantizer:
         quant_type: a name of ``codebooks.SCHEMES`` or "int8".
         blocksize: values per scale; None for rows.
         double_quant: scales in 8 bits.
+        known_scales: see ``quantize_matrix``.
     """
 
     quant_type: str
     blocksize: int | None
     double_quant: bool = False
+    known_scales: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, matrix: Tensor) -> Quantized:
         try:
-            return quantize_matrix(matrix, self.quant_type, self.blocksize, double_quant=self.double_quant)
+            known = None if self.known_scales is None else self.known_scales.to(matrix.device)
+            return quantize_matrix(
+                matrix, self.quant_type, self.blocksize, double_quant=self.double_quant, known_scales=known
+            )
         except CodecError as error:
             raise ConfigError(str(error)) from error
 

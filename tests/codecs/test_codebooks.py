@@ -89,6 +89,8 @@ def test_multipliers_bring_the_top_level_to_the_largest_value(quant_type: str, b
 
 def test_tables_that_meet_their_blocks_largest_value_have_no_multipliers() -> None:
     for name, kind in SCHEMES.items():
+        if kind.rotated:  # scales are fitted, and meet no value
+            continue
         if name not in FITTED:
             assert kind.multipliers(64) == (1.0,)
             assert max(kind.table()) == 1

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
+from . import trellis
+
 P = 0.9677083  # the outermost quantile of NormalFloat
 BINS = 40_000  # of the interval from -1 to 1; wide ones would stop Lloyd's iteration early
 
@@ -181,14 +183,18 @@ def dynamic_levels() -> np.ndarray:
     return np.array(sorted([0.0, 1.0, *positive, *(-value for value in positive)]))
 
 
-def read_packed(module: Any) -> np.ndarray:
-    """The (out, in) weight of a packed linear, bit by bit."""
+def read_packed(module: Any, *, stored_basis: bool = False) -> np.ndarray:
+    """The (out, in) weight of a packed linear, bit by bit; of a rotated type as it is stored if ``stored_basis``."""
     bits = int(module.quant_type[-1])
     shape = module.out_features, module.in_features
     count = shape[0] * shape[1]
     codes = unpack_bits(module.weight.data.numpy().tobytes(), bits, count)
     levels = module.codebook.double().numpy()
-    read = np.array([levels[code] for code in codes])
+    memory = len(levels).bit_length() - 1
+    if memory > bits:
+        read = trellis.look_up(np.array(codes).reshape(shape), levels, bits).reshape(-1)
+    else:
+        read = np.array([levels[code] for code in codes])
     parts = {}
     for name in ("scales", "shifts"):
         stored = getattr(module, name, None)
@@ -197,4 +203,5 @@ def read_packed(module: Any) -> np.ndarray:
             inner, offset = getattr(module, f"{name}_absmax").numpy(), getattr(module, f"{name}_offset").item()
             parts[name] = scales_8bit(parts[name], dynamic_levels(), inner, offset)
     blocks = np.arange(count) // module.blocksize
-    return (read * parts["scales"][blocks] + parts["shifts"][blocks]).reshape(shape)
+    values = (read * parts["scales"][blocks] + parts["shifts"][blocks]).reshape(shape)
+    return values @ trellis.rotation(shape[1]) if module.rotated and not stored_basis else values

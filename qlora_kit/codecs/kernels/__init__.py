@@ -5,6 +5,7 @@ dtype does it; nothing else decides. Looking up in torch fits everything and is 
 
 - ``matrix``: ``PackedMatrix``, packed codes, table and block scales as data
 - ``look_up``: from packed codes to table values, in torch
+- ``look_up_windows``: the same for codes whose values depend on the codes before them
 - ``reading``: a matrix's exact float32 values, any part of them, in torch
 - ``way``: what a way of multiplying gives, and the one for every device
 - ``on_cpu``: in pieces that stay in the cache

@@ -67,24 +67,36 @@ def look_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> Tensor:
 
 
 def _look_groups_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> None:
-    groups, places = _as_elements(groups, out.view(-1, _NUMBERS[bits][1], groups.shape[1]))
+    groups, places = as_elements(groups, out.view(-1, _NUMBERS[bits][1], groups.shape[1]))
     for part, number in enumerate(_numbers(packed, bits)):
-        if torch.compiler.is_compiling():  # which writes to no memory with gaps as `out`
-            places[:, part] = groups[number]
-        else:
-            torch.index_select(groups, 0, number, out=places[:, part])
+        select_(groups, number, places[:, part])
+
+
+def select_(groups: Tensor, number: Tensor, out: Tensor) -> None:
+    """Overwrite ``out`` with the ``groups`` of these numbers; it may have gaps, which torch doesn't trace in ``out=``."""
+    if torch.compiler.is_compiling():
+        out.copy_(groups.index_select(0, number))
+    else:
+        torch.index_select(groups, 0, number, out=out)
 
 
 def _numbers(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
     """The numbers that are looked up, int32; those of a group in turn."""
     if bits != 3:
         return (packed.int(),)
-    first, middle, last = packed.view(-1, 3).t().to(torch.int32, memory_format=torch.contiguous_format)
-    number = torch.add(first, middle, alpha=1 << 8).add_(last, alpha=1 << 16)
+    number = words(packed, 3)
     return number & 0xFFF, number >> 12
 
 
-def _as_elements(groups: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def words(packed: Tensor, size: int) -> Tensor:
+    """Each ``size`` (1 or 3) of flat bytes as one number, the first the lowest: int32."""
+    if size == 1:
+        return packed.int()
+    first, middle, last = packed.view(-1, 3).t().to(torch.int32, memory_format=torch.contiguous_format)
+    return torch.add(first, middle, alpha=1 << 8).add_(last, alpha=1 << 16)
+
+
+def as_elements(groups: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Both with a whole group of values as one element, where there are such and memory lies right for them."""
     size = groups.shape[1] * groups.element_size()
     fits = groups.device.type == "cpu" and size in _ELEMENTS and not torch.compiler.is_compiling()

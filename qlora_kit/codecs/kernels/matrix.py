@@ -27,14 +27,15 @@ class BlockScales(Protocol):
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """value i = table[code i] * scale of block i // blocksize, plus its shift; row-major, without a gap anywhere.
+    """value i = table[code i] * scale of block i // blocksize, plus its shift; row-major, without a gap anywhere. A table
+    of more than 2^bits values is looked up by more bits than a code's own, see ``trellis.window``.
 
     Attributes:
         codes: uint8, flat: code i takes the bits i * bits and on, the lowest of a byte first.
         bits: 2, 3, 4 or 8.
         shape: (out, in); blocks may straddle rows, and bytes too.
         blocksize: values per scale.
-        table: float32 (2^bits,), by code.
+        table: float32 (2^memory,), by code; with more bits than a code's, blocks are rows.
         scales, shifts: of blocks; shifts only for types with a range.
         scales_table: float32 (256,), what 8-bit scales are codes of; None where no scales are.
     """
@@ -51,6 +52,11 @@ class PackedMatrix:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a value depends on the codes before its own too."""
+        return self.table.numel() > 2**self.bits
 
     @property
     def unit(self) -> int:

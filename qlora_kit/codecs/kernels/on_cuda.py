@@ -46,7 +46,7 @@ class OnCuda(Way):
     """See the module's text."""
 
     def takes(self, matrix: PackedMatrix, dtype: torch.dtype) -> bool:
-        return matrix.codes.is_cuda and dtype in _DTYPES and matrix.is_plain and _has_triton()
+        return not matrix.has_memory and matrix.codes.is_cuda and dtype in _DTYPES and matrix.is_plain and _has_triton()
 
     def dense(self, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
         from . import triton_code

@@ -6,10 +6,13 @@ than the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .look_up import chunks, group_values, look_up_
+from .look_up_windows import Windows
 from .matrix import PackedMatrix
 
 
@@ -18,7 +21,13 @@ class Reader:
 
     def __init__(self, matrix: PackedMatrix) -> None:
         self.matrix = matrix
-        self.groups = group_values(matrix.table, matrix.bits, keep=matrix.is_plain)
+        table, bits, keep = matrix.table, matrix.bits, matrix.is_plain
+        self._look_up_: Callable[[Tensor, Tensor], Tensor]
+        if matrix.has_memory:
+            self._look_up_ = Windows(table, bits, matrix.shape[1], keep=keep).look_up_
+        else:
+            groups = group_values(table, bits, keep=keep)
+            self._look_up_ = lambda packed, out: look_up_(packed, bits, groups, out)
         self.scales = matrix.scales.read()
         self.shifts = None if matrix.shifts is None else matrix.shifts.read()
 
@@ -28,7 +37,7 @@ class Reader:
         matrix, blocksize = self.matrix, self.matrix.blocksize
         for part in chunks(out.numel(), matrix.unit, out.device):
             first = begin + part.start
-            values = look_up_(matrix.codes[first * matrix.bits // 8 :], matrix.bits, self.groups, out[part])
+            values = self._look_up_(matrix.codes[first * matrix.bits // 8 :], out[part])
             blocks = slice(first // blocksize, -(-(first + values.numel()) // blocksize))
             scale_blocks_(values, self.scales[blocks], blocksize, None if self.shifts is None else self.shifts[blocks])
         return out

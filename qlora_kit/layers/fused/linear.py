@@ -61,13 +61,17 @@ class Base:
         return dtypes and (product_dtype("cpu", dtypes[0]), dtypes[1])
 
     def weight(self, dtype: torch.dtype, branches: Sequence[Branch] = ()) -> Tensor:
-        """W plus the deltas of ``branches``, (out, in), to be used before the next call."""
+        """W plus the deltas of ``branches``, (out, in), in the codec's basis, to be used before the next call."""
         weight = self.codec.multiplier(self.module, dtype)
         for branch in branches:
             memory = weight if is_scratch(weight) else scratch(tuple(weight.shape), dtype, weight.device)
-            B, A = branch.B.to(dtype), branch.A.to(dtype)
+            B, A = branch.B.to(dtype), self.to_basis(branch.A.to(dtype))
             weight = torch.addmm(weight, B, A, alpha=branch.scale, out=memory)
         return weight
+
+    def to_basis(self, x: Tensor) -> Tensor:
+        """Inputs (..., in) as ``weight`` is multiplied with."""
+        return self.codec.to_basis(self.module, x)
 
     def version(self) -> tuple[Any, int]:
         """The weight as a parameter, and how often it has been written to."""
@@ -135,7 +139,8 @@ class _FusedLinear(torch.autograd.Function):
             folded = [b for b in beside if own and keeps_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if y is None:
                 weight = base.weight(ctx.product, folded)
-                y = F.linear(_cast(x, rows, ctx.product), weight, None if bias is None else bias.to(ctx.product))
+                inputs = base.to_basis(_cast(x, rows, ctx.product))
+                y = F.linear(inputs, weight, None if bias is None else bias.to(ctx.product))
             flat, narrowed = _flat(y), []
             for branch in beside:
                 if branch not in folded:
@@ -168,6 +173,7 @@ class _FusedLinear(torch.autograd.Function):
             folded = [b for b in beside if needs_x and b.cheaper_in_the_weight(len(rows), ctx.product)]
             if needs_x:
                 grad_x = _cast(grad, rows, ctx.product) @ base.weight(ctx.product, folded)
+                grad_x = base.codec.from_basis(base.module, grad_x)
             inputs = _rows(x.detach(), base.dtype) if ctx.keeps_x and x is not None else None
             found: list[Tensor | None] = []
             for i, branch in enumerate(branches):

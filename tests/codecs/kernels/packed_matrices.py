@@ -8,12 +8,14 @@ import torch
 from reference import quantization as ref
 from torch import Tensor, nn
 
-from qlora_kit.codecs.codebooks import STORED_TYPES
+from qlora_kit.codecs.codebooks import STORED_TYPES, scheme
 from qlora_kit.codecs.kernels import PackedMatrix
 from qlora_kit.codecs.packed import PackedLinear, pack_linear, packed_matrix
 from qlora_kit.codecs.quantized import quantize_matrix
 
 TYPES = [name for name in STORED_TYPES if name != "int8"]
+# Those whose values each depend on one code, which is all that kernels of our own look up.
+WITHOUT_MEMORY = [name for name in TYPES if scheme(name).memory == scheme(name).bits]
 # Of every number of bits, with and without shifts, levels in order and not.
 FEW = ["signed2", "affine3", "fp4", "affine8"]
 # (out, in, blocksize): whole blocks and groups in a row; blocks and bytes that straddle rows; one block; rows.
@@ -29,9 +31,9 @@ def make(out: int, fan_in: int, blocksize: int | None, quant_type: str, double_q
 
 
 def matrix_and_values(*args: Any) -> tuple[PackedMatrix, Tensor]:
-    """Of ``make``'s arguments; the values are float64 (out, in)."""
+    """Of ``make``'s arguments; the values are float64 (out, in), of rotated types those of the rotated weight."""
     module = make(*args)
-    return packed_matrix(module), torch.from_numpy(ref.read_packed(module))
+    return packed_matrix(module), torch.from_numpy(ref.read_packed(module, stored_basis=True))
 
 
 def product_error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:

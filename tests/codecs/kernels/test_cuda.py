@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from packed_matrices import FEW, LAYOUTS, ROUNDING, TYPES, make, product_error
+from packed_matrices import FEW, LAYOUTS, ROUNDING, TYPES, WITHOUT_MEMORY, make, product_error
 from reference import quantization as ref
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.codecs import codec_for, kernels
+from qlora_kit.codecs.codebooks import scheme
 from qlora_kit.codecs.kernels.on_cuda import MOST_ROWS_FUSED, OnCuda
-from qlora_kit.codecs.packed import PackedLinear, packed_matrix
+from qlora_kit.codecs.packed import PackedLinear, pack_linear, packed_matrix
+from qlora_kit.codecs.quantized import quantize_matrix
 
 pytestmark = pytest.mark.cuda
 HALVES = [torch.float16, torch.bfloat16, torch.float32]
@@ -18,9 +22,9 @@ every_dtype = pytest.mark.parametrize("dtype", HALVES)
 
 
 def on_gpu(out: int, fan_in: int, blocksize: int | None, quant_type: str, double: bool) -> tuple[PackedLinear, Tensor]:
-    """A module on the GPU, and its values in float64 on the CPU."""
+    """A module on the GPU, and its values in float64 on the CPU, in the basis that they are stored in."""
     module = make(out, fan_in, blocksize, quant_type, double)
-    values = torch.from_numpy(ref.read_packed(module))
+    values = torch.from_numpy(ref.read_packed(module, stored_basis=True))
     return module.cuda(), values
 
 
@@ -32,7 +36,7 @@ def skip_if_unknown(dtype: torch.dtype) -> None:
 @every_dtype
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("layout", [*LAYOUTS, (192, 640, 64)])
-@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("quant_type", WITHOUT_MEMORY)
 def test_values_and_products(
     quant_type: str, layout: tuple[int, int, int | None], double_quant: bool, dtype: torch.dtype
 ) -> None:
@@ -40,7 +44,7 @@ def test_values_and_products(
     module, values = on_gpu(*layout, quant_type, double_quant)
     matrix = packed_matrix(module)
     assert type(kernels.way_for(matrix, dtype)) is OnCuda
-    exact = codec_for(module).read(module)
+    exact = kernels.Way().dense(matrix, torch.float32)
     torch.testing.assert_close(exact.cpu().double(), values, rtol=0, atol=2e-7)
     assert torch.equal(codec_for(module).multiplier(module, dtype), exact.to(dtype))
     for rows in (1, 3, MOST_ROWS_FUSED, MOST_ROWS_FUSED + 1, 70):
@@ -50,6 +54,28 @@ def test_values_and_products(
         assert (y.dtype, back.dtype, y.shape, back.shape) == (dtype, dtype, grad.shape, x.shape)
         assert product_error(y, x, values, bias) <= ROUNDING[dtype]
         assert product_error(back, grad, values.T) <= ROUNDING[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(24, 128), (33, 47), (1, 5)])
+@pytest.mark.parametrize("quant_type", [name for name in TYPES if scheme(name).rotated])
+def test_rotated_types(quant_type: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """As modules: quantized on the GPU, rotated there, and multiplied with."""
+    skip_if_unknown(dtype)
+    weight = torch.randn(shape, device="cuda")
+    module = pack_linear(nn.Linear(shape[1], shape[0], device="cuda"), quantize_matrix(weight, quant_type))
+    values = torch.from_numpy(ref.read_packed(copy.deepcopy(module).cpu()))
+    found = codec_for(module).read(module).cpu().double()
+    torch.testing.assert_close(found, values, rtol=0, atol=4e-6 * values.abs().max().item())
+    assert type(kernels.way_for(packed_matrix(module), dtype)) is (kernels.Way if "trellis" in quant_type else OnCuda)
+    x, grad = (torch.randn(70, size, dtype=dtype, device="cuda") for size in reversed(shape))
+    x.requires_grad_()
+    y = module(x)
+    (back,) = torch.autograd.grad(y, x, grad)
+    for ours, given, w in ((y - module.bias.to(dtype), x, values.T), (back, grad, values)):
+        given = given.detach().double().cpu()
+        size = given.norm(dim=1, keepdim=True) * w.norm(dim=0) + 1
+        assert ((ours.detach().double().cpu() - given @ w).abs() / size).max() <= 2 * ROUNDING[dtype]
 
 
 @every_dtype

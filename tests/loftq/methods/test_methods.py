@@ -218,7 +218,8 @@ def test_every_type_brings_the_weight_nearer(quant_type: str, blocksize: int | s
     result = factorize(full, 5, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant, steps=3)
     found = result.quantized
     assert (found.quant_type, found.double_quant) == (quant_type, double_quant)
-    rows = 47 if blocksize in ("row", None) else blocksize
+    of_rows = blocksize in ("row", None) or quant_type.startswith(("rotated", "trellis"))
+    rows = 47 if of_rows else blocksize
     assert found.blocksize == (None if quant_type == "int8" else rows)
     assert int(found.codes.max()) < 2**found.bits
     assert result.error < result.quantization_error
