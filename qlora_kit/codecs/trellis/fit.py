@@ -19,8 +19,8 @@ def sizes(matrix: Tensor) -> Tensor:
     largest = matrix.abs().amax(1)
     if not largest.isfinite().all():
         raise CodecError(
-            "weight: expected rows that are finite in torch.float32 when rotated, found NaN or infinity; load the weight "
-            "again, scale it down or leave the module out of the targets"
+            "weight: expected rows that are finite in torch.float32 when rotated, found NaN or infinity; load the "
+            "weight again, scale it down or leave the module out of the targets"
         )
     # Squares of the smallest and largest values leave float32's range.
     return torch.where(largest > 0, (matrix / off_zero(largest)[:, None]).square().mean(1).sqrt() * largest, largest)

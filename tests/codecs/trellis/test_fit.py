@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import quantization
 from reference import trellis as ref
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.codebooks import SCHEMES, codebook, scheme
@@ -43,7 +43,9 @@ def test_what_is_stored_can_be_read_bit_by_bit(quant_type: str, width: int, doub
     largest = np.abs(exact).max()
     assert np.abs(codec.read(module).double().numpy() - exact).max() <= 2e-6 * largest
     stored = quantization.read_packed(module, stored_basis=True)
-    assert np.abs(codec.multiplier(module, torch.float32).double().numpy() - stored).max() <= 1e-6 * np.abs(stored).max()
+    assert (
+        np.abs(codec.multiplier(module, torch.float32).double().numpy() - stored).max() <= 1e-6 * np.abs(stored).max()
+    )
     pieces = torch.cat([values for _, values in codec.pieces(module)])
     assert torch.equal(pieces, codec.read(module))
 
