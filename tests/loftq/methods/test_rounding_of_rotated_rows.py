@@ -1,5 +1,5 @@
-"""Rounding with error feedback along a trellis, against float64 where every path is tried, and as the property it is for:
-less error at the layer's output than nearest codes leave."""
+"""Rounding with error feedback along a trellis, against float64 where every path is tried, and as the property it is
+for: less error at the layer's output than nearest codes leave."""
 
 from __future__ import annotations
 
