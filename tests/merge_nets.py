@@ -28,6 +28,8 @@ PACKED: dict[str, dict[str, Any]] = {
     "packed-nf3": {"quant_type": "nf3"},
     "packed-signed2-double": {"quant_type": "signed2", "double_quant": True},
     "packed-affine3-double": {"quant_type": "affine3", "double_quant": True},
+    "packed-trellis2-double": {"quant_type": "trellis2", "double_quant": True},
+    "packed-rotated3": {"quant_type": "rotated3"},
 }
 KBIT = [*FOUR_BIT, "int8", *PACKED]
 STORAGES = [*DENSE, *KBIT]

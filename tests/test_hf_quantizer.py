@@ -96,7 +96,7 @@ def test_a_skipped_path_that_ends_a_quantized_one_is_told_apart() -> None:
     assert skipped_modules(model, {"proj"}) == ["deep.proj"]
 
 
-@pytest.mark.parametrize("quant_type", ["signed2", "affine3", "lloyd2", "uniform4", "affine8"])
+@pytest.mark.parametrize("quant_type", ["signed2", "affine3", "lloyd2", "uniform4", "affine8", "trellis2", "trellis3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.slow

@@ -43,8 +43,8 @@ _BLOCK = 128
 
 @torch.no_grad()
 def round_by_search(matrix: Tensor, quantizer: Quantizer, metric: Metric) -> Quantized:
-    """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes, and rotated
-    types have scales of least error anyway."""
+    """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes, and
+    rotated types have scales of least error anyway."""
     if _is_rotated(quantizer):
         return quantizer(matrix)
     # Searched from the magnitudes themselves; the search's result is what goes through 8 bits.
@@ -122,7 +122,9 @@ def _is_rotated(quantizer: Quantizer) -> bool:
 
 
 def ascending(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor]:
-    """What codes read as before scaling, ascending; the codes, uint8 or int8; and the midpoints between levels."""
+    """What codes read as before scaling, ascending; the codes, uint8 or int8; and the midpoints between levels. Not of
+    rotated types: no value of these is a code's alone."""
+    assert quantized.blocksize is None or not scheme(quantized.quant_type).rotated
     if quantized.blocksize is None:
         codes = torch.arange(-127, 128, device=quantized.codes.device)
         levels, labels = codes / 127.0, codes.to(torch.int8)

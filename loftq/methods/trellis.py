@@ -3,8 +3,8 @@ Tseng et al. 2024, QTIP, arXiv 2406.11235).
 
 What ``rounding`` does column by column, with the nearest level each, is done here for pieces of columns with the best
 path through each piece: the errors of the pieces before it are fed back into its goal, and those within it, and in the
-columns that the search has in view beyond it, count as if the inputs' moments were diagonal there. A larger piece leaves
-the search more freedom, a smaller one lets more errors be made up for.
+columns that the search has in view beyond it, count as if inputs were independent and alike there. A smaller piece lets
+more errors be made up for, and takes more searching: all columns of a piece and its view for those of the piece.
 
 The inputs of rotated rows are rotated inputs, so the moments are rotated too. That evens their mean squares out, and
 columns are taken as they are stored, since a trellis runs that way.
@@ -24,13 +24,13 @@ from qlora_kit.codecs.trellis.search import best_path, codes_of
 from .metric import Metric
 
 # Columns that are rounded at a time, and more that the search has in view; single values want no search.
-_PIECE, _VIEW = 16, 16
+_PIECE, _VIEW = 8, 16
 
 
 @torch.no_grad()
 def round_rotated(matrix: Tensor, quantizer: Quantizer, metric: Metric) -> Quantized:
-    """Float32 ``matrix`` (out, in) in a rotated type, with codes that make up for one another under ``metric``, and each
-    row's scale the best for its codes."""
+    """Float32 ``matrix`` (out, in) in a rotated type, with codes that make up for one another under ``metric``, and
+    each row's scale the best for its codes."""
     if metric.plain:
         return quantizer(matrix)
     kind = scheme(quantizer.quant_type)

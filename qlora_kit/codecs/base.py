@@ -185,9 +185,8 @@ class Codec:
         return None
 
     def multiplier(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """The (out, in) weight in ``dtype``, to be multiplied with inputs in its basis, see ``to_basis``, and at once: the
-        stored tensor itself where that will do, else in memory that the next call may overwrite. It isn't to be written
-        to."""
+        """The (out, in) weight in ``dtype``, to be multiplied at once with inputs of ``to_basis``: the stored tensor
+        itself where that will do, else in memory that the next call may overwrite. It isn't to be written to."""
         return self.read(module).to(dtype)
 
     def to_basis(self, module: nn.Module, x: Tensor) -> Tensor:

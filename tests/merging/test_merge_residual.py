@@ -57,6 +57,8 @@ def assert_best(error: np.ndarray, A: np.ndarray, B: np.ndarray) -> None:
         ("float32", "nf3", 0.3, ("a",)),
         ("packed-signed2-double", "same", 0.02, ("a", "b")),
         ("packed-nf3", "nf2", 0.3, ("a",)),
+        ("packed-trellis2-double", "same", 0.02, ("a", "b")),
+        ("packed-nf3", "trellis2", 0.3, ("a",)),
     ],
 )
 @pytest.mark.slow
@@ -85,7 +87,7 @@ def test_the_branch_is_the_best_beside_what_is_stored(
             assert left <= cut * (1 + 1e-5)
         kept = np.array_equal(stored, base)
         assert kept == (size == 0.02), "the weight stays where the delta is small"
-        if not kept and "double" not in into + storage and into != "nf2":
+        if not kept and "double" not in into + storage and into not in ("nf2", "trellis2"):
             rounding = reference.rounding_norm(base + delta, storage if into == "same" else into)
             assert left < rounding
 

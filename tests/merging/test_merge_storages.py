@@ -48,7 +48,7 @@ def every_kind(storage: str | None = None, dtype: torch.dtype = torch.float32) -
     return apply_lora(model, LoraConfig(r=2, target_modules=KINDS, init_lora_weights=False))
 
 
-@pytest.mark.parametrize("into", ["float32", "float16", "nf4", "fp4", "int8", "nf3", "nf2"])
+@pytest.mark.parametrize("into", ["float32", "float16", "nf4", "fp4", "int8", "nf3", "nf2", "trellis2"])
 @pytest.mark.parametrize(("storage", "dtype"), [(None, "float32"), (None, "bfloat16"), ("nf4", "float32")])
 @pytest.mark.slow
 def test_every_kind_into_every_storage(storage: str | None, dtype: str, into: str) -> None:
@@ -64,7 +64,8 @@ def test_every_kind_into_every_storage(storage: str | None, dtype: str, into: st
             assert module.weight.dtype == getattr(torch, into if dense else dtype), path
             assert torch.equal(codec.read(module), weight.to(module.weight.dtype).float())
         else:
-            quantizer = Quantizer(into, None if into == "int8" else 64)
+            rows = codec.shape(module)[1] if into == "trellis2" else 64  # its scales are of rows whatever is asked for
+            quantizer = Quantizer(into, None if into == "int8" else rows)
             assert codec.quantizer(module) == quantizer
             assert torch.equal(codec.read(module), quantizer(weight).dequantize()), path
         assert torch.is_floating_point(report.model(torch.randint(11, (3, 5))))

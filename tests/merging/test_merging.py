@@ -70,8 +70,8 @@ def test_weights_and_report_are_the_references(storage: str, into: str) -> None:
         base, delta = before[layer.path], deltas[layer.path]
         module = report.model.get_submodule(layer.path)
         stored = stored_weight(module)
-        if "double" not in kind:
-            # (Doubly quantized scales are rounded too; what that does is read back, not predicted.)
+        if "double" not in kind and "rotated" not in kind:
+            # (Doubly quantized scales are rounded too, and rotated rows in another basis; what that does is read back.)
             # The stored weight is the best that the storage has, whatever codes it chose among equals.
             expected = reference.rounding_norm(base + delta, kind)
             assert np.linalg.norm(stored - base - delta) == pytest.approx(expected, rel=1e-3, abs=1e-6)

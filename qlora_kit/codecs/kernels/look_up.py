@@ -73,7 +73,7 @@ def _look_groups_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> 
 
 
 def select_(groups: Tensor, number: Tensor, out: Tensor) -> None:
-    """Overwrite ``out`` with the ``groups`` of these numbers; it may have gaps, which torch doesn't trace in ``out=``."""
+    """Overwrite ``out`` with the ``groups`` of these numbers; with gaps in it torch doesn't trace ``out=``."""
     if torch.compiler.is_compiling():
         out.copy_(groups.index_select(0, number))
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..trellis import window
 from .look_up import as_elements, group_values, look_up_, select_, words
 
-# bits -> bytes of a group, and the bits of its codes that are looked up at once: as many as leave the values in a cache.
+# bits -> bytes of a group, and the bits of its codes that are looked up at once: few enough for values in a cache.
 _GROUPS = {2: (1, 8), 3: (3, 6), 4: (1, 8)}
 
 

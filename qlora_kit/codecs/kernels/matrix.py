@@ -27,8 +27,8 @@ class BlockScales(Protocol):
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """value i = table[code i] * scale of block i // blocksize, plus its shift; row-major, without a gap anywhere. A table
-    of more than 2^bits values is looked up by more bits than a code's own, see ``trellis.window``.
+    """value i = table[code i] * scale of block i // blocksize, plus its shift; row-major, without a gap anywhere. A
+    table of more than 2^bits values is looked up by more bits than a code's own, see ``trellis.window``.
 
     Attributes:
         codes: uint8, flat: code i takes the bits i * bits and on, the lowest of a byte first.

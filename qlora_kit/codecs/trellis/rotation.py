@@ -2,8 +2,8 @@
 makes weights look like independent normal values, which is what the trellis types' tables are fitted to (Tseng et al.
 2024, QuIP#, arXiv 2402.04396; there the signs are drawn for each matrix).
 
-A width is 2^k m with m odd. The transform is the Kronecker product of the Hadamard matrix of 2^k, taken in factors of at
-most 64, and of the Hartley matrix of m, cas(2 pi i j / m) / sqrt(m) with cas = cos + sin. Both are symmetric and
+A width is 2^k m with m odd. The transform is the Kronecker product of the Hadamard matrix of 2^k, taken in factors of
+at most 64, and of the Hartley matrix of m, cas(2 pi i j / m) / sqrt(m) with cas = cos + sin. Both are symmetric and
 orthogonal, so the way back is the same transform, and then the signs. The signs are bits of a hash of width and place:
 the same in every process and version, and none need be stored.
 """

@@ -1,8 +1,8 @@
 """The codes of a row whose values come closest to given ones: Viterbi's search through the trellis (``window``).
 
 The least cost of ending in each state is carried along a row; it is exact, for all paths into a state but the best are
-no better later on either. Rows are independent, and some are searched side by side, as many as leave the costs of a step
-in the cache. Only costs are kept of the steps: which way was the best is found again from them on the way back.
+no better later on either. Rows are independent, and some are searched side by side, as many as leave the costs of a
+step in the cache. Only costs are kept of the steps: which way was the best is found again from them on the way back.
 
 Rows are decided a piece of columns at a time, each with some columns ahead of it in view, since what is decided binds
 what comes after. A caller that rounds with error feedback changes later columns between pieces; for others the pieces

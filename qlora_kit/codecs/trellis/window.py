@@ -2,13 +2,12 @@
 
 The codes of a row, b bits each, the first lowest, are one stream of bits. Value t is ``table[number]``, with the number
 made of the ``memory`` bits of the stream that end with code t; before the row's first code there are zeros. So each
-code shares all but b bits of its number with the one before: that is the trellis, with 2^memory states, of which each is
-reached from 2^b others (bit-shift trellis, as in Tseng et al. 2024, QTIP, arXiv 2406.11235).
+code shares all but b bits of its number with the one before: that is the trellis, with 2^memory states, of which each
+is reached from 2^b others (bit-shift trellis, as in Tseng et al. 2024, QTIP, arXiv 2406.11235).
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

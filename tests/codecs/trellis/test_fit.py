@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import quantization
 from reference import trellis as ref
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.codebooks import SCHEMES, codebook, scheme
@@ -43,7 +43,9 @@ def test_what_is_stored_can_be_read_bit_by_bit(quant_type: str, width: int, doub
     largest = np.abs(exact).max()
     assert np.abs(codec.read(module).double().numpy() - exact).max() <= 2e-6 * largest
     stored = quantization.read_packed(module, stored_basis=True)
-    assert np.abs(codec.multiplier(module, torch.float32).double().numpy() - stored).max() <= 1e-6 * np.abs(stored).max()
+    assert (
+        np.abs(codec.multiplier(module, torch.float32).double().numpy() - stored).max() <= 1e-6 * np.abs(stored).max()
+    )
     pieces = torch.cat([values for _, values in codec.pieces(module)])
     assert torch.equal(pieces, codec.read(module))
 
@@ -204,12 +206,24 @@ def test_what_was_read_is_quantized_to_the_same_codes(quant_type: str, double_qu
     assert (found.scales - scales).abs().max() <= drift + 1e-6 * scales.abs().max()
 
 
-def test_known_scales_are_taken_where_they_leave_no_more_error() -> None:
-    table, values = torch.tensor([-1.5, -0.5, 0.5, 1.5]), torch.tensor([[-3.0, 1.0, 3.0], [-3.0, 1.0, 3.0]])
-    codes, scales = nearest(values, table, 2, torch.tensor([2.0, 50.0]))
-    assert (codes[0].tolist(), scales[0].item()) == ([0, 2, 3], 2.0)
-    assert scales[1].item() == pytest.approx(2.0)
-    assert torch.equal(codes[1], codes[0])
+def test_known_scales_are_taken_of_rows_that_read_so_and_change_nothing_of_others() -> None:
+    table, row = torch.tensor([-1.5, -0.5, 0.5, 1.5]), torch.tensor([-1.5, 0.5, 1.5] * 20)
+    other = torch.randn(60)
+    values = torch.stack([2 * row, 2 * row, other, torch.zeros(60), -2 * row])
+    codes, scales = nearest(values, table, 2, torch.tensor([2.0, 50.0, 2.0, 3.0, -2.0]))
+    plain_codes, plain_scales = nearest(values, table, 2)
+    assert scales[[0, 4]].tolist() == [2.0, -2.0]
+    assert torch.equal(codes[0], codes[4])
+    assert codes[0, :3].tolist() == [0, 2, 3]
+    assert torch.equal(codes[1:4], plain_codes[1:4])
+    assert torch.equal(scales[1:4], plain_scales[1:4])
+
+
+def test_a_row_that_leaves_the_codes_late_is_rounded_anew() -> None:
+    table, row = torch.tensor([-1.5, -0.5, 0.5, 1.5]), torch.tensor([[-1.5, 0.5, 1.5, -0.5] * 20])
+    row[0, -1] += 0.3
+    for found, plain in zip(nearest(row, table, 2, torch.ones(1)), nearest(row, table, 2), strict=True):
+        assert torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (37, 96), (7, 5), (33, 47), (1, 1)])

@@ -21,7 +21,7 @@ from qlora_kit import LoraConfig, LoraModel, apply_lora, merge, quantize_
 from qlora_kit.folders.merge.run import WORK_FOLDER, FolderMergeReport, merge_folders
 from qlora_kit.hf_quantizer import record_quantization_
 
-STORAGES = ("float32", "bfloat16", "nf4", "fp4-double", "int8", "nf3", "signed2-double")
+STORAGES = ("float32", "bfloat16", "nf4", "fp4-double", "int8", "nf3", "signed2-double", "trellis2-double")
 
 
 def llama(tied: bool = False, **settings: Any) -> LlamaForCausalLM:

@@ -23,7 +23,7 @@ from qlora_kit.folders.merge.run import merge_folders
 # Every storage into a dtype, and those of few bits into themselves; every kind of target, from dense and k-bit bases.
 PAIRS = [(storage, "bfloat16") for storage in STORAGES] + [(storage, "same") for storage in STORAGES[1:]]
 PAIRS += [("bfloat16", "float16"), ("bfloat16", "nf4"), ("bfloat16", "nf3"), ("nf4", "fp4"), ("int8", "int8")]
-PAIRS += [("signed2-double", "nf4")]
+PAIRS += [("signed2-double", "nf4"), ("bfloat16", "trellis3"), ("trellis2-double", "rotated4")]
 
 
 def settings(folder: Path) -> dict[str, Any]:

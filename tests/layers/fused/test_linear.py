@@ -25,9 +25,9 @@ from qlora_kit.layers.fused import thin
 from qlora_kit.layers.fused.choice import why_plain
 
 
-def packed(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+def packed(dtype: torch.dtype = torch.float32, quant_type: str = "signed2", **options: Any) -> nn.Module:
     linear = nn.Linear(64, 24).to(dtype)
-    return pack_linear(linear, quantize_matrix(linear.weight.detach().float(), "signed2", 64, **options))
+    return pack_linear(linear, quantize_matrix(linear.weight.detach().float(), quant_type, 64, **options))
 
 
 BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
@@ -36,6 +36,7 @@ BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "4-bit": lambda dtype: Linear4bit(64, 24, quant_type="nf4", compute_dtype=dtype).to("cpu"),
     "8-bit": lambda dtype: Linear8bitLt(64, 24, has_fp16_weights=False).to(dtype).to("cpu"),
     "packed": packed,
+    "rotated": lambda dtype: packed(dtype, "trellis2"),
 }
 casts = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 

@@ -76,6 +76,8 @@ CASES = {
     "Mixtral, qera": (mixtral, "qera", {}),
     "searched scales, qera": (lambda: llama(**SMALL), "qera", {"scale_search": True}),
     "4 bits, cloq": (lambda: llama(**SMALL), "cloq", {"bits": 4}),
+    "trellis2, cloq": (lambda: llama(**SMALL), "cloq", {"quant_type": "trellis2", "double_quant": True}),
+    "trellis3, aligned": (lambda: llama(**SMALL), "aligned", {"bits": 3, "quant_type": "trellis3"}),
     "8 bits, aligned": (lambda: llama(**SMALL), "aligned", {"bits": 8}),
     "mixed bits, aligned": (lambda: llama(**SMALL), "aligned", {"bits_pattern": {"q_proj": 3, "down_proj": 8}}),
 }

@@ -1,5 +1,5 @@
-"""Rounding with error feedback along a trellis, against float64 where every path is tried, and as the property it is for:
-less error at the layer's output than nearest codes leave."""
+"""Rounding with error feedback along a trellis, against float64 where every path is tried, and as the property it is
+for: less error at the layer's output than nearest codes leave."""
 
 from __future__ import annotations
 
@@ -81,7 +81,12 @@ def test_less_error_at_the_output_than_nearest_codes_leave(quant_type: str, doub
     found = round_with_feedback(weight, quantizer, Metric.of(moments))
     plain = output_error(quantizer(weight), weight, moments)
     assert output_error(found, weight, moments) < 0.85 * plain
-    assert (found.quant_type, found.blocksize, found.rows, found.double_quant) == (quant_type, width, True, double_quant)
+    assert (found.quant_type, found.blocksize, found.rows, found.double_quant) == (
+        quant_type,
+        width,
+        True,
+        double_quant,
+    )
 
 
 @every_type
@@ -130,7 +135,9 @@ def test_the_triangle_of_rotated_inputs_has_their_moments() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_trellis_leaves_less_than_single_values_do(bits: int) -> None:
-    moments, weight = correlated(96), torch.randn(64, 96)
+    strong, weight = correlated(96), torch.randn(64, 96)
+    # Inputs that depend on one another less: columns of a piece are searched as if they didn't.
+    moments = strong / 10 + strong.diagonal().mean() * torch.eye(96)
     errors = [
         output_error(round_with_feedback(weight, Quantizer(f"{kind}{bits}", None), Metric.of(moments)), weight, moments)
         for kind in ("trellis", "rotated")
