@@ -140,7 +140,7 @@ def _checked(start: Start, request: Request) -> Start:
 @register_initializer(True)
 def zero_start(request: Request) -> Start:
     """One factor zero, the other as torch would draw that layer's own weight."""
-    A, B = _drawn(request)
+    A, B = _empty(request)
     if request.family == "embedding":
         return Start(nn.init.zeros_(A), nn.init.normal_(B))
     return Start(_kaiming_(A), nn.init.zeros_(B))
@@ -151,27 +151,25 @@ def gaussian_start(request: Request) -> Start:
     """A normal with standard deviation 1 / rank and B zero; an embedding starts as with True."""
     if request.family == "embedding":
         return zero_start(request)
-    A, B = _drawn(request)
+    A, B = _empty(request)
     return Start(nn.init.normal_(A, std=1 / request.rank), nn.init.zeros_(B))
 
 
 @register_initializer(False)
 def random_start(request: Request) -> Start:
     """Both factors random: the model's function changes at once. For tests and debugging."""
-    return Start(*_drawn(request))
+    A, B = _empty(request)
+    if request.family == "embedding":
+        return Start(nn.init.normal_(A), nn.init.normal_(B))
+    return Start(_kaiming_(A), _kaiming_(B))
 
 
-def _drawn(request: Request) -> tuple[Tensor, Tensor]:
-    """A and B as torch draws the weights of new layers. PEFT makes such layers before it starts them anew; drawing
-    what isn't kept gives its factors after the same ``torch.manual_seed``.
-
-    In float32 whatever the adapter's dtype, so that the distribution doesn't depend on it.
-    """
+def _empty(request: Request) -> tuple[Tensor, Tensor]:
+    # Drawn in float32 whatever the adapter's dtype, so that the distribution doesn't depend on it.
     out_features, in_features = request.shape
     A = torch.empty(request.rank, in_features, dtype=torch.float32, device=request.device)
     B = torch.empty(out_features, request.rank, dtype=torch.float32, device=request.device)
-    draw = nn.init.normal_ if request.family == "embedding" else _kaiming_
-    return draw(A), draw(B)
+    return A, B
 
 
 def _kaiming_(factor: Tensor) -> Tensor:
