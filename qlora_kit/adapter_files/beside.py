@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from ..config.lora import LoraConfig
 from ..injection.adapted import Adapted
+from ..injection.stacks import taken_for_experts
 from ..naming import unwrapped
 from .card import About, about_start
+
+logger = logging.getLogger(__name__)
 
 
 def about(adapted: Adapted, name: str) -> About:
@@ -27,3 +31,15 @@ def stored_config(adapted: Adapted, name: str) -> LoraConfig:
         return config
     kind = type(unwrapped(adapted.root))
     return replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})
+
+
+def say_what_others_misread(adapted: Adapted) -> None:
+    """Log which adapted layers PEFT and transformers take for others, by names that are saved as they are."""
+    if misread := taken_for_experts(adapted.tree(), adapted.layers()):
+        logger.warning(
+            "save_pretrained: PEFT and transformers take the names of %d adapted layers, %s for one, for those of this "
+            "model's experts, and load the adapter wrongly or not at all; here it loads as it is. To share it with "
+            "them leave these layers out",
+            len(misread),
+            misread[0],
+        )

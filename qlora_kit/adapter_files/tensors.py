@@ -35,7 +35,7 @@ from ..injection.stacks import why_no_branch
 from ..injection.ties import words_of
 from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
-from .beside import about, stored_config
+from .beside import about, say_what_others_misread, stored_config
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store
@@ -260,6 +260,7 @@ def save_adapter(
     if resume_copy:
         slots = [(name, slot) for name in names for slot in _file_slots(adapted, name, save)]
         write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
+    say_what_others_misread(adapted)
     for name in names:
         backbone = adapted.backbones.get(name)
         metadata = {METADATA_KEY: backbone} if backbone else None

@@ -16,6 +16,9 @@ from ..layers import find_layer_family
 from ..naming import Tree, base_of
 
 _STACKED = 3
+# Names of experts' parts before they were stacked, by that of the stack: PEFT and transformers (2026) take a target of
+# such a name for the stack in a model that has one, whatever module has the name now.
+_BEFORE = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("down_proj", "w2")}
 
 
 def stacks_in(module: nn.Module) -> dict[str, int]:
@@ -43,3 +46,11 @@ def why_no_branch(tree: Tree, paths: Iterable[str]) -> str:
                     "transformers that keeps them as modules of their own"
                 )
     return ""
+
+
+def taken_for_experts(tree: Tree, paths: Iterable[str]) -> list[str]:
+    """Those of the adapted ``paths`` that other libraries take for experts' parts, by their names: linear layers beside
+    experts that the model keeps in stacks."""
+    stacks = {name for module in tree.modules.values() for name in stacks_in(module)}
+    names = {before for stack in stacks for before in _BEFORE.get(stack, ())}
+    return [path for path in paths if path.rpartition(".")[2] in names]

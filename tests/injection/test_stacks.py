@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from qlora_kit import LoraModel
+from qlora_kit import LoraConfig, LoraModel, apply_lora
 from qlora_kit.errors import StorageError
 from qlora_kit.folders import merge_folders
-from qlora_kit.injection.stacks import stacks_in, why_no_branch
+from qlora_kit.injection.stacks import stacks_in, taken_for_experts, why_no_branch
 from qlora_kit.naming import Tree
 
 
@@ -66,3 +66,17 @@ def test_an_adapter_with_a_branch_for_each_expert_is_told_why_it_does_not_fit(
 def test_nothing_is_said_where_there_is_no_stack() -> None:
     tree = Tree(mixtral())
     assert why_no_branch(tree, ["model.layers.0.self_attn.r_proj", "model.layers.7.mlp.gate"]) == ""
+
+
+def test_names_beside_stacked_experts_that_others_take_for_theirs_are_said_at_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = mixtral()
+    model.model.layers[0].shared = nn.ModuleDict({"up_proj": nn.Linear(16, 16)})
+    own = "model.layers.0.shared.up_proj"
+    assert taken_for_experts(Tree(model), [own, "model.layers.0.self_attn.q_proj"]) == [own]
+    apply_lora(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"])).save_pretrained(tmp_path / "both")
+    assert f"take the names of 1 adapted layers, {own} for one" in caplog.text
+    caplog.clear()
+    apply_lora(mixtral(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "attention")
+    assert "experts" not in caplog.text
