@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..autocast import without_autocast
 
@@ -24,18 +25,14 @@ _FACTOR = 64
 
 def rotate(x: Tensor) -> Tensor:
     """``x`` (..., width) in the rotated basis, in its dtype; computed in float32, or float64 for float64."""
-    signs, factors = _parts(x.shape[-1], _wide(x.dtype), x.device)
+    signs, factors = _parts(x)
     return _transform(x.to(signs.dtype) * signs, factors).to(x.dtype)
 
 
 def unrotate(x: Tensor) -> Tensor:
     """The inverse of ``rotate``."""
-    signs, factors = _parts(x.shape[-1], _wide(x.dtype), x.device)
+    signs, factors = _parts(x)
     return (_transform(x.to(signs.dtype), factors) * signs).to(x.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
@@ -51,10 +48,15 @@ def _transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
     return x.reshape(shape)
 
 
-def _parts(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if torch.compiler.is_compiling() or device.type == "meta":
-        return _made(width, dtype, device)
-    return _kept(width, dtype, device)
+def _parts(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Signs and factors for rows like those of ``x``; remembered, but for tensors that have no values or are traced."""
+    width, dtype = x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.is_meta:
+        sizes = _sizes(width)
+        return x.new_empty(width, dtype=dtype), tuple(x.new_empty(size, size, dtype=dtype) for size in sizes)
+    if type(x) not in (Tensor, Parameter) or torch.compiler.is_compiling():
+        return _made(width, dtype, x.device)
+    return _kept(width, dtype, x.device)
 
 
 @cache
@@ -64,13 +66,18 @@ def _kept(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 
 
 def _made(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    twos = width & -width
-    factors = [] if twos == width and width > 1 else [_hartley(width // twos)]
-    while twos > 1:
-        size = min(twos, _FACTOR)
-        factors.append(_hadamard(size))
-        twos //= size
+    factors = [_hartley(size) if size % 2 else _hadamard(size) for size in _sizes(width)]
     return _signs(width).to(device, dtype), tuple(factor.to(device, dtype) for factor in factors)
+
+
+def _sizes(width: int) -> list[int]:
+    """Of the factors: the odd one, where there is one or nothing else, and powers of two."""
+    twos = width & -width
+    sizes = [] if twos == width and width > 1 else [width // twos] if twos else []
+    while twos > 1:
+        sizes.append(min(twos, _FACTOR))
+        twos //= sizes[-1]
+    return sizes
 
 
 def _signs(width: int) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import trellis as ref
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.codecs.trellis.rotation import rotate, unrotate
 
@@ -68,6 +69,18 @@ def test_rows_of_no_number_are_rotated_too() -> None:
     assert rotate(torch.empty(0, 12)).shape == (0, 12)
     assert unrotate(torch.empty(2, 0, 12)).shape == (2, 0, 12)
     assert rotate(torch.empty(3, 96, device="meta")).is_meta
+
+
+def test_fake_tensors_have_shapes_and_leave_nothing_behind() -> None:
+    with FakeTensorMode() as mode:
+        assert rotate(mode.from_tensor(torch.empty(3, 132))).shape == (3, 132)
+    x = torch.randn(3, 132, dtype=torch.float32)
+    np.testing.assert_allclose(rotate(x).numpy(), x.numpy() @ ref.rotation(132).T, atol=1e-5)
+    assert torch.equal(rotate(torch.nn.Parameter(x)), rotate(x))
+
+
+def test_rows_of_no_columns() -> None:
+    assert rotate(torch.empty(3, 0)).shape == (3, 0)
 
 
 def test_what_is_kept_for_a_width_can_be_used_in_any_mode() -> None:

@@ -164,7 +164,7 @@ def test_a_4_bit_base_starts_from_its_weights_under_the_inputs(method: str, llam
     stored = {n: p.detach().clone() for n, p in model.named_parameters()}
     original = copy.deepcopy(model)
     protect_storage_(original)  # bitsandbytes' evaluation forward would repack its weights, or fail
-    lora = apply_lora(model, config(method, ids, r=4, weights=str(llama_dir)))
+    lora = apply_lora(model, config(method, ids, r=4, weights=str(llama_dir), damping=0.01))
     seen = captured(lora.model if method == "aligned" else original, ids, list(lora.adapter_layers()))
     weights = weights_of(full, list(lora.adapter_layers()))
     for row in start_report(lora).layers:
@@ -174,7 +174,7 @@ def test_a_4_bit_base_starts_from_its_weights_under_the_inputs(method: str, llam
         R = np.diag(R.diagonal()) if method == "qera-diag" else R
         E, W = left_over(lora, row.path, weights[row.path]), weights[row.path]
         assert row.output_error == pytest.approx(size_of(E, R) / size_of(W, R), rel=RELATIVE)
-        # The least possible of that rank, by the symmetric root of the damped moments.
+        # The least possible of that rank, by the symmetric root of the moments, damped as asked for.
         values, vectors = np.linalg.eigh(R + 0.01 * R.diagonal().mean() * np.eye(len(R)))
         root = vectors * np.sqrt(values) @ vectors.T
         quantized = double(codec_for(base).read(base))
