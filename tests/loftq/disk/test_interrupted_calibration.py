@@ -213,7 +213,7 @@ def test_cut_after_bits_were_chosen(source: Path, tmp_path: Path, monkeypatch: p
     ("changes", "message"),
     [
         ({"method": "cloq"}, r"method='qera' then, method='cloq' now"),
-        ({"damping": 0.1}, r"damping=0\.01 then, damping=0\.1 now"),
+        ({"damping": 0.1}, r"damping=None then, damping=0\.1 now"),
         ({"text": 1}, r"calibration='text\.txt, .*' then, calibration='text\.txt, .*' now"),
         ({"calibration_rows": 6}, r"calibration_rows=10 then, calibration_rows=6 now"),
         ({"budget": Budget(bits=2.5)}, r"loftq_bits=2 then, loftq_bits=2\.5 now"),

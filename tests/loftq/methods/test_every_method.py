@@ -97,7 +97,9 @@ def test_errors_are_those_of_what_is_returned(method: str, quant_type: str, step
     elif method == "qera-diag":
         R = np.diag(np.diag(R))
     least = math.sqrt(weighted_error(goal - start_of(result, scaling), R) / weighted_error(goal, R))
-    assert min(result.history) == pytest.approx(least, rel=1e-4)
+    # Leaning on the adapter, int8 and BA are each hundreds of times as far off as their sum, digits that float32 lacks.
+    rel = 1e-3 if (method, quant_type) == ("aligned", "int8") else 1e-4
+    assert min(result.history) == pytest.approx(least, rel=rel)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (40, 13), (13, 40)])
