@@ -134,7 +134,8 @@ def merge(
         typer.Option(help="What an adapter's delta is multiplied by, once for each. Default: 1."),
     ] = None,
     into: Annotated[
-        str, typer.Option(help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, ...")
+        str,
+        typer.Option(help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, trellis2, ..."),
     ] = "bfloat16",
     rounding: Annotated[str, typer.Option(help="Of k-bit weights: nearest or scale-search.")] = "nearest",
     blocksize: Annotated[
@@ -255,7 +256,10 @@ def plan(
     adapter_dtype: Annotated[str, typer.Option(help="Of the adapters.")] = "float32",
     dropout: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
     accumulation: Annotated[int, typer.Option(help="Batches to a step of the optimizer.")] = 1,
-    quant_type: Annotated[Optional[str], typer.Option(help="Instead of --bits: nf4, fp4, nf3, signed2, ...")] = None,  # noqa: UP045
+    quant_type: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Instead of --bits: nf4, fp4, nf3, signed2, trellis2, ..."),
+    ] = None,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant/--single-quant", help="Scales in 8 bits.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="The peak at every number of bits too.")] = False,
