@@ -23,8 +23,8 @@ from qlora_kit.demo.text import make_windows
 from qlora_kit.demo.training import perplexity
 
 TYPES = {
-    2: ("nf2", "uniform2", "affine2", "lloyd2", "signed2"),
-    3: ("nf3", "uniform3", "affine3", "lloyd3", "signed3"),
+    2: ("nf2", "uniform2", "affine2", "lloyd2", "signed2", "rotated2", "trellis2"),
+    3: ("nf3", "uniform3", "affine3", "lloyd3", "signed3", "rotated3", "trellis3"),
 }
 RANK, STEPS, BLOCKSIZE = 16, 5, 64
 

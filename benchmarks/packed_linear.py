@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(512, 512), (4096, 4096), (4096, 11008)])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 256, 1024])
-    parser.add_argument("--types", nargs="+", default=["signed2", "signed3", "nf4", "uniform8"])
+    parser.add_argument("--types", nargs="+", default=["signed2", "trellis2", "signed3", "trellis3", "nf4", "uniform8"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--read", action=argparse.BooleanOptionalAction, default=True)

@@ -39,7 +39,7 @@ def init(
     steps: Annotated[int, typer.Option(min=1, help="The most alternations.")] = 5,
     alpha: Annotated[Optional[float], typer.Option(help="lora_alpha. Default: the rank.")] = None,  # noqa: UP045
     rslora: Annotated[bool, typer.Option(rich_help_panel=_SWITCHES, help="Scale by alpha / sqrt(rank).")] = False,
-    quant_type: Annotated[Optional[str], typer.Option(help="nf4, signed2, affine3, ...")] = None,  # noqa: UP045
+    quant_type: Annotated[Optional[str], typer.Option(help="nf4, signed2, affine3, trellis2, ...")] = None,  # noqa: UP045
     blocksize: Annotated[str, typer.Option(help="Weights that share a scale, or row.")] = "64",
     double_quant: Annotated[bool, typer.Option(rich_help_panel=_SWITCHES, help="Keep the scales in 8 bits.")] = False,
     targets: Annotated[str, typer.Option(help="all-linear, names with commas between, or a regex.")] = "all-linear",

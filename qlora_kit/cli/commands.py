@@ -136,8 +136,8 @@ def merge(
     into: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, ... Default: what the "
-            "adapters are trained to be merged into, or bfloat16."
+            help="bfloat16, float16, float32, same, or a k-bit type: nf4, fp4, int8, nf3, nf2, trellis2, ... Default: "
+            "what the adapters are trained to be merged into, or bfloat16."
         ),
     ] = None,
     rounding: Annotated[str, typer.Option(help="Of k-bit weights: nearest or scale-search.")] = "nearest",
@@ -259,7 +259,10 @@ def plan(
     adapter_dtype: Annotated[str, typer.Option(help="Of the adapters.")] = "float32",
     dropout: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
     accumulation: Annotated[int, typer.Option(help="Batches to a step of the optimizer.")] = 1,
-    quant_type: Annotated[Optional[str], typer.Option(help="Instead of --bits: nf4, fp4, nf3, signed2, ...")] = None,  # noqa: UP045
+    quant_type: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Instead of --bits: nf4, fp4, nf3, signed2, trellis2, ..."),
+    ] = None,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant/--single-quant", help="Scales in 8 bits.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="The peak at every number of bits too.")] = False,

@@ -29,8 +29,9 @@ class LoftQConfig:
         loftq_bits: bits per weight: 2, 3, 4 or 8.
         loftq_iter: alternating steps (Li et al. 2023, Algorithm 1); the best iterate is kept.
         quant_type: a type of ``qlora_kit.codecs.codebooks`` ("nf4", "nf2", "signed2", "affine3", ...) or "int8";
-            None takes ``DEFAULT_TYPES`` of the bits.
-        blocksize: weights that share a scale, or "row".
+            None takes ``DEFAULT_TYPES`` of the bits. "trellis2", "trellis3" and "trellis4" leave least of a weight's
+            error, after a search that takes tens of times as long.
+        blocksize: weights that share a scale, or "row", which rotated and trellis types always have.
         double_quant: quantize the scales too.
         weights: a folder with the 16-bit safetensors of a model that is already quantized; the adapters then
             start from the difference.

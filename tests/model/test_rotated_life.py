@@ -1,4 +1,4 @@
-"""Models in trellis types through a life: quantized, adapted, trained in both forms, merged; started on disk, planned."""
+"""Models in trellis types, a life long: quantized, adapted, trained in both forms, merged; started on disk, planned."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ from qlora_kit.training.planner import plan_memory
 
 
 def packed(model: nn.Module) -> dict[str, PackedLinear]:
+    """By path, whether adapters are in the model or not."""
     found = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
-    return {
-        path.removesuffix(".base_layer").removeprefix("model.").removeprefix("model."): module
-        for path, module in found.items()
-    }
+    return {path[path.index("layers.") :].removesuffix(".base_layer"): module for path, module in found.items()}
 
 
 def codes(model: nn.Module) -> dict[str, Tensor]:
@@ -113,20 +111,8 @@ def test_merges_with_error_feedback_bring_more_of_the_output(lora: LoraModel) ->
 
 @pytest.mark.slow
 def test_started_on_disk_verified_and_loaded(llama_dir: Path, tmp_path: Path) -> None:
-    command = [
-        "init",
-        "--model",
-        llama_dir,
-        "--out",
-        tmp_path / "out",
-        "--bits",
-        2,
-        "--quant-type",
-        "trellis2",
-        "--rank",
-        4,
-    ]
-    outcome = CliRunner().invoke(loftq.cli.app, [*map(str, command), "--method", "loftq"])
+    command = f"init --model {llama_dir} --out {tmp_path}/out --bits 2 --quant-type trellis2 --rank 4 --method loftq"
+    outcome = CliRunner().invoke(loftq.cli.app, command.split())
     assert outcome.exit_code == 0, outcome.output
     rows = Report.load(tmp_path / "out").layers
     assert {row.quant_type for row in rows} == {"trellis2"}

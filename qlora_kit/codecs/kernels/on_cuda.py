@@ -46,7 +46,7 @@ class OnCuda(Way):
     """See the module's text."""
 
     def takes(self, matrix: PackedMatrix, dtype: torch.dtype) -> bool:
-        return not matrix.has_memory and matrix.codes.is_cuda and dtype in _DTYPES and matrix.is_plain and _has_triton()
+        return matrix.codes.is_cuda and dtype in _DTYPES and matrix.is_plain and _has_triton()
 
     def dense(self, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
         from . import triton_code
@@ -123,6 +123,7 @@ def _stored(matrix: PackedMatrix) -> dict[str, Any]:
         "shifts_offset": None if shifts is None else shifts.offset,
         "scales_table": matrix.scales_table,
         "BITS": matrix.bits,
+        "MEMORY": matrix.table.numel().bit_length() - 1,
         "DOUBLE": scales.absmax is not None,
         "SHIFTED": shifts is not None,
         "INDEX": triton_code.tl.int64 if wide else triton_code.tl.int32,

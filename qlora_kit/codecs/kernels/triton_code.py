@@ -1,8 +1,9 @@
 """Triton kernels for packed weights: dequantize to a dense matrix, and multiply while dequantizing.
 
 Every code is found by its flat index i, whatever straddles what: it takes the bits i * bits and on of the bytes, so it
-lies in one byte or, with 3 bits, in two. Its scale is that of block i // blocksize; doubly quantized scales are read
-where they are needed, since a launch of its own for them would cost more than the few bytes.
+lies in one byte or, with 3 bits, in two. A value that depends on codes before its own (``trellis.window``) is looked up
+by the bits of all of these, which are as easily found. Its scale is that of block i // blocksize; doubly quantized
+scales are read where they are needed, since a launch of its own for them would cost more than the few bytes.
 
 Arithmetic is float32: table value times scale plus shift, then one rounding to the output's (or the other factor's)
 dtype; products are summed in float32, without TF32 for float32 factors.
@@ -28,6 +29,21 @@ def _code(codes, index, mask, BITS: tl.constexpr):
 
 
 @triton.jit
+def _window(codes, index, row, width, mask, BITS: tl.constexpr, MEMORY: tl.constexpr):
+    """The last ``MEMORY`` bits of the row up to the code at ``index``, its own the highest."""
+    begin = (index + 1) * BITS - MEMORY
+    missing = tl.maximum(row * width * BITS - begin, 0).to(tl.int32)  # before its row's first code there are zeros
+    held = MEMORY - missing
+    place = begin + missing
+    shift = (place & 7).to(tl.int32)
+    bits = tl.load(codes + (place >> 3), mask=mask, other=0).to(tl.int32)
+    for byte in tl.static_range(1, (MEMORY + 14) // 8):
+        there = mask & (shift + held > 8 * byte)
+        bits |= tl.load(codes + (place >> 3) + byte, mask=there, other=0).to(tl.int32) << (8 * byte)
+    return ((bits >> shift) & ((1 << held) - 1)) << missing
+
+
+@triton.jit
 def _scale(values, absmax, offset, scales_table, block, mask, DOUBLE: tl.constexpr):
     if DOUBLE:
         code = tl.load(values + block, mask=mask, other=0).to(tl.int32)
@@ -43,6 +59,7 @@ def _weight(
     block,
     mask,
     block_mask,
+    blocksize,
     codes,
     table,
     scales,
@@ -53,11 +70,15 @@ def _weight(
     shifts_offset,
     scales_table,
     BITS: tl.constexpr,
+    MEMORY: tl.constexpr,
     DOUBLE: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):
     """float32 values of the codes at ``index``, 0 where ``mask`` is not; ``block`` may have one column for a row."""
-    value = tl.load(table + _code(codes, index, mask, BITS))
+    if MEMORY > BITS:  # blocks are rows then
+        value = tl.load(table + _window(codes, index, block, blocksize, mask, BITS, MEMORY))
+    else:
+        value = tl.load(table + _code(codes, index, mask, BITS))
     value *= _scale(scales, scales_absmax, scales_offset, scales_table, block, block_mask, DOUBLE)
     if SHIFTED:
         value += _scale(shifts, shifts_absmax, shifts_offset, scales_table, block, block_mask, DOUBLE)
@@ -79,6 +100,7 @@ def dequantize(
     shifts_offset,
     scales_table,
     BITS: tl.constexpr,
+    MEMORY: tl.constexpr,
     DOUBLE: tl.constexpr,
     SHIFTED: tl.constexpr,
     INDEX: tl.constexpr,
@@ -89,8 +111,8 @@ def dequantize(
     mask = index < numel
     block = index // blocksize
     value = _weight(
-        index, block, mask, mask, codes, table, scales, scales_absmax, scales_offset,
-        shifts, shifts_absmax, shifts_offset, scales_table, BITS, DOUBLE, SHIFTED,
+        index, block, mask, mask, blocksize, codes, table, scales, scales_absmax, scales_offset,
+        shifts, shifts_absmax, shifts_offset, scales_table, BITS, MEMORY, DOUBLE, SHIFTED,
     )  # fmt: skip
     tl.store(out + index, value.to(out.dtype.element_ty), mask=mask)
 
@@ -115,6 +137,7 @@ def multiply(
     shifts_offset,
     scales_table,
     BITS: tl.constexpr,
+    MEMORY: tl.constexpr,
     DOUBLE: tl.constexpr,
     SHIFTED: tl.constexpr,
     INDEX: tl.constexpr,
@@ -150,8 +173,8 @@ def multiply(
         else:
             block, block_mask = index // blocksize, mask
         weight = _weight(
-            index, block, mask, block_mask, codes, table, scales, scales_absmax, scales_offset,
-            shifts, shifts_absmax, shifts_offset, scales_table, BITS, DOUBLE, SHIFTED,
+            index, block, mask, block_mask, blocksize, codes, table, scales, scales_absmax, scales_offset,
+            shifts, shifts_absmax, shifts_offset, scales_table, BITS, MEMORY, DOUBLE, SHIFTED,
         ).to(factor.dtype)  # fmt: skip
         if not TRANSPOSED:
             weight = tl.trans(weight)

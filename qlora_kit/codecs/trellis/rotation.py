@@ -3,7 +3,7 @@ makes weights look like independent normal values, which is what the trellis typ
 2024, QuIP#, arXiv 2402.04396; there the signs are drawn for each matrix).
 
 A width is 2^k m with m odd. The transform is the Kronecker product of the Hadamard matrix of 2^k, taken in factors of
-at most 64, and of the Hartley matrix of m, cas(2 pi i j / m) / sqrt(m) with cas = cos + sin. Both are symmetric and
+at most 16, and of the Hartley matrix of m, cas(2 pi i j / m) / sqrt(m) with cas = cos + sin. Both are symmetric and
 orthogonal, so the way back is the same transform, and then the signs. The signs are bits of a hash of width and place:
 the same in every process and version, and none need be stored.
 """
@@ -11,6 +11,7 @@ the same in every process and version, and none need be stored.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,20 +20,30 @@ from torch.nn import Parameter
 
 from ..autocast import without_autocast
 
-# Hadamard factors up to this: as fast to multiply with as butterflies, and one call each.
-_FACTOR = 64
+# Hadamard factors up to this, a product with each: on a CPU faster than larger ones and than butterflies.
+_FACTOR = 16
+# Values that are transformed at a time on a CPU, all steps in the cache.
+_CHUNK = 1 << 17
 
 
 def rotate(x: Tensor) -> Tensor:
     """``x`` (..., width) in the rotated basis, in its dtype; computed in float32, or float64 for float64."""
     signs, factors = _parts(x)
-    return _transform(x.to(signs.dtype) * signs, factors).to(x.dtype)
+    return _in_pieces(lambda part: _transform(part.to(signs.dtype) * signs, factors).to(x.dtype), x)
 
 
 def unrotate(x: Tensor) -> Tensor:
     """The inverse of ``rotate``."""
     signs, factors = _parts(x)
-    return (_transform(x.to(signs.dtype), factors) * signs).to(x.dtype)
+    return _in_pieces(lambda part: (_transform(part.to(signs.dtype), factors) * signs).to(x.dtype), x)
+
+
+def _in_pieces(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    width = x.shape[-1]
+    rows = max(1, _CHUNK // max(1, width))
+    if x.device.type != "cpu" or x.numel() <= rows * width or torch.compiler.is_compiling():
+        return rotation(x)
+    return torch.cat([rotation(part) for part in x.reshape(-1, width).split(rows)]).view(x.shape)
 
 
 def _transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:

@@ -8,16 +8,14 @@ import torch
 from reference import quantization as ref
 from torch import Tensor, nn
 
-from qlora_kit.codecs.codebooks import STORED_TYPES, scheme
+from qlora_kit.codecs.codebooks import STORED_TYPES
 from qlora_kit.codecs.kernels import PackedMatrix
 from qlora_kit.codecs.packed import PackedLinear, pack_linear, packed_matrix
 from qlora_kit.codecs.quantized import quantize_matrix
 
 TYPES = [name for name in STORED_TYPES if name != "int8"]
-# Those whose values each depend on one code, which is all that kernels of our own look up.
-WITHOUT_MEMORY = [name for name in TYPES if scheme(name).memory == scheme(name).bits]
-# Of every number of bits, with and without shifts, levels in order and not.
-FEW = ["signed2", "affine3", "fp4", "affine8"]
+# Of every number of bits, with and without shifts, levels in order and not, by one code and by some.
+FEW = ["signed2", "affine3", "fp4", "affine8", "trellis2", "trellis3", "trellis4"]
 # (out, in, blocksize): whole blocks and groups in a row; blocks and bytes that straddle rows; one block; rows.
 LAYOUTS = [(24, 128, 64), (33, 47, 32), (7, 5, 64), (1, 5, None), (9, 33, None), (16, 64, 4096)]
 # A product's largest error, relative to the sum of the magnitudes of its terms: rounding the terms, and the result.

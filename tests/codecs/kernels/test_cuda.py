@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from packed_matrices import FEW, LAYOUTS, ROUNDING, TYPES, WITHOUT_MEMORY, make, product_error
+from packed_matrices import FEW, LAYOUTS, ROUNDING, TYPES, make, product_error
 from reference import quantization as ref
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ def skip_if_unknown(dtype: torch.dtype) -> None:
 @every_dtype
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("layout", [*LAYOUTS, (192, 640, 64)])
-@pytest.mark.parametrize("quant_type", WITHOUT_MEMORY)
+@pytest.mark.parametrize("quant_type", TYPES)
 def test_values_and_products(
     quant_type: str, layout: tuple[int, int, int | None], double_quant: bool, dtype: torch.dtype
 ) -> None:
@@ -67,7 +67,7 @@ def test_rotated_types(quant_type: str, shape: tuple[int, int], dtype: torch.dty
     values = torch.from_numpy(ref.read_packed(copy.deepcopy(module).cpu()))
     found = codec_for(module).read(module).cpu().double()
     torch.testing.assert_close(found, values, rtol=0, atol=4e-6 * values.abs().max().item())
-    assert type(kernels.way_for(packed_matrix(module), dtype)) is (kernels.Way if "trellis" in quant_type else OnCuda)
+    assert type(kernels.way_for(packed_matrix(module), dtype)) is OnCuda
     x, grad = (torch.randn(70, size, dtype=dtype, device="cuda") for size in reversed(shape))
     x.requires_grad_()
     y = module(x)

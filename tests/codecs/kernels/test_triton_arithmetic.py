@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from packed_matrices import FEW, LAYOUTS, ROUNDING, WITHOUT_MEMORY, matrix_and_values, product_error
+from packed_matrices import FEW, LAYOUTS, ROUNDING, TYPES, matrix_and_values, product_error
 
 from qlora_kit.codecs import kernels
 from qlora_kit.codecs.kernels import on_cuda
@@ -40,7 +40,7 @@ def _interpreted() -> Iterator[None]:
 @pytest.mark.slow
 @plain_and_double
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("quant_type", WITHOUT_MEMORY)
+@pytest.mark.parametrize("quant_type", TYPES)
 def test_dequantized_values(quant_type: str, layout: tuple[int, int, int | None], double_quant: bool) -> None:
     matrix, values = matrix_and_values(*layout, quant_type, double_quant)
     exact = kernels.Way().dense(matrix, torch.float32)

@@ -9,12 +9,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-# What a kernel is compiled for: bits, scales of 8 bits, shifts, dtype, indices, and of a product which way.
-CASES: list[tuple[int, bool, bool, str, str, bool]] = [
-    (2, True, False, "bf16", "int32", False),
-    (3, True, True, "fp16", "int64", True),
-    (4, False, False, "fp32", "int32", True),
-    (8, False, True, "bf16", "int32", False),
+# What a kernel is compiled for: bits, those that a value depends on, scales of 8 bits, shifts, dtype, indices, and of a
+# product which way.
+CASES: list[tuple[int, int, bool, bool, str, str, bool]] = [
+    (2, 2, True, False, "bf16", "int32", False),
+    (2, 8, True, False, "bf16", "int32", False),
+    (3, 9, False, False, "fp16", "int64", True),
+    (3, 3, True, True, "fp16", "int64", True),
+    (4, 4, False, False, "fp32", "int32", True),
+    (8, 8, False, True, "bf16", "int32", False),
 ]
 SIZES = ("numel", "blocksize", "rows", "outs", "terms", "terms_a_part", "width")
 
@@ -31,9 +34,10 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "double", "shifted", "dtype", "index", "transposed"), CASES)
+@pytest.mark.parametrize(("bits", "memory", "double", "shifted", "dtype", "index", "transposed"), CASES)
 def test_kernels_compile(
     bits: int,
+    memory: int,
     double: bool,
     shifted: bool,
     dtype: str,
@@ -47,7 +51,8 @@ def test_kernels_compile(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     stored = "*u8" if double else "*fp32"
     types = {"x": f"*{dtype}", "codes": "*u8", "table": "*fp32", "scales_table": "*fp32", **dict.fromkeys(SIZES, "i32")}
-    constants = {"BITS": bits, "DOUBLE": double, "SHIFTED": shifted, "INDEX": getattr(triton_code.tl, index)}
+    constants = {"BITS": bits, "MEMORY": memory, "DOUBLE": double, "SHIFTED": shifted}
+    constants["INDEX"] = getattr(triton_code.tl, index)
     for name, there in (("scales", True), ("shifts", shifted)):
         types |= {name: stored, f"{name}_absmax": "*fp32", f"{name}_offset": "*fp32"}
         constants |= {} if there else {name: None}

@@ -8,6 +8,7 @@ import torch
 from reference import trellis as ref
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kit.codecs.trellis import rotation
 from qlora_kit.codecs.trellis.rotation import rotate, unrotate
 
 # Width 1, odd, prime, powers of two around a factor of 64, and products.
@@ -23,6 +24,16 @@ def test_it_is_the_explicit_matrix(width: int) -> None:
     x = torch.randn(2, 3, width, dtype=torch.float64)
     np.testing.assert_allclose(rotate(x).numpy(), x.numpy() @ matrix.T, atol=1e-12)
     np.testing.assert_allclose(unrotate(x).numpy(), x.numpy() @ matrix, atol=1e-12)
+
+
+def test_many_rows_are_rotated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 7, 96)
+    whole = rotate(x), unrotate(x)
+    monkeypatch.setattr(rotation, "_CHUNK", 4 * 96)
+    for found, expected in zip((rotate(x), unrotate(x)), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # sums in another order
+    halves = rotate(x.bfloat16())
+    assert (halves.dtype, halves.shape) == (torch.bfloat16, x.shape)
 
 
 @pytest.mark.parametrize("width", [4096, 8192, 576, 1536, 11008])

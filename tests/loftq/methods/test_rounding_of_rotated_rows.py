@@ -103,7 +103,7 @@ def test_independent_inputs_alike_leave_about_the_plain_error(quant_type: str) -
     weight, quantizer, moments = torch.randn(24, 96), Quantizer(quant_type, 64), torch.ones(96)
     found = round_with_feedback(weight, quantizer, Metric.of(moments))
     ratio = output_error(found, weight, torch.eye(96)) / output_error(quantizer(weight), weight, torch.eye(96))
-    assert ratio < 1.03  # columns are decided with fewer in view
+    assert ratio < 1.05  # columns are decided with fewer in view
 
 
 @every_type
