@@ -59,6 +59,8 @@ def _all_starts() -> list[Start]:
 
 def _real_starts() -> list[Start]:
     aligned: dict[str, Any] = {"method": "aligned"}
+    trellis: dict[str, Any] = {**aligned, "quant_type": "trellis", "loftq_iter": 1}
+    kvo: dict[str, Any] = {**trellis, "bits_pattern": {"[kvo]_proj": 3}}
     return [
         Start("zero, nf (QLoRA)", {"quant_type": "nf"}, zero=True, bits=(2, 3)),
         Start("loftq T=5, nf", {"quant_type": "nf"}, bits=(2, 3)),
@@ -73,6 +75,12 @@ def _real_starts() -> list[Start]:
         Start("aligned, built-in text", aligned, text="builtin", bits=(2, 3, 4)),
         Start("aligned, built-in text, 128 rows", aligned, text="builtin", rows=128, bits=(2, 3, 4)),
         Start("cloq, on code", {"method": "cloq"}, text="other", bits=(2,)),
+        Start("loftq T=1, trellis", {"quant_type": "trellis", "loftq_iter": 1}, bits=(2, 3, 4)),
+        *(Start(f"aligned, trellis, {rows} rows", trellis, rows=rows, bits=(2, 3, 4)) for rows in (32, 128)),
+        Start("aligned, trellis, rule", trellis, rule="first-layers", bits=(2.25, 2.5)),
+        Start("aligned, trellis, under a budget", trellis, bits=(2.25, 2.5)),
+        *(Start(f"aligned, trellis, k, v and o at 3 bits, {n} rows", kvo, rows=n, bits=(2,)) for n in (32, 128)),
+        Start("aligned, trellis, built-in text, 128 rows", trellis, text="builtin", rows=128, bits=(2,)),
     ]
 
 
@@ -89,9 +97,9 @@ def lora_config(start: Start, bits: float, rank: int, texts: Mapping[str, Tensor
     else:
         options |= {"calibration": start.text, "calibration_rows": start.rows, "calibration_tokens": 256}
     options |= start.options
+    whole = int(bits) if bits == int(bits) or "quant_type" in options else 4
     if "quant_type" in options:
-        options["quant_type"] += str(int(bits))
-    whole = int(bits) if bits == int(bits) else 4
+        options["quant_type"] += str(whole)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
