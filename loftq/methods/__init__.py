@@ -11,6 +11,7 @@ in memory, a shard or a test brings it.
 - ``metric``: how an error is measured, by the weight alone or on the inputs
 - ``quantizers``: which quantizer the loop runs with
 - ``rounding``: scales searched by block, codes by error feedback
+- ``trellis``: the same along a trellis, for rotated types
 - ``nearest``: methods that round to the nearest codes
 - ``error_feedback``: methods whose quantized weight is fitted to the inputs
 - ``principal``: methods that keep the weight's own top directions out of what is quantized
