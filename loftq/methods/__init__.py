@@ -11,6 +11,7 @@ in memory, a shard or a test brings it.
 - ``metric``: how an error is measured, by the weight alone or on the inputs
 - ``quantizers``: which quantizer the loop runs with
 - ``rounding``: scales searched by block, codes by error feedback
+- ``trellis``: the same along a trellis, for rotated types
 - ``nearest``: methods that round to the nearest codes
 - ``halves``: moments of a part of the inputs, to hold what is found against the rest
 - ``alignment``: the weight that makes up for earlier layers, as far as the text is to be believed

@@ -14,6 +14,7 @@ and says whether it holds that module's matrix.
 - ``quantized``: a quantized matrix as data: codes, scales, and what reads them back
 - ``blockwise``: codes and scales of blocks
 - ``codebooks``: the tables of low-bit types
+- ``trellis/``: rotated rows, and codes whose values depend on the codes before them
 - ``packing``: codes in bytes
 - ``lookup``: a linear layer's function straight from its codec
 - ``pieces``: a matrix some rows at a time

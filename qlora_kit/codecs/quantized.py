@@ -115,9 +115,14 @@ class Quantized:
         if self.blocksize is None:
             return torch.mul(self.codes.float(), self.scales[:, None] / 127.0, out=out)
         if scheme(self.quant_type).rotated:
-            read = unrotate(look_up(self.codes, self.table(), self.bits).mul_(self.scales[:, None]))
-            return read if out is None else out.copy_(read)
+            return self._unrotated(torch.empty_like(self.codes, dtype=torch.float32) if out is None else out)
         return dequantize(self.codes, self.table(), self.scales, self.blocksize, self.shifts, out=out)
+
+    def _unrotated(self, out: Tensor) -> Tensor:
+        table, scales = self.table(), self.scales
+        for rows in row_pieces(self.codes.shape):
+            out[rows] = unrotate(look_up(self.codes[rows], table, self.bits).mul_(scales[rows, None]))
+        return out
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is stored of the scales, for counting bytes."""
@@ -155,7 +160,12 @@ def quantize_matrix(
     rows, blocksize = not blocksize, kind.blocksize(blocksize, matrix.shape[1])
     table = codebook(quant_type, matrix.device, blocksize)
     if kind.rotated:
-        codes, scales = nearest(rotate(matrix.float()), table, kind.bits, known_scales)
+        codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+        scales = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
+        # Elsewhere than on a CPU the search wants many rows beside one another.
+        for part in row_pieces(matrix.shape) if matrix.device.type == "cpu" else [slice(0, len(matrix))]:
+            known = None if known_scales is None else known_scales[part]
+            codes[part], scales[part] = nearest(rotate(matrix[part].float()), table, kind.bits, known)
         return Quantized(quant_type, codes, Scales.of(scales, double_quant), None, blocksize, None, True)
     if kind.scaling == "range":
         codes, scales, shifts = quantize_range(matrix, table, blocksize)

@@ -86,6 +86,8 @@ def test_the_branch_is_the_best_beside_what_is_stored(
         if into == "same":
             assert left <= cut * (1 + 1e-5)
         kept = np.array_equal(stored, base)
+        if "trellis" in storage:  # codes nearly stay, and scales are fitted to what is left
+            kept = np.linalg.norm(stored - base) < 0.15 * np.linalg.norm(delta)
         assert kept == (size == 0.02), "the weight stays where the delta is small"
         if not kept and "double" not in into + storage and into not in ("nf2", "trellis2"):
             rounding = reference.rounding_norm(base + delta, storage if into == "same" else into)

@@ -1,6 +1,6 @@
 """Trellis types: rows rotated to look normal, and codes whose values depend on the codes before them too.
 
-At as many bits that leaves far less squared error than a table for single values can: of a normal distribution 0.080
+At as many bits that leaves far less squared error than a table for single values can: of a normal distribution 0.079
 at 2 bits, where the best table leaves 0.118 and no code can leave less than 0.0625 (``benchmarks/RESULTS.md``).
 
 - ``rotation``: the change of basis

@@ -47,12 +47,15 @@ def _in_pieces(rotation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _transform(x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-    shape = x.shape
+    shape, x = x.shape, x.contiguous()
     sizes = [len(factor) for factor in factors]
     with without_autocast(x.device):
         for axis, factor in enumerate(factors):
             before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
-            if after == 1:  # symmetric, so either side will do
+            if len(factors) == 1 and sizes[0] % 2:
+                # An odd width: the order of a row's sums depends on how many rows there are, which this rounds away.
+                x = (x.double() @ factor.double()).to(x.dtype)
+            elif after == 1:  # symmetric, so either side will do
                 x = x.reshape(-1, sizes[axis]) @ factor
             else:
                 x = factor @ x.reshape(-1, before, sizes[axis], after)

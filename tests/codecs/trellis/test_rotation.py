@@ -36,6 +36,15 @@ def test_many_rows_are_rotated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     assert (halves.dtype, halves.shape) == (torch.bfloat16, x.shape)
 
 
+@pytest.mark.parametrize("width", [5, 47, 64, 96, 100, 576, 4096])
+def test_a_row_is_rotated_the_same_among_any_others(width: int) -> None:
+    """Bit for bit: a weight is read whole or in pieces, in memory and on disk."""
+    x = torch.randn(100, width)
+    for turn in (rotate, unrotate):
+        whole = turn(x)
+        assert all(torch.equal(torch.cat([turn(part) for part in x.split(n)]), whole) for n in (1, 3, 16, 33))
+
+
 @pytest.mark.parametrize("width", [4096, 8192, 576, 1536, 11008])
 def test_wide_rows_keep_lengths_and_angles_and_come_back(width: int) -> None:
     x = torch.randn(3, width, dtype=torch.float64)
