@@ -29,9 +29,9 @@ def nearest_paths(values: Tensor, table: Tensor, bits: int) -> Tensor:
     """
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     columns = values.T.contiguous()
-    state = None
+    state, memory = None, _memory(columns[: _PIECE + _VIEW], table)
     for begin in range(0, len(columns), _PIECE):
-        path = best_path(columns[begin : begin + _PIECE + _VIEW], table, bits, state)[:_PIECE]
+        path = best_path(columns[begin : begin + _PIECE + _VIEW], table, bits, state, memory)[:_PIECE]
         codes[:, begin : begin + _PIECE] = codes_of(path, table, bits).T
         state = path[-1]
     return codes
@@ -42,20 +42,29 @@ def codes_of(states: Tensor, table: Tensor, bits: int) -> Tensor:
     return (states >> table.numel().bit_length() - 1 - bits).to(torch.uint8)
 
 
-def best_path(columns: Tensor, table: Tensor, bits: int, start: Tensor | None = None) -> Tensor:
+def _memory(columns: Tensor, table: Tensor) -> Tensor:
+    """For the costs (columns, states, rows) of as many rows as are searched side by side."""
+    most = max(1, (_COSTS if columns.device.type == "cpu" else _MANY_COSTS) // table.numel())
+    return columns.new_empty(len(columns), table.numel(), min(most, columns.shape[1]))
+
+
+def best_path(
+    columns: Tensor, table: Tensor, bits: int, start: Tensor | None = None, memory: Tensor | None = None
+) -> Tensor:
     """The states, int64 (columns, rows), on the path whose values are nearest to float32 ``columns`` (columns, rows).
 
     Args:
         start: (rows,) states that the paths set out from; None is that of zeros, before a row's first code.
+        memory: for the costs of as many columns or more, which is slow to come by; None makes some.
     """
     rows = columns.shape[1]
-    step = max(1, (_COSTS if columns.device.type == "cpu" else _MANY_COSTS) // table.numel())
     found = torch.empty(columns.shape, dtype=torch.int64, device=columns.device)
     start = torch.zeros(rows, dtype=torch.int64, device=columns.device) if start is None else start
-    memory = columns.new_empty(len(columns), table.numel(), min(step, rows))
+    memory = _memory(columns, table) if memory is None else memory
+    step = max(1, memory.shape[2])
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
-        costs = memory[..., : part.stop - begin]
+        costs = memory[: len(columns), :, : part.stop - begin]
         _carry(columns[:, part], table, bits, start[part], costs)
         found[:, part] = _back(costs, bits)
     return found
