@@ -25,6 +25,7 @@ from qlora_kit.checkpoints.model_folder import identity
 from qlora_kit.config.checks import check_device
 
 from ..inputs.text import calibration_batches
+from ..methods.metric import DAMPING
 from ..methods.registry import needs_of
 from ..starts.report import Report
 from .checkpoint import Checkpoint, StoredTensor
@@ -66,7 +67,7 @@ def stream(task: Task, *, progress: Progress | None = None) -> Report:
     weights = sum(unit.numel for unit in checkpoint.units)
     tell = progress or (lambda unit, weights: None)
     head = {"options": asked.options(), "source": identity(task.source)}
-    with closing(Journal(task.out, head, WORK_FOLDER)) as journal:
+    with closing(Journal(task.out, head, WORK_FOLDER, earlier={"damping": DAMPING})) as journal:
         finished = journal.finished(unit.name for unit in checkpoint.units)
         if len(finished) == len(checkpoint.units) and (task.out / "config.json").exists():
             clear(task.out / WORK_FOLDER)

@@ -28,6 +28,7 @@ class Journal:
         out: the output folder.
         task: options and source, JSON values; a journal begun for another task is refused.
         work_folder: the hidden folder's name.
+        earlier: defaults of options in earlier releases, where they are None now: their runs are gone on with.
 
     Attributes:
         done: the lines of finished units, in their order.
@@ -38,7 +39,14 @@ class Journal:
             there, or files that are no output of ours.
     """
 
-    def __init__(self, out: Path, task: Mapping[str, Mapping[str, Any]], work_folder: str) -> None:
+    def __init__(
+        self,
+        out: Path,
+        task: Mapping[str, Mapping[str, Any]],
+        work_folder: str,
+        *,
+        earlier: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = out / work_folder
         self.path = self.folder / "journal.jsonl"
         head = json.loads(json.dumps({"version": _VERSION, **task}))
@@ -58,7 +66,7 @@ class Journal:
             if len(lines) == 1 and lines[0] != head:
                 lines, whole = [], 0  # nothing was finished for that other task
             if lines:
-                _check_same(lines[0], head, out)
+                _check_same(lines[0], head, out, earlier or {})
             for line in lines[1:]:
                 check_line(line)
         except (OSError, ValueError) as error:  # an error of ours is a ValueError too
@@ -139,7 +147,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if value == [] else value for key, value in flat.items()}
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path, earlier: Mapping[str, Any]) -> None:
     differences = []
     for part in sorted({*before, *now}):
         old, new = before.get(part), now.get(part)
@@ -147,6 +155,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) ->
             old, new = (_flat(old), _flat(new)) if part == "options" else (old, new)
             changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
             if part == "options":  # by the names of arguments, which a command has its own words for
+                changed = [key for key in changed if new.get(key) is not None or old.get(key) != earlier.get(key)]
                 differences += [f"{key}={old.get(key)!r} then, {key}={new.get(key)!r} now" for key in changed]
             else:
                 differences += [f"{part} {key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed]

