@@ -124,4 +124,4 @@ def test_calls_by_peft_names_grow_as_the_modules_do(tmp_path: Path) -> None:
 
 def check_linear(calls: dict[str, list[int]]) -> None:
     for name, (_, small, middle, large) in calls.items():
-        assert large - middle == pytest.approx(middle - small, rel=0.01, abs=100), (name, small, middle, large)
+        assert large - middle == pytest.approx(middle - small, rel=0.02, abs=100), (name, small, middle, large)
