@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.algebra import Branch, Recipe, combine
-from qlora_kit.codecs.codebooks import scheme
+from qlora_kit.codecs.codebooks import is_rotated
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.lowrank import add_product_, norm, share_arrived
 from qlora_kit.merging.agreement import Batches
@@ -100,7 +100,7 @@ def _beside(grid: Grid, way: str, moments: Tensor | None, metric: Metric, rank: 
 def _changed(stored: Quantized, A: Tensor, B: Tensor, moments: Tensor | None) -> Quantized | None:
     """The stored codes, some of them changed, so that B @ A arrives; None where they have no table to choose from, each
     by itself, or none that brings it."""
-    if stored.blocksize is None or scheme(stored.quant_type).rotated or moments is None:
+    if stored.blocksize is None or is_rotated(stored.quant_type) or moments is None:
         return None
     found = round_from_codes(stored, A, B, moments)
     return None if found is stored else found

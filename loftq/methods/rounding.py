@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.codecs.blockwise import nearest_codes, search_codes
-from qlora_kit.codecs.codebooks import SCHEMES, scheme
+from qlora_kit.codecs.codebooks import is_rotated, scheme
 from qlora_kit.codecs.quantized import Quantized, Quantizer, Scales
 from qlora_kit.lowrank import norm
 
@@ -45,7 +45,7 @@ _BLOCK = 128
 def round_by_search(matrix: Tensor, quantizer: Quantizer, metric: Metric) -> Quantized:
     """``matrix`` float32 (out, in) with the nearest codes to searched scales. int8 keeps its rows' magnitudes, and
     rotated types have scales of least error anyway."""
-    if _is_rotated(quantizer):
+    if is_rotated(quantizer.quant_type):
         return quantizer(matrix)
     # Searched from the magnitudes themselves; the search's result is what goes through 8 bits.
     plain = replace(quantizer, double_quant=False)(matrix)
@@ -73,7 +73,7 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
     Args:
         search: search the scales; else they are the quantizer's own.
     """
-    if _is_rotated(quantizer):
+    if is_rotated(quantizer.quant_type):
         return round_rotated(matrix, quantizer, metric)
     scaled = round_by_search(matrix, quantizer, metric) if search else quantizer(matrix)
     if metric.order is None:  # nothing is correlated: the nearest codes are the best
@@ -117,14 +117,10 @@ def round_with_feedback(matrix: Tensor, quantizer: Quantizer, metric: Metric, *,
     )
 
 
-def _is_rotated(quantizer: Quantizer) -> bool:
-    return quantizer.quant_type in SCHEMES and scheme(quantizer.quant_type).rotated
-
-
 def ascending(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor]:
     """What codes read as before scaling, ascending; the codes, uint8 or int8; and the midpoints between levels. Not of
     rotated types: no value of these is a code's alone."""
-    assert quantized.blocksize is None or not scheme(quantized.quant_type).rotated
+    assert not is_rotated(quantized.quant_type)
     if quantized.blocksize is None:
         codes = torch.arange(-127, 128, device=quantized.codes.device)
         levels, labels = codes / 127.0, codes.to(torch.int8)

@@ -144,6 +144,15 @@ def scheme(quant_type: str) -> Scheme:
     return SCHEMES[quant_type]
 
 
+def is_rotated(quant_type: str) -> bool:
+    """Whether that type, "int8" among them, has the codes of rotated rows.
+
+    Raises:
+        CodecError: there is none; lists the known.
+    """
+    return quant_type != "int8" and scheme(quant_type).rotated
+
+
 def codebook(quant_type: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
     """The table of ``quant_type``: float32, (2^memory,), indexed by code. Some depend on ``blocksize``.
 

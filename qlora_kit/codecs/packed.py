@@ -87,8 +87,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x)
-        x = x.to(dtype)
-        return frozen_linear(_Products(self), x, self.bias, dtype)
+        return frozen_linear(_Products(self), x.to(dtype), self.bias, dtype)
 
     @property
     def rotated(self) -> bool:

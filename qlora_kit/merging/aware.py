@@ -73,7 +73,7 @@ def storage_for(
     Raises:
         MergeError: nothing is given, and they are trained for different ones.
     """
-    trained = list(dict.fromkeys(wanted for config in configs if (wanted := config.merged_into) is not None))
+    trained = list(dict.fromkeys(trained_for(configs)))
     if into is None and len(trained) > 1:
         raise MergeError(
             f"into: expected a storage for adapters that are trained to be merged into different ones "

@@ -26,27 +26,30 @@ def chunks(count: int, multiple: int, device: torch.device) -> Iterator[slice]:
     return (slice(begin, min(begin + step, count)) for begin in range(0, count, step))
 
 
-def group_values(table: Tensor, bits: int, *, keep: bool = True) -> Tensor:
-    """(2^n, codes): the values of every number of n bits, from ``table`` (2^bits,).
+def group_values(table: Tensor, bits: int, unit: int | None = None, *, keep: bool = True) -> Tensor:
+    """(2^n, codes): the values of the codes in every number of n bits, from ``table`` (2^memory,): n is ``unit``, and
+    what a value depends on before its own code (``trellis.window``), which is lower in the number.
 
     Args:
+        unit: bits of the codes that are looked up at once; None is those of ``look_up_``.
         keep: remember it; the table must then have values that can be read.
     """
+    unit = unit or _NUMBERS[bits][0]
     if keep and table.device.type == "cpu":
-        return _kept_groups(tuple(table.tolist()), bits, table.dtype)
-    return _groups(table, bits)
+        return _kept_groups(tuple(table.tolist()), bits, unit, table.dtype)
+    return _groups(table, bits, unit)
 
 
-def _groups(table: Tensor, bits: int) -> Tensor:
-    width = _NUMBERS[bits][0]
-    number = torch.arange(2**width, device=table.device)
-    return torch.stack([table[number >> place & 2**bits - 1] for place in range(0, width, bits)], dim=1)
+def _groups(table: Tensor, bits: int, unit: int) -> Tensor:
+    memory = table.numel().bit_length() - 1
+    number = torch.arange(2 ** (memory - bits + unit), device=table.device)
+    return torch.stack([table[number >> place & 2**memory - 1] for place in range(0, unit, bits)], dim=1)
 
 
 @lru_cache(maxsize=32)
-def _kept_groups(levels: tuple[float, ...], bits: int, dtype: torch.dtype) -> Tensor:
+def _kept_groups(levels: tuple[float, ...], bits: int, unit: int, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # it outlives the mode
-        return _groups(torch.tensor(levels, dtype=dtype, device="cpu"), bits)
+        return _groups(torch.tensor(levels, dtype=dtype, device="cpu"), bits, unit)
 
 
 def look_up_(packed: Tensor, bits: int, groups: Tensor, out: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ values of all of them: at 2 bits and a memory of 8 a byte and 6 bits before it g
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ class Windows:
         # Else bytes have codes of two rows, or a number would need bits of two groups before.
         self.in_groups = bits in _GROUPS and width * bits % (8 * size) == 0 and self.before <= 8 * size
         if self.in_groups:
-            self.values = _values(table, bits, keep)
+            self.values = group_values(table, bits, _GROUPS[bits][1], keep=keep)
         else:
             codes = torch.arange(2**bits, dtype=torch.uint8, device=table.device)
             self.values = group_values(codes, bits, keep=keep)
@@ -56,22 +54,3 @@ class Windows:
         for part in range(8 * size // unit):
             number = numbers >> part * unit & 2 ** (unit + self.before) - 1 if size > 1 else numbers
             select_(values, number, places[:, part])
-
-
-def _values(table: Tensor, bits: int, keep: bool) -> Tensor:
-    """(2^(before + unit), codes): the values of all codes in every number."""
-    if keep and table.device.type == "cpu":
-        return _kept(tuple(table.tolist()), bits)
-    return _made(table, bits)
-
-
-def _made(table: Tensor, bits: int) -> Tensor:
-    memory, unit = table.numel().bit_length() - 1, _GROUPS[bits][1]
-    number = torch.arange(2 ** (memory - bits + unit), device=table.device)
-    return torch.stack([table[number >> place & 2**memory - 1] for place in range(0, unit, bits)], dim=1)
-
-
-@lru_cache(maxsize=8)
-def _kept(levels: tuple[float, ...], bits: int) -> Tensor:
-    with torch.inference_mode(False):  # it outlives the mode
-        return _made(torch.tensor(levels, dtype=torch.float32, device="cpu"), bits)
