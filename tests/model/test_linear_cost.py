@@ -7,6 +7,7 @@ through all, the growth from n to 2n modules isn't that from 2n to 3n.
 from __future__ import annotations
 
 import cProfile
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ def switched(lora: LoraModel) -> None:
 
 def calls_in(function: Callable[[], Any], into: list[int]) -> Any:
     profile = cProfile.Profile()
-    result = profile.runcall(function)
+    gc.collect()
+    gc.disable()  # what is collected meanwhile, an earlier model say, makes calls of its own
+    try:
+        result = profile.runcall(function)
+    finally:
+        gc.enable()
     into.append(sum(entry.callcount for entry in profile.getstats()))
     return result
 
@@ -124,4 +130,4 @@ def test_calls_by_peft_names_grow_as_the_modules_do(tmp_path: Path) -> None:
 
 def check_linear(calls: dict[str, list[int]]) -> None:
     for name, (_, small, middle, large) in calls.items():
-        assert large - middle == pytest.approx(middle - small, rel=0.02, abs=100), (name, small, middle, large)
+        assert large - middle == pytest.approx(middle - small, rel=0.01, abs=100), (name, small, middle, large)
