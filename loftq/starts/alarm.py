@@ -13,11 +13,12 @@ English news, before any fine-tune):
 | 2 bits, "aligned", on 32 rows | 0.548 | 0.255 | 2.4 times |
 
 No layer ruins it alone: each put into the 16-bit model by itself, at 2 bits by "loftq", adds at most 0.44 to the loss,
-0.011 in the median, and what 84 of them add one by one, scaled up to 210, is what all add together: 5.1. So it
-is the root mean square of all layers that is looked at, and no layer's own error. Once inputs are looked at the
-weights' errors say nothing. A sequential method's errors of outputs are borne where others' aren't: each layer makes up
-for those before it, and the first blocks' are smaller than the mean. But all are measured on the calibration text, and
-on little of it (8 rows are 1.3 tokens for each input of the widest layer) that is fitted rather than the model.
+0.011 in the median. What 84 of them (most of early blocks, so no fair sample) add one by one, scaled up to 210, comes
+to what all add together, 5.1. So it is the root mean square of all layers that is looked at, and no layer's own error.
+Once inputs are looked at the weights' errors say nothing. A sequential method's errors of outputs are borne where
+others' aren't: each layer makes up for those before it, and the first blocks' are smaller than the mean. But all are
+measured on the calibration text, and on little of it (8 rows are 1.3 tokens for each input of the widest layer) that is
+fitted rather than the model.
 """
 
 from __future__ import annotations
