@@ -9,19 +9,22 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 # tests from another, in the order of the files, so that few fixtures are made twice.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test check zoo gpu bench lint format clean
+.PHONY: demo test check zoo engines gpu bench lint format clean
 
 demo: $(VENV)/.installed  ## the whole job on the reference model; ARGS="--model NAME" for another
 	$(BIN)/qlora-kit demo $(ARGS)
 
-test: lint  ## lint, types, all tests but the zoo
+test: lint  ## lint, types, all tests but the zoo and the engines
 	$(PYTEST) $(ARGS)
 
 check: lint  ## lint, types, layering, quick tests
-	$(PYTEST) -m "not slow and not zoo and not cuda" $(ARGS)
+	$(PYTEST) -m "not slow and not zoo and not engines and not cuda" $(ARGS)
 
 zoo: $(VENV)/.installed-test  ## every architecture through a whole life: minutes
 	$(PYTEST) -m zoo $(ARGS)
+
+engines: $(VENV)/.installed-test  ## every engine, base and world size in several processes: minutes
+	$(PYTEST) -m engines $(ARGS)
 
 gpu:  ## with a GPU, in PYTHON as it stands, in 8 minutes: tests marked cuda, times, memory; ARGS="--minutes 5"
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(ARGS)

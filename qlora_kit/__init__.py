@@ -23,9 +23,9 @@ from .layers import AdapterLayer, register_layer, set_branch
 from .merging.in_memory import merge
 from .merging.report import MergeReport
 from .model.lora_model import LoraModel, apply_lora
-from .preparation.gradients import check_gradients
-from .preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
-from .preparation.quantize import quantize_
+from .training.preparation.gradients import check_gradients
+from .training.preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
+from .training.preparation.quantize import quantize_
 
 __version__ = "0.1.0"
 

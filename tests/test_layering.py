@@ -24,11 +24,11 @@ codecs naming
 checkpoints lowrank
 config layers
 injection hf_quantizer
-initializers algebra preparation training
+initializers algebra training.preparation training
 adapter_files
 merging
 model
-folders compat training.planner
+folders compat training.planner distributed
 qlora_kit
 loftq.methods
 loftq.inputs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaModel
 
-from qlora_kit.preparation.kbit import memory_bill
+from qlora_kit.training.preparation.kbit import memory_bill
 
 from .clock import Run, interleaved, peak_bytes
 from .models import Variant, variants, why_not

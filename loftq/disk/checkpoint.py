@@ -30,7 +30,7 @@ from qlora_kit.injection.heads import head_of_task, saved_names
 from qlora_kit.injection.ranks import lowered
 from qlora_kit.injection.targets import resolve_saved
 from qlora_kit.naming import Tree
-from qlora_kit.preparation.quantize import DENSE_LINEARS
+from qlora_kit.training.preparation.quantize import DENSE_LINEARS
 
 from ..starts.kept_dense import kept_dense
 from ..starts.startable import DENSE

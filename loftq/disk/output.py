@@ -9,7 +9,7 @@ from qlora_kit.adapter_files.folder import PREFIX
 from qlora_kit.checkpoints.quantized_tensors import PARTS
 from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.injection.engine import PlanEntry
-from qlora_kit.preparation.quantize import in_bitsandbytes
+from qlora_kit.training.preparation.quantize import in_bitsandbytes
 
 from ..starts.options import module_bytes, storage_of
 from .checkpoint import Checkpoint, StoredTensor

@@ -20,7 +20,7 @@ from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.initializers import Request, Start
 from qlora_kit.injection.read_past import ReadPast
 from qlora_kit.naming import Tree
-from qlora_kit.preparation.quantize import DENSE_LINEARS, in_bitsandbytes
+from qlora_kit.training.preparation.quantize import DENSE_LINEARS, in_bitsandbytes
 
 
 @dataclass(frozen=True)

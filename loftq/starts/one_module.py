@@ -32,7 +32,7 @@ from qlora_kit.config.lora import LoftQConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.initializers import Request, Start
 from qlora_kit.lowrank import delta, norm
-from qlora_kit.preparation.quantize import linear_holding
+from qlora_kit.training.preparation.quantize import linear_holding
 
 from ..inputs.groups import Seen
 from ..methods.alignment import damping_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_kit.errors import TargetError
 from qlora_kit.initializers import Request
-from qlora_kit.preparation.quantize import DENSE_LINEARS
+from qlora_kit.training.preparation.quantize import DENSE_LINEARS
 
 # Codecs of modules whose weight is not quantized yet.
 DENSE = (*DENSE_LINEARS, "embedding")

@@ -18,8 +18,8 @@ from ..config.loftq import DEFAULT_TYPES
 from ..injection.engine import make_plan
 from ..merging.in_memory import merge
 from ..model.lora_model import LoraModel, apply_lora
-from ..preparation.kbit import memory_bill, prepare_model_for_kbit_training
-from ..preparation.quantize import quantize_
+from ..training.preparation.kbit import memory_bill, prepare_model_for_kbit_training
+from ..training.preparation.quantize import quantize_
 from .models import Source, pick_device, quiet
 from .results import FineTune, Generation, Merged, Reload, Result
 from .settings import BLOCKSIZE, DOUBLE_QUANT, Settings

@@ -42,7 +42,7 @@ class Adapted:
         backbones: fingerprints of the quantized bases that LoftQ adapters were started on, by adapter.
         plan: what was done for the adapter added last.
         words: rows of the input embeddings when the model was wrapped; None where it has no such table.
-        marks: what trainers had put on the model before the adapters came; see ``preparation.trainers``.
+        marks: what trainers had put on the model before the adapters came; see ``training.preparation.trainers``.
         trained_before: names of the parameters that may be trained once no adapter is left.
     """
 

@@ -22,7 +22,7 @@ from ..injection.adapted import Adapted
 from ..injection.engine import with_hooks_of
 from ..injection.read_past import ReadPast
 from ..layers import Rounding
-from ..preparation.quantize import linear_holding
+from ..training.preparation.quantize import linear_holding
 from .base_choice import quantized_modules
 from .task import MergeTask, storage_name
 

@@ -30,8 +30,8 @@ from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..layers.rescaled import at_full_size_
 from ..naming import unwrapped
-from ..preparation.float32 import release_from_float32_
-from ..preparation.trainers import leave_training_
+from ..training.preparation.float32 import release_from_float32_
+from ..training.preparation.trainers import leave_training_
 from .advice import refusal
 from .agreement import record
 from .aware import departures_in, storage_for, trained_for, warning_of

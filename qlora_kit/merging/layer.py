@@ -23,7 +23,7 @@ from ..injection.engine import Injection, swap_, with_hooks_of
 from ..layers import AdapterLayer
 from ..lowrank import add_product_
 from ..naming import Tree, every_module
-from ..preparation.quantize import linear_holding
+from ..training.preparation.quantize import linear_holding
 from .base_choice import base_weight, grid_of
 from .fidelity import LayerFidelity, check_finite, checked_cast, compare, norms_of
 from .requantize import Grid, Rounded, rounded

@@ -16,7 +16,7 @@ from ..errors import MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Injection, swap_
 from ..naming import StandIn, Tree, base_of, every_module, module_at
-from ..preparation.float32 import held_in_float32
+from ..training.preparation.float32 import held_in_float32
 from .fidelity import checked_cast
 from .task import MergeTask
 from .unsaved_buffers import of_another_dtype

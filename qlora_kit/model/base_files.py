@@ -20,7 +20,7 @@ from ..errors import AdapterError
 from ..injection.adapted import STANDING_IN, Adapted
 from ..layers.rescaled import at_full_size_
 from ..naming import StandIn, canonical, unwrapped
-from ..preparation.float32 import held_in_float32
+from ..training.preparation.float32 import held_in_float32
 from .of_transformers import tie_base_
 
 _SAVE = "save_pretrained"

@@ -24,7 +24,7 @@ from ..layers.rescaled import at_full_size_
 from ..merging.aware import make_aware_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
-from ..preparation.trainers import leave_training_
+from ..training.preparation.trainers import leave_training_
 from .base_files import guard_methods_, record_start_
 
 

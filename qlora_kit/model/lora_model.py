@@ -26,8 +26,8 @@ from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
-from ..preparation.kbit import count_parameters
-from ..preparation.trainers import marks_of
+from ..training.preparation.kbit import count_parameters
+from ..training.preparation.trainers import marks_of
 from .combining import add_weighted_adapter
 from .hub import push_to_hub
 from .keywords import as_names, check_save_keywords

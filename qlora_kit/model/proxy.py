@@ -26,7 +26,7 @@ from ..config.checks import check_model
 from ..errors import AdapterError, CodecError
 from ..injection.ties import end_tables
 from ..layers import AdapterLayer
-from ..preparation.trainers import drop_forwards_
+from ..training.preparation.trainers import drop_forwards_
 from .keywords import without_peft_keywords
 from .replaced import chain, decorated, settings_of
 from .row_adapters import call_with_rows

@@ -8,6 +8,7 @@ Nothing here knows ``LoraModel``: it works on bare models, on models with adapte
 - ``loss_probe``: whether a model's chunked loss is its own
 - ``offload``: ``offload_activations``, which wait for the backward on the CPU
 - ``hooked``: what hooks on a module do until they are removed, as both of these
+- ``preparation/``: a model made ready for k-bit training, and checked
 - ``optimizers/``: LoRA+, LoRA-FA, optimizers by name
 - ``planner/``: what memory a training run takes, before it
 """

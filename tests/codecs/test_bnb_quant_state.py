@@ -15,7 +15,7 @@ from qlora_kit.codecs.bnb import linear_of_codes, quantize_linear
 from qlora_kit.codecs.codebooks import codebook
 from qlora_kit.codecs.quantized import BNB_BLOCKSIZES, Quantizer, quantize_matrix
 from qlora_kit.errors import CodecError
-from qlora_kit.preparation.quantize import linear_holding
+from qlora_kit.training.preparation.quantize import linear_holding
 
 # Rows and numbers of blocks that are whole and not, odd counts of codes, more than 256 scales.
 SHAPES = [(32, 64), (37, 96), (33, 31), (5, 7), (1, 1), (3, 21), (40, 513)]

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 from qlora_kit import LoraConfig, MergeError, StorageError, apply_lora, merge, prepare_model_for_kbit_training
 from qlora_kit.errors import ConfigError
 from qlora_kit.merging.agreement import _divergence
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 IDS = torch.randint(1, 128, (3, 7), generator=torch.Generator().manual_seed(4))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 NOT_TRIED = "With statistics=TEXT rounding='error-feedback' may keep more (not tried: it looks at the inputs)."
 

@@ -21,7 +21,7 @@ from loftq.methods.rounding import round_by_search, round_with_feedback
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, MergeError, StorageError, apply_lora, merge
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantizer
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 IDS = torch.randint(1, 128, (3, 10), generator=torch.Generator().manual_seed(2))
 TARGETS = ["q_proj", "down_proj"]

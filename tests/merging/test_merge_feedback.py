@@ -23,7 +23,7 @@ from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantized
 from qlora_kit.merging.requantize import Grid, rounded
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 SMALL = 0.01
 STORAGES = ["nf4", "nf4-double", "packed-nf3", "packed-affine3-double"]

@@ -12,7 +12,7 @@ from torch import nn
 from qlora_kit import LoraConfig, LoraModel, apply_lora, merge
 from qlora_kit.checkpoints import spill
 from qlora_kit.codecs import blockwise, packing, pieces
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 WIDTH = 512
 WEIGHT = 4 * WIDTH**2

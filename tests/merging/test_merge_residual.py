@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit import LoraConfig, LoraModel, MergeError, StorageError, apply_lora, merge
 from qlora_kit.hf_quantizer import record_quantization_
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 # float32 sums of some 6,000 entries; relative to a small delta half a digit less.
 FLOAT32 = 3e-5

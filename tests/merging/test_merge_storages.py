@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit import LoraConfig, LoraModel, MergeError, apply_lora, merge
 from qlora_kit.codecs import codec_for
 from qlora_kit.codecs.quantized import Quantizer
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 # float32 sums in another order, relative to weights of order 0.1.
 FLOAT32 = 2e-7

@@ -23,7 +23,7 @@ from qlora_kit.codecs.packed import PackedCodec
 from qlora_kit.hf_quantizer import record_quantization_
 from qlora_kit.merging import in_memory as merging
 from qlora_kit.merging import layer as merge_layer
-from qlora_kit.preparation.quantize import quantize_
+from qlora_kit.training.preparation.quantize import quantize_
 
 IDS = torch.randint(1, 128, (2, 6), generator=torch.Generator().manual_seed(2))
 HERE = Path(merging.__file__).parents[1]  # the whole package

@@ -31,7 +31,7 @@ from typing import Any
 from ...config.lora import LoftQConfig
 from ...layers import AdapterLayer as LoraLayer
 from ...model.lora_model import LoraModel
-from ...preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
+from ...training.preparation.kbit import prepare_model_for_int8_training, prepare_model_for_kbit_training
 from ..auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,

@@ -18,7 +18,7 @@ from ...codecs.quantized import Quantizer
 from ...errors import CodecError, ConfigError, MergeError
 from ...merging.fidelity import LayerFidelity, add_delta_, check_finite, checked_cast, compare, norms_of
 from ...merging.requantize import rounded
-from ...preparation.quantize import linear_holding
+from ...training.preparation.quantize import linear_holding
 from .plan import MergePlan, OutputParameter
 
 

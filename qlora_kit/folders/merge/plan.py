@@ -20,7 +20,7 @@ from ...codecs.quantized import Quantizer
 from ...errors import MergeError
 from ...injection.read_past import ReadPast
 from ...merging.task import MergeTask
-from ...preparation.quantize import DENSE_LINEARS
+from ...training.preparation.quantize import DENSE_LINEARS
 from .changes import Change
 from .settings import settings_of
 from .ties import part, settle

@@ -12,7 +12,7 @@ from ...checkpoints.stored_model import StoredModel
 from ...codecs.quantized import Quantizer
 from ...errors import MergeError
 from ...merging.task import MergeTask
-from ...preparation.quantize import in_bitsandbytes
+from ...training.preparation.quantize import in_bitsandbytes
 
 
 def settings_of(

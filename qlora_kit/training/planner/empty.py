@@ -13,14 +13,14 @@ from ...checkpoints.model_folder import empty_model
 from ...compat.neighbours.quieted import quieted
 from ...config.lora import LoraConfig
 from ...model.lora_model import LoraModel, apply_lora
-from ...preparation.kbit import (
+from ..preparation.kbit import (
     NOT_OFFERED,
     Preparation,
     checkpoint_activations_,
     memory_bill,
     prepare_model_for_kbit_training,
 )
-from ...preparation.quantize import quantize_
+from ..preparation.quantize import quantize_
 from .live import LiveBytes
 from .settings import Settings
 

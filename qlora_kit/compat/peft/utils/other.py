@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....layers import ModulesToSave as AuxiliaryTrainingWrapper
 from ....layers import ModulesToSave as ModulesToSaveWrapper
-from ....preparation.kbit import prepare_model_for_kbit_training
+from ....training.preparation.kbit import prepare_model_for_kbit_training
 from ...foreign import foreign
 from .constants import *  # noqa: F403
 from .constants import __all__ as _constants

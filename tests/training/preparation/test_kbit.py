@@ -22,7 +22,7 @@ from qlora_kit import (
     prepare_model_for_int8_training,
     prepare_model_for_kbit_training,
 )
-from qlora_kit.preparation.kbit import is_norm
+from qlora_kit.training.preparation.kbit import is_norm
 
 # -- what is cast and what isn't -----------------------------------------------------------------------------
 

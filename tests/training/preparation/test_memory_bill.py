@@ -10,7 +10,7 @@ from tiny_llama import HIDDEN, INTERMEDIATE, STORAGES, VOCABULARY, adapted, llam
 from torch import nn
 
 from qlora_kit import prepare_model_for_kbit_training, quantize_
-from qlora_kit.preparation.kbit import memory_bill
+from qlora_kit.training.preparation.kbit import memory_bill
 
 
 def test_bill_counts_every_byte_once(llama_dir: Path) -> None:

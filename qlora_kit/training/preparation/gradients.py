@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
-from ..injection.buffers import buffers_kept
-from ..layers import AdapterLayer, ModulesToSave
+from ...errors import AdapterError
+from ...injection.buffers import buffers_kept
+from ...layers import AdapterLayer, ModulesToSave
 
 
 @dataclass(frozen=True)

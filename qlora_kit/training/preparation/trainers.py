@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..injection.adapted import Adapted
+from ...injection.adapted import Adapted
 from .kbit import asks_input_gradients, checkpoints, leave_preparation_, stop_checkpointing_
 
 

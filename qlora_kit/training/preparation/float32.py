@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs import registered_codec
-from ..layers.saved import whole_copy_dtype
+from ...codecs import registered_codec
+from ...layers.saved import whole_copy_dtype
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..codecs import codec_for
-from ..codecs.packed import pack_linear
-from ..codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
-from ..config.checks import failure
-from ..config.loftq import DEFAULT_TYPES
-from ..config.lora import LoraConfig
-from ..errors import CodecError, TargetError
-from ..injection.engine import Injection, PlanEntry, make_plan, swap_, with_hooks_of
-from ..injection.read_past import ReadPast
-from ..injection.ties import refuse_tied
-from ..naming import Tree, module_at
+from ...codecs import codec_for
+from ...codecs.packed import pack_linear
+from ...codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
+from ...config.checks import failure
+from ...config.loftq import DEFAULT_TYPES
+from ...config.lora import LoraConfig
+from ...errors import CodecError, TargetError
+from ...injection.engine import Injection, PlanEntry, make_plan, swap_, with_hooks_of
+from ...injection.read_past import ReadPast
+from ...injection.ties import refuse_tied
+from ...naming import Tree, module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
 DENSE_LINEARS = ("dense", "conv1d")
@@ -78,7 +78,7 @@ def quantize_(
             for path in (entry.path, *entry.aliases):
                 swap_(model, path, with_hooks_of(base, new), undo)
         if hasattr(type(model), "save_pretrained"):
-            from ..hf_quantizer import record_quantization_
+            from ...hf_quantizer import record_quantization_
 
             record_quantization_(model)
     except BaseException:
@@ -125,7 +125,7 @@ def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = Fals
 def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
     if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
         return pack_linear(linear, quantized)
-    from ..codecs.bnb import linear_of_codes, linear_of_codes_int8
+    from ...codecs.bnb import linear_of_codes, linear_of_codes_int8
 
     return (linear_of_codes_int8 if quantized.blocksize is None else linear_of_codes)(linear, quantized)
 

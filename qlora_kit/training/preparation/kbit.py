@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..codecs import Codec, protect_storage_, registered_codec
-from ..errors import AdapterError
-from ..injection.read_past import ReadPast
-from ..layers import AdapterLayer, ModulesToSave
-from ..naming import Tree
+from ...codecs import Codec, protect_storage_, registered_codec
+from ...errors import AdapterError
+from ...injection.read_past import ReadPast
+from ...layers import AdapterLayer, ModulesToSave
+from ...naming import Tree
 from .float32 import held_in_float32, hold_in_float32_, release_from_float32_
 
 NOT_OFFERED = "not offered by the model"

@@ -1,0 +1,5 @@
+"""More than one process: what each engine needs of a model with adapters, and what it holds, gathered.
+
+The engines are torch's, DeepSpeed's and accelerate's own; nothing here trains. It works on ``LoraModel`` from above,
+and nothing below may know it.
+"""
