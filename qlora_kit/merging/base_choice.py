@@ -24,10 +24,10 @@ from .agreement import Batches, mean_loss
 from .requantize import Grid
 
 
-def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_modules(model: nn.Module | Tree) -> dict[str, nn.Module]:
     """Every module of ``model`` that holds a quantized weight, under adapters too, by its first path without them."""
     found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in Tree(model).modules.items():
+    for path, module in Tree.of(model).modules.items():
         base = base_of(module)
         codec = find_codec(base)
         if codec is not None and codec.quantizer(base) is not None:

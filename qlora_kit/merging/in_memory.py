@@ -182,7 +182,7 @@ def _carried_out(
     root = adapted.root
     keep_state_(face, adapted, undo)
     _show_buffers_(adapted, task.parts, undo)
-    with adapted.mapped():
+    with adapted.mapped() as tree:
         layers, saved = adapted.layers(), adapted.saved_modules()
         if adapted.disabled:
             for path in adapted.set_aside:
@@ -190,11 +190,12 @@ def _carried_out(
             switch_on_(adapted)
             adapted.buffers.show_(root, list(task.parts))
         check_consumed(adapted, task.parts, layers, saved)
+        tied, paths, changed = tied_by_adapters(adapted, task.parts), tree.paths, bool(saved)
     for layer in layers.values():
         _set_aside_(layer, spill, undo)
     _leave_biases_(adapted, task)
     with _as_merged([*layers.values()], [*saved.values()], task.parts):
-        kbit = quantized_modules(root)
+        kbit = quantized_modules(tree)
         dense = set(ReadPast(root).dense()) if task.quantizes else set()
         wanted = [path for path, layer in layers.items() if task.rounds(layer, stays_dense=path in dense)]
         if not wanted and (task.rounding != "nearest" or task.residual_rank):
@@ -224,13 +225,12 @@ def _carried_out(
         residual_rank=task.residual_rank,
         trained=task.trained,
     )
-    del saved
-    merger = Merger(root, task, task.original if chosen == "original" else None, moments, spill, undo, dense)
-    tied = tied_by_adapters(adapted, task.parts)
-    paths = list(layers)
-    for path in tqdm(paths, desc="merging", disable=not progressbar):
+    del saved, tree
+    merger = Merger(root, paths, task, task.original if chosen == "original" else None, moments, spill, undo, dense)
+    for path in tqdm(list(layers), desc="merging", disable=not progressbar):
         report.layers += merger.adapted(path, layers.pop(path))
-    put_trained_copies_(adapted, task, undo)
+    if changed:
+        put_trained_copies_(adapted, task, undo)
     merger.others()
     if task.dtype is not None:
         cast_rest_(root, task.dtype, spill, undo)

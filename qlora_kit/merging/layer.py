@@ -37,6 +37,7 @@ class Merger:
 
     Args:
         root: the model, adapter layers inside.
+        paths: of its tree, without the modules in that, whose memory is to be freed one by one.
         original: the folder of the weights to add to; None adds to the dequantized ones.
         moments: second moments of inputs, by path.
         dense: paths of modules that few bits would break, as their weights are read past them; these aren't quantized.
@@ -49,6 +50,7 @@ class Merger:
     def __init__(
         self,
         root: nn.Module,
+        paths: Mapping[int, list[str]],
         task: MergeTask,
         original: Path | None,
         moments: Mapping[str, Tensor],
@@ -60,7 +62,7 @@ class Merger:
         self.spill, self.undo, self.dense = spill, undo, dense
         self.rounded: set[str] = set()
         self.residuals: dict[str, Factors] = {}
-        self._paths = Tree(root).paths  # without its modules, whose memory is to be freed one by one
+        self._paths = paths
         self._holders: dict[int, int] = {}
         for module in every_module(root):
             for parameter in module._parameters.values():

@@ -95,6 +95,8 @@ def refit_(block: nn.Module) -> None:
     """Have ``block``, one of whose children has changed, compute by its form, or as its type does where it has none."""
     own: Any = vars(block).get("forward")
     ours = isinstance(own, partial) and own.func is _forward
+    if ours and _fits_still(*own.args):
+        return
     form = form_of(block) if own is None or ours else None
     if form is not None:
         settings = Settings.of(block, block._modules[form.activation])
@@ -103,6 +105,19 @@ def refit_(block: nn.Module) -> None:
     elif ours:
         for name in _OURS:
             vars(block).pop(name, None)
+
+
+def _fits_still(block: nn.Module, form: Form, settings: Settings) -> bool:
+    """Whether the linears of ``block`` are in number, place and shape what ``form`` was found with, and its last one an
+    adapter: looking for it again, which looks into configurations, would find the same."""
+    modules = block._modules
+    linears = [name for name, child in modules.items() if _is_linear(child)]
+    if {*linears} != {form.down, *form.first} or not isinstance(modules[form.down], AdapterLayer):
+        return False
+    shapes = {name: _shape(modules[name]) for name in linears}
+    return settings.hold(block, modules.get(form.activation)) and form in _candidates(
+        shapes, [form.down], form.activation
+    )
 
 
 def form_of(block: nn.Module) -> Form | None:
@@ -116,6 +131,8 @@ def form_of(block: nn.Module) -> Form | None:
     if len(linears) not in (2, 3) or len(active) != 1 or not _is_activation(others[active[0]]):
         return None
     down = [name for name, child in linears.items() if isinstance(child, AdapterLayer)]
+    if not down:
+        return None
     shapes = tuple((name, _shape(child)) for name, child in linears.items())
     activation: Any = children[active[0]]
     try:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...codecs import registered_codec
 from ...layers.saved import whole_copy_dtype
+from ...naming import every_module
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -68,7 +69,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def release_from_float32_(model: nn.Module) -> None:
     """Take the casts around modules held in float32 off again, once the model computes in one dtype."""
-    for module in model.modules():
+    for module in every_module(model):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(hook, "func", None) in (_cast_inputs, _cast_output):

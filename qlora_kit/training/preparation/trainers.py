@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ...injection.adapted import Adapted
+from ...naming import every_module
 from .kbit import asks_input_gradients, checkpoints, leave_preparation_, stop_checkpointing_
 
 
@@ -41,7 +42,7 @@ def drop_forwards_(model: nn.Module, marks: Marks) -> None:
     class, which is torch.compile's wrapper, and one that a codec of ours put right.
     """
     before = {id(module): forward for module, forward in marks.forwards}
-    for module in model.modules():
+    for module in every_module(model):
         own = vars(module)
         if "forward" not in own or _belongs(module, own["forward"]):
             continue
@@ -53,7 +54,7 @@ def drop_forwards_(model: nn.Module, marks: Marks) -> None:
 
 
 def _gradient_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
-    for module in model.modules():
+    for module in every_module(model):
         for key, hook in module._forward_hooks.items():
             if getattr(hook, "__name__", "") == "make_inputs_require_grads":
                 yield module, key
