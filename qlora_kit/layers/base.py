@@ -15,6 +15,7 @@ the codec's (out, in) delta. Attribute and parameter names are PEFT's, and so ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -83,6 +84,15 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s * B (A dropout(x)) for adapter ``name``, in the adapter's dtype."""
+        raise NotImplementedError
+
+    def stacked_factors(self, names: Sequence[str]) -> Any:
+        """What ``stacked_branches`` needs to compute those of ``names`` in one; None where they are called each by
+        itself, which a family needn't change."""
+        return None
+
+    def stacked_branches(self, x: Tensor, *factors: Any) -> Tensor:
+        """The branches of several adapters, each of its own part of ``x`` (adapters, inputs, in)."""
         raise NotImplementedError
 
     # -- the life of an adapter --------------------------------------------------------------------------

@@ -122,13 +122,35 @@ class LinearAdapter(AdapterLayer):
         narrow = _product(A, x)
         return _product(B, narrow if scale is None else narrow * scale)
 
+    def stacked_factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Any] | None:
+        """A (adapters, in, r), B (adapters, r, out) and the scaling, or several (adapters, 1, 1)."""
+        parts: Any = self._modules
+        As, Bs, dropouts = ([parts[part]._modules[name] for name in names] for part in _PARTS)
+        if any(isinstance(d, nn.Dropout) and d.training for d in dropouts) or not all(map(_plain, (*As, *Bs))):
+            return None
+        if len({(factor.weight.shape, factor.weight.dtype) for factor in As}) > 1:
+            return None
+        A, B = (torch.stack([factor.weight for factor in factors]).mT for factors in (As, Bs))
+        scalings = [self.scaling[name] for name in names]
+        same = len(set(scalings)) == 1  # a number needs no way to the device
+        return A, B, scalings[0] if same else A.new_tensor(scalings).view(-1, 1, 1)
+
+    def stacked_branches(self, x: Tensor, *factors: Any) -> Tensor:
+        A, B, scaling = factors
+        return torch.bmm(torch.bmm(self.cast_input(x, A.dtype), A) * scaling, B)
+
 
 _PARTS = ("lora_A", "lora_B", "lora_dropout")
 
 
+def _plain(factor: Any) -> bool:
+    """Whether it is nobody's concern if ``factor`` is called, or its weight is multiplied with."""
+    return type(factor) is nn.Linear and not watched(factor) and "forward" not in vars(factor)
+
+
 def _product(factor: Any, x: Tensor) -> Tensor:
     """``factor(x)``, called as a function where nobody could see the difference."""
-    if type(factor) is nn.Linear and not watched(factor) and "forward" not in vars(factor):
+    if _plain(factor):
         weight = factor._parameters.get("weight")
         return F.linear(x, factor.weight if weight is None else weight)  # a replica's is no parameter of its own
     product: Tensor = factor(x)

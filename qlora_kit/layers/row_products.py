@@ -2,7 +2,8 @@
 
 The base is computed once for all rows, and each adapter's branch once, for the rows that are its own, and added to
 these in place. So four adapters in a batch cost the products of one, and no adapter's numbers meet another's rows: were
-all factors stacked into one product, and what isn't a row's own masked out, a NaN of one would be everybody's.
+all factors one matrix, and what isn't a row's own masked out, a NaN of one would be everybody's. Where as many rows go
+through each, a family may compute its branches in one batched product, whose parts don't meet either.
 
 A trained copy of a module is called with the rows that are its adapter's; what the copies give is put together.
 """
@@ -27,19 +28,25 @@ __all__ = ["call_by_rows", "forward_by_rows", "no_one_weight", "rows_of", "weigh
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
-def add_branches_(
-    result: Tensor, x: Tensor, groups: Mapping[str, Where], branch: Callable[[Tensor, str], Tensor]
-) -> Tensor:
-    """Add to ``result`` (rows, ...) at each adapter's places what ``branch(x[places], name)`` gives for ``x`` (rows,
-    ...); to those of ``BASE`` nothing."""
+def add_branches_(result: Tensor, x: Tensor, groups: Mapping[str, Where], layer: Any) -> Tensor:
+    """Add to ``result`` (rows, ...) at each adapter's places what its branch of ``layer`` gives for those of ``x``
+    (rows, ...); to those of ``BASE`` nothing."""
     for name, where in groups.items():
-        if name == BASE:
-            continue
-        if isinstance(where, slice):
-            result[where].add_(branch(x[where], name).to(result.dtype))
-        else:
-            result.index_add_(0, where, branch(x.index_select(0, where), name).to(result.dtype))
+        if name != BASE:
+            _add_(result, where, layer.branch(_picked(x, where), name))
     return result
+
+
+def _picked(x: Tensor, where: Where) -> Tensor:
+    return x[where] if isinstance(where, slice) else x.index_select(0, where)
+
+
+def _add_(result: Tensor, where: Where, part: Tensor) -> None:
+    part = part.to(result.dtype)
+    if isinstance(where, slice):
+        result[where].add_(part)
+    else:
+        result.index_add_(0, where, part)
 
 
 @left_to_python
@@ -55,7 +62,13 @@ def forward_by_rows(layer: Any, rows: Rows, x: Tensor, *args: Any, **kwargs: Any
             f"{layer.merged_adapters} merged into it; call unmerge_adapter() first"
         )
     groups = rows.where(layer, x, () if layer.disable_adapters else layer.r)
-    return add_branches_(layer.codec.forward(layer.base_layer, x, *args, **kwargs), x, groups, layer.branch)
+    result = layer.codec.forward(layer.base_layer, x, *args, **kwargs)
+    if (even := rows.side_by_side(groups)) is not None and (factors := layer.stacked_factors(even.names)) is not None:
+        own = _picked(x, even.where)
+        part = layer.stacked_branches(own.reshape(len(even.names), -1, own.shape[-1]), *factors)
+        _add_(result, even.where, part.view(*own.shape[:-1], -1))
+        return result
+    return add_branches_(result, x, groups, layer)
 
 
 def weight_by_rows(layer: Any, rows: Rows) -> Tensor:

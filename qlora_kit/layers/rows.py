@@ -9,7 +9,9 @@ have one adapter, nothing has to be told apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +25,14 @@ BASE = "__base__"
 KEYWORD = "adapter_names"
 #: Places among a layer's inputs: those next to each other as a slice, which copies nothing.
 Where = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Even:
+    """Adapters that equally many inputs go through, and the places of these, one adapter's after the other's."""
+
+    names: tuple[str, ...]
+    where: Where
 
 
 class Rows:
@@ -51,6 +61,7 @@ class Rows:
         self.lengths = set() if lengths is None else lengths
         self.path_of = path_of
         self._where: dict[Any, dict[str, Where]] = {}
+        self._even: dict[int, Even | None] = {}  # by the id of one of these
 
     def own(self, names: Container[str]) -> tuple[str, ...]:
         """For each row its adapter, or ``BASE`` where that isn't one of ``names``."""
@@ -75,6 +86,14 @@ class Rows:
         if key not in self._where:
             self._where[key] = {name: _places(own, *key[1:], name) for name in dict.fromkeys(own)}
         return self._where[key]
+
+    def side_by_side(self, groups: Mapping[str, Where]) -> Even | None:
+        """``groups``, what ``where`` gave, as one; None where they aren't of one size, or it is a single one."""
+        if len(groups) == 1:
+            return None
+        if id(groups) not in self._even:
+            self._even[id(groups)] = _even({name: where for name, where in groups.items() if name != BASE})
+        return self._even[id(groups)]
 
     def repeats(self, layer: Any, x: Tensor) -> int:
         """How many of ``layer``'s inputs ``x`` stand for one row of the batch; see ``where``."""
@@ -109,6 +128,19 @@ def _places(own: Sequence[str], repeats: int, device: torch.device, name: str) -
         return slice(rows[0] * repeats, (rows[-1] + 1) * repeats)
     first = torch.tensor(rows, device=device)[:, None] * repeats
     return (first + torch.arange(repeats, device=device)).flatten()
+
+
+def _even(groups: Mapping[str, Where]) -> Even | None:
+    sizes = {w.stop - w.start if isinstance(w, slice) else len(w) for w in groups.values()}
+    if len(groups) < 2 or len(sizes) != 1:
+        return None
+    slices = [w for w in groups.values() if isinstance(w, slice)]
+    joined = len(slices) == len(groups) and all(one.stop == other.start for one, other in pairwise(slices))
+    if joined:
+        return Even((*groups,), slice(slices[0].start, slices[-1].stop))
+    device = next((w.device for w in groups.values() if isinstance(w, Tensor)), None)
+    parts = [torch.arange(w.start, w.stop, device=device) if isinstance(w, slice) else w for w in groups.values()]
+    return Even((*groups,), torch.cat(parts))
 
 
 def checked(names: Any) -> list[str]:

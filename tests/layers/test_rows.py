@@ -12,6 +12,7 @@ from adapted_layers import adapt
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from reference import branches as ref
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit import AdapterError, AdapterLayer, LoraConfig, LoraModel, apply_lora, quantize_
@@ -23,6 +24,8 @@ DIFFERENCE = 1e-5
 # By places: rows of an adapter apart, together, one without any, and one whose adapter this layer lacks.
 NAMES = ("a1", "a0", "__base__", "a1", "a0", "elsewhere")
 TOGETHER = ("a0", "a0", "a0", "a1", "a1", "__base__")
+# As many rows of each, so one batched product has all.
+EVEN = ("__base__", "a0", "a0", "a1", "a1", "elsewhere")
 
 
 def packed(bits: int) -> nn.Module:
@@ -62,13 +65,19 @@ def assert_same(found: Tensor, expected: np.ndarray, tolerance: float = DIFFEREN
     assert np.abs(ref.array(found) - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("names", [NAMES, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize(
+    ("names", "config"),
+    [(NAMES, {}), (TOGETHER, {}), (NAMES, {"r": 4}), (EVEN, {"r": 4, "lora_alpha": 6}), (TOGETHER, {"r": 4})],
+    ids=["apart", "together", "apart, one rank", "even, one rank and scaling", "together, one rank"],
+)
 @pytest.mark.parametrize("shape", [(6, 64), (6, 5, 64)], ids=["vectors", "words"])
 @pytest.mark.parametrize("storage", LINEARS)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-def test_a_linear_on_every_storage(storage: str, shape: tuple[int, ...], names: tuple[str, ...]) -> None:
+def test_a_linear_on_every_storage(
+    storage: str, shape: tuple[int, ...], names: tuple[str, ...], config: dict[str, Any]
+) -> None:
     """Called on its own with PEFT's keyword, and within a model's call; what isn't a row's own adds nothing to it."""
-    lora, layer = adapt(LINEARS[storage](), adapters=2, fan_in_fan_out=storage == "transposed")
+    lora, layer = adapt(LINEARS[storage](), adapters=2, fan_in_fan_out=storage == "transposed", **config)
     lora.eval()
     dtype = torch.bfloat16 if storage == "bfloat16" else torch.float32
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -86,9 +95,26 @@ def test_a_linear_on_every_storage(storage: str, shape: tuple[int, ...], names: 
     assert torch.equal(found[silent], off[silent])
 
 
+def calls_of(function: Callable[[], object], name: str) -> int:
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        function()
+    return sum(event.name == name for event in seen.events())
+
+
+def test_adapters_with_as_many_rows_are_multiplied_with_in_one() -> None:
+    lora, layer = adapt(nn.Linear(7, 5), adapters=2, r=3)
+    lora.eval()
+    x = torch.randn(6, 7)
+    assert calls_of(lambda: layer(x, adapter_names=list(NAMES)), "aten::bmm") == 2
+    assert calls_of(lambda: layer(x, adapter_names=list(TOGETHER)), "aten::bmm") == 0
+    layer.lora_A["a0"].register_forward_hook(lambda *_: None)  # who listens is called
+    assert calls_of(lambda: layer(x, adapter_names=list(NAMES)), "aten::bmm") == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"r": 3}], ids=["two ranks", "one rank"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_reach_each_adapter_from_its_own_rows_only(dtype: torch.dtype) -> None:
-    lora, layer = adapt(nn.Linear(7, 5).to(dtype), adapters=2)
+def test_gradients_reach_each_adapter_from_its_own_rows_only(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    lora, layer = adapt(nn.Linear(7, 5).to(dtype), adapters=2, **config)
     lora.eval()
     x = torch.randn(6, 3, 7, dtype=dtype, requires_grad=True)
     grad = torch.randn(6, 3, 5, dtype=dtype)
@@ -122,8 +148,9 @@ def test_a_convolution(groups: int) -> None:
     assert_same(layer(x, adapter_names=list(NAMES)), expected)
 
 
-def test_a_broken_adapter_spoils_its_own_rows_only() -> None:
-    _, layer = adapt(nn.Linear(7, 5), adapters=2)
+@pytest.mark.parametrize("config", [{}, {"r": 3}], ids=["two ranks", "one rank"])
+def test_a_broken_adapter_spoils_its_own_rows_only(config: dict[str, Any]) -> None:
+    _, layer = adapt(nn.Linear(7, 5), adapters=2, **config)
     with torch.no_grad():
         layer.lora_A["a1"].weight.fill_(float("nan"))
     found = layer(torch.randn(6, 7), adapter_names=list(NAMES))
