@@ -33,7 +33,7 @@ def aligned(problem: Problem) -> LoftQResult:
 
     The weight that the original model's outputs ask for, V of ``alignment``, takes the weight's place in "cloq", under
     the quantized model's inputs x^; for E ||W x - V' x^||^2 exceeds its least by tr((V - V') R (V - V')^T), V being
-    where it is least. And the rounding leans on the adapter wherever that leaves less. (Aligning first and correcting
+    where it is least. And the rounding leans on the adapter. (Aligning first and correcting
     then is the idea of Align-then-Correct, 2026; the objective is the sequential one of GPTAQ, Li et al. 2025,
     arXiv 2504.02692, in closed form.)
 
@@ -67,14 +67,9 @@ def _target(problem: Problem, statistics: Tensor, cross: Tensor) -> Tensor:
 
 
 def _fed_back(problem: Problem, metric: Metric, *, lean: bool, zero_error: float | None = None) -> LoftQResult:
-    """The start by error feedback under ``metric``; if ``lean``, that which leans on the adapter where it ends with
-    less error. The history is that of the one returned."""
-    found = alternate(problem, metric, feedback_rounding(problem, metric), zero_error=zero_error)
-    if not lean or metric.order is None:
-        return found
-    rounding = feedback_rounding(problem, leaning_metric(problem))
-    leaning = alternate(problem, metric, rounding, zero_error=found.zero_error)
-    return leaning if min(leaning.history) < min(found.history) else found
+    """The start by error feedback under ``metric``, or if ``lean`` under what is left of it once the adapter is there."""
+    steering = leaning_metric(problem) if lean and metric.order is not None else metric
+    return alternate(problem, metric, feedback_rounding(problem, steering), zero_error=zero_error)
 
 
 def feedback_rounding(problem: Problem, metric: Metric) -> Rounding:

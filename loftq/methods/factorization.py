@@ -65,8 +65,8 @@ def factorize(
         factors: where what is made of ``statistics`` and ``cross`` is kept for other weights with the same.
         half: for "aligned": the same moments of about half of the inputs. How far to follow the text is then
             decided on the inputs that it isn't decided from, see ``alignment``.
-        adapter_aware: for "cloq" and "aligned": round so that the adapter takes most of the error back, where that
-            leaves less, see ``leaning``; the quantized weight is then of no use without its adapter. None is the
+        adapter_aware: for "cloq" and "aligned": round so that the adapter takes most of the error back, see
+            ``leaning``; the quantized weight is then of no use without its adapter. None is the
             method's own choice: True for "aligned".
 
     Raises:

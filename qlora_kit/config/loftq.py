@@ -48,9 +48,9 @@ class LoftQConfig:
             other rows for "aligned", and is 0.01 for the other methods.
         scale_search: search the scales of blocks (True), or take them from the largest magnitudes (False); None
             leaves it to the method.
-        adapter_aware: round so that the adapter takes most of the error back (True; for "cloq" and "aligned", layer by
-            layer where it leaves less), or never (False); None leaves it to the method, and "aligned" does. The
-            quantized weights are then of no use without their adapter.
+        adapter_aware: round so that the adapter takes most of the error back (True; for "cloq" and "aligned"), or not
+            (False); None leaves it to the method, and "aligned" does. The quantized weights are then of no use without
+            their adapter.
         bits_pattern: other bits by path, end of a path, or regular expression, as ``rank_pattern``. Where it is
             given, all modules are packed ones, of the types ``MIXED_TYPES``, or of the family of ``quant_type``:
             "trellis2" is then "trellis3" where a module gets 3 bits.
