@@ -67,7 +67,7 @@ def _target(problem: Problem, statistics: Tensor, cross: Tensor) -> Tensor:
 
 
 def _fed_back(problem: Problem, metric: Metric, *, lean: bool, zero_error: float | None = None) -> LoftQResult:
-    """The start by error feedback under ``metric``, or if ``lean`` under what is left of it once the adapter is there."""
+    """The start by error feedback under ``metric``; if ``lean``, rounded under what the adapter leaves of that."""
     steering = leaning_metric(problem) if lean and metric.order is not None else metric
     return alternate(problem, metric, feedback_rounding(problem, steering), zero_error=zero_error)
 
