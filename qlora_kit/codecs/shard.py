@@ -12,7 +12,7 @@ two are told apart by what tensor parallelism leaves on a module that it has pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -34,25 +34,26 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     return any(vars(module).get(mark) for mark in _MARKS)
 
 
-def local_view(module: nn.Module) -> Any:
-    """``module`` as one that has this rank's shard alone: its type and settings, the shard's sizes and memory."""
-    parameters = {name: _local(parameter) for name, parameter in module._parameters.items()}
-    view: Any = object.__new__(type(module))
-    own = {name: value for name, value in vars(module).items() if name not in _LEFT_BEHIND}
-    vars(view).update(own, _parameters=parameters, _buffers=dict(module._buffers))
-    for hooks in [name for name in vars(view) if name.endswith("_hooks") or "_hooks_" in name]:
-        vars(view)[hooks] = type(vars(view)[hooks])()
-    rows, columns = parameters["weight"].shape  # type: ignore[union-attr]
+def resembling(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+    """An object of ``module``'s type and settings with other ``parameters`` and the sizes that these have, without what
+    others have put around its forward."""
+    found: Any = object.__new__(type(module))
+    vars(found).update({name: value for name, value in vars(module).items() if name not in _LEFT_BEHIND})
+    for hooks in [name for name in vars(found) if "_hooks" in name]:
+        vars(found)[hooks] = type(vars(found)[hooks])()
+    vars(found).update(_parameters={**dict.fromkeys(module._parameters), **parameters}, _buffers=dict(module._buffers))
     sizes = ("num_embeddings", "embedding_dim") if isinstance(module, nn.Embedding) else ("out_features", "in_features")
-    vars(view).update(zip(sizes, (rows, columns), strict=True))
-    return view
+    vars(found).update(zip(sizes, parameters["weight"].shape, strict=True))
+    return found
+
+
+def local_view(module: nn.Module) -> Any:
+    """``module`` as one that has this rank's shard alone, in the same memory."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    return resembling(module, {name: getattr(p, "_local_tensor", p) for name, p in own.items()})
 
 
 _LEFT_BEHIND = frozenset({"forward", *_MARKS})
-
-
-def _local(parameter: Any) -> Any:
-    return getattr(parameter, "_local_tensor", parameter)
 
 
 @cache

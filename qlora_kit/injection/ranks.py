@@ -19,7 +19,7 @@ from typing import Any
 from ..codecs import codec_for, find_codec
 from ..config.lora import LoraConfig
 from ..errors import ConfigError
-from ..layers import find_layer_family
+from ..layers import find_layer_family, sharding_of
 from ..naming import Suffixes, Tree, base_of
 from .engine import Plan, PlanEntry, make_plan
 from .targets import shortest_names
@@ -72,7 +72,8 @@ def _patterns(paths: list[str], tree: Tree, targeted: Suffixes) -> list[str]:
 
 def _most(module: Any) -> int:
     base = base_of(module)
-    return min(codec_for(base).shape(base))
+    sharding = sharding_of(base)
+    return min(codec_for(base).shape(base) if sharding is None else sharding.shape)
 
 
 def _check_possible(tree: Tree, rank: int) -> None:

@@ -161,6 +161,10 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         A, B = self.adapter_tensors(name).values()
         return A.flatten(1), B.flatten(1)
 
+    def whole_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """``factors`` of all processes that share this layer, for reading; here they are this one's."""
+        return self.factors(name)
+
     @torch.no_grad()
     def set_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         """Overwrite ``name``'s factors with canonical A (r, in) and B (out, r) of the same rank."""
@@ -171,6 +175,11 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         """s * B @ A as a float32 (out, in) tensor."""
         A, B = self.factors(name)
         return delta(A.detach(), B.detach(), self.scaling[name])
+
+    def factor_parts(self, name: str) -> dict[str, Any]:
+        """Of parameters that are a part of what a file holds, and don't say so themselves as DTensors do: how they are
+        cut (``sharded.Sharding``) and along which dimension, by suffix."""
+        return {}
 
     # -- forward ---------------------------------------------------------------------------------------
 

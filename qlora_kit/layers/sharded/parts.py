@@ -42,18 +42,21 @@ def agreed(sharding: Sharding, whole: Tensor) -> Tensor:
 
 def held(sharding: Sharding, part: Tensor, dim: int | None, size: int) -> Tensor:
     """``part`` as the layer's parameter holds it; ``size`` is the whole's along ``dim``."""
-    if sharding.mesh is None:
-        return part
+    return part if sharding.mesh is None else dtensor_of(part, sharding.mesh, dim, size)
+
+
+def dtensor_of(part: Tensor, mesh: Any, dim: int | None, size: int | None = None) -> Tensor:
+    """The DTensor of which ``part`` is this rank's part along ``dim`` (None: all of it), ``size`` in all, by default
+    equal parts."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    shape = list(part.shape)
-    if dim is not None:
-        shape[dim] = size
-    placement = Replicate() if dim is None else Shard(dim)
+    if dim is None:
+        return DTensor.from_local(part, mesh, [Replicate()], run_check=False)
+    if size is None:
+        return DTensor.from_local(part, mesh, [Shard(dim)], run_check=False)
+    shape = torch.Size([size if n == dim else length for n, length in enumerate(part.shape)])
     stride = torch.empty(shape, device="meta").stride()
-    whole = torch.Size(shape)
-    found: Tensor = DTensor.from_local(part, sharding.mesh, [placement], run_check=False, shape=whole, stride=stride)
-    return found
+    return DTensor.from_local(part, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
 
 
 def is_dtensor(tensor: Any) -> bool:
