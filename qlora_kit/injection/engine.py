@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, CodecError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..layers.fused.blocks import refit_
 from ..layers.sharded.moving import moving_as_
@@ -275,7 +275,7 @@ def _build(
         layer = existing
         injection.on_undo(lambda: layer.delete_adapter(name))
     else:
-        module = base_of(existing) if begun.base is None else _in_place_of(base_of(existing), begun.base)
+        module = base_of(existing) if begun.base is None else _in_place_of(base_of(existing), begun.base, entry.path)
         layer = layer_family_for(module, entry.path)(module)
     layer.add_adapter(
         name,
@@ -294,10 +294,14 @@ def _build(
     return layer
 
 
-def _in_place_of(old: nn.Module, made: nn.Module) -> nn.Module:
+def _in_place_of(old: nn.Module, made: nn.Module, path: str) -> nn.Module:
     """What a start made for ``old``, cut to this rank's part where that is sharded."""
-    sharding = sharding_of(old)
-    return with_hooks_of(old, made if sharding is None else part_of_module(made, sharding))
+    if (sharding := sharding_of(old)) is not None:
+        try:
+            made = part_of_module(made, sharding)
+        except CodecError as error:
+            raise CodecError(f"{path}: {error}") from error
+    return with_hooks_of(old, made)
 
 
 def _start_of(source: AdapterLayer, name: str, entry: PlanEntry) -> Start:
