@@ -25,6 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# What torch calls them since 2.13, and before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def pieces_of(size: int, count: int) -> list[int]:
     """How ``size`` is cut into ``count`` pieces, as ``torch.chunk`` and DTensor do: the last may be short or empty."""
@@ -56,7 +60,7 @@ def joined(x: Tensor, dim: int, group: Any, size: int | None = None) -> Tensor:
         own = torch.cat([own, own.new_zeros(short, *own.shape[1:])])
     own = own.contiguous()
     found = own.new_empty(count * pieces[0], *own.shape[1:])
-    dist.all_gather_into_tensor(found, own, group=group)
+    _all_gather(found, own, group=group)
     if sum(pieces) != len(found):
         found = torch.cat([part[:wanted] for part, wanted in zip(found.chunk(count), pieces, strict=True)])
     return found.transpose(0, dim).contiguous()
@@ -69,7 +73,7 @@ def summed_piece(x: Tensor, dim: int, group: Any) -> Tensor:
         return piece_of(sum_over(x, group), dim, group).contiguous()
     own = x.transpose(0, dim).contiguous()
     found = own.new_empty(len(own) // count, *own.shape[1:])
-    dist.reduce_scatter_tensor(found, own, group=group)
+    _reduce_scatter(found, own, group=group)
     return found.transpose(0, dim).contiguous()
 
 
