@@ -119,6 +119,3 @@ class ShardCodec(Codec):
 
     def multiplier(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
         return self.whole.multiplier(local_view(module), dtype)
-
-    def dense_like(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-        return module  # what is a DTensor is dense

@@ -6,6 +6,7 @@ hold them. What is added to the base's weight, ``factors`` and so ``delta`` and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from ...codecs import Codec
 from ...errors import AdapterError
 from ..base import AdapterLayer
+from .collectives import copy_to_group
 from .parts import agreed, cut, gathered, held, is_dtensor, local
 from .sharding import Form, Sharding, sharding_of
+from .together import all_or_none
 
 
 class ShardedLayer(AdapterLayer):
@@ -81,6 +84,39 @@ class ShardedLayer(AdapterLayer):
         dims = zip(self.adapter_tensors(name), self.sharding.factor_dims, strict=True)
         return {suffix: (self.sharding, dim) for suffix, dim in dims if dim is not None}
 
+    # -- the weight ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge_(self, names: Sequence[str], *, safe: bool = False) -> None:
+        """As of other layers, on all ranks or none."""
+        back = self.way_back()
+        try:
+            with all_or_none(self.base_layer):
+                super().merge_(names, safe=safe)
+        except BaseException:
+            back()
+            raise
+
+    def _weight_in_effect(self) -> Tensor:
+        """As of other layers; where the base's weight is a DTensor so is the sum. Of a factor that every rank has whole
+        a part's gradient is a term."""
+        weight: Any = self.base_layer.weight
+        names = self._in_effect
+        if not is_dtensor(weight) or not names:
+            return super()._weight_in_effect()
+        (cut_A, cut_B), group = self.sharding.factor_dims, self.sharding.group
+        total: Any = 0
+        for name in names:
+            A, B = self.factors(name)
+            A, B = (
+                (A if cut_A is not None else copy_to_group(A, group)),
+                (B if cut_B is not None else copy_to_group(B, group)),
+            )
+            total = total + self.scaling[name] * (B @ A)
+        laid_out = self.codec.laid_out(self.base_layer, total)
+        assert laid_out is not None
+        return self.as_output(weight, (local(weight) + laid_out).to(weight.dtype))
+
     # -- activations ---------------------------------------------------------------------------------------
 
     def as_input(self, x: Tensor) -> tuple[Tensor, Form]:
@@ -101,7 +137,7 @@ class ShardedLayer(AdapterLayer):
         return local(x), form  # type: ignore[return-value]
 
     def as_output(self, result: Tensor, branch: Tensor) -> Tensor:
-        """``branch``, in the form that the base gives, as the DTensor that ``result`` is."""
+        """This rank's part ``branch`` of a DTensor that is placed as ``result`` is."""
         from torch.distributed.tensor import DTensor
 
         mesh, placements = result.device_mesh, result.placements  # type: ignore[attr-defined]
