@@ -325,7 +325,7 @@ def with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
     holds the same part and moves activations as the plan says.
     """
     if (sharding := sharding_of(old)) is not None:
-        return moving_as_(new, sharding)  # type: ignore[no-any-return]
+        return moving_as_(new, sharding)
     for attribute, value in vars(old).items():
         if "_hook" in attribute and ("forward" in attribute or "backward" in attribute):
             setattr(new, attribute, value)

@@ -150,29 +150,29 @@ def alone(group: Any) -> bool:
 
 def copy_to_group(x: Tensor, group: Any = None) -> Tensor:
     """``x``, which every rank has, for each to compute its own part with; gradients are summed over the group."""
-    return x if alone(group) else _Copy.apply(x, group)  # type: ignore[no-any-return]
+    return x if alone(group) else _Copy.apply(x, group)
 
 
 def reduce_from_group(x: Tensor, group: Any = None) -> Tensor:
     """The sum of every rank's ``x``; its gradient, which every rank has, is each term's."""
-    return x if alone(group) else _Reduce.apply(x, group)  # type: ignore[no-any-return]
+    return x if alone(group) else _Reduce.apply(x, group)
 
 
 def gather_from_group(x: Tensor, dim: int, group: Any = None, size: int | None = None) -> Tensor:
     """Every rank's piece ``x`` along ``dim``, ``size`` in all, for computing the same on all ranks."""
-    return x if alone(group) else _Gather.apply(x, dim, group, size)  # type: ignore[no-any-return]
+    return x if alone(group) else _Gather.apply(x, dim, group, size)
 
 
 def split_to_group(x: Tensor, dim: int, group: Any = None) -> Tensor:
     """This rank's piece along ``dim`` of ``x``, which every rank has; the gradients of all pieces are gathered."""
-    return x if alone(group) else _Split.apply(x, dim, group)  # type: ignore[no-any-return]
+    return x if alone(group) else _Split.apply(x, dim, group)
 
 
 def gather_for_parts(x: Tensor, dim: int, group: Any = None, size: int | None = None) -> Tensor:
     """As ``gather_from_group``, for each rank to compute its own part with: gradients are summed over the group."""
-    return x if alone(group) else _GatherForParts.apply(x, dim, group, size)  # type: ignore[no-any-return]
+    return x if alone(group) else _GatherForParts.apply(x, dim, group, size)
 
 
 def reduce_to_pieces(x: Tensor, dim: int, group: Any = None) -> Tensor:
     """This rank's piece along ``dim`` of the sum of every rank's ``x``; the gradients of all pieces are gathered."""
-    return x if alone(group) else _ReduceToPieces.apply(x, dim, group)  # type: ignore[no-any-return]
+    return x if alone(group) else _ReduceToPieces.apply(x, dim, group)

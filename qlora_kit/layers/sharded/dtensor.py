@@ -51,7 +51,7 @@ def sharding_of_dtensor(module: Any) -> Sharding | None:
         raise _not_followed(module, f"inputs and outputs cut along different dimensions {sorted(tokens)}")
     return Sharding(
         "column" if dim == 0 else "row",
-        out_in,  # type: ignore[arg-type]
+        out_in,
         weight.device_mesh.get_group(),
         takes=forms[0][0],
         gives=forms[1][0],

@@ -64,7 +64,7 @@ class ShardedLinearAdapter(ShardedLayer, LinearAdapter):
         """``x`` after dropout. What is dropped is drawn for the whole input, of which each rank takes its piece: so
         ranks' generators, of which whole inputs need the same draws, stay in step, and one process draws the same."""
         if type(dropout) is not nn.Dropout or not dropout.training:
-            return dropout(x)  # type: ignore[no-any-return]
+            return dropout(x)
         how, shape, dim = self.sharding, list(x.shape), 0
         if takes == "features":
             dim, shape[-1] = x.dim() - 1, self.sharding.shape[1]

@@ -34,6 +34,7 @@ def moving_as_(module: Any, sharding: Sharding) -> Any:
     Raises:
         AdapterError: it isn't a linear layer.
     """
+    linear: Any = module
     if not isinstance(module, nn.Linear):
         raise AdapterError(
             f"{type(module).__name__}: expected a linear layer to hold a shard in another storage, found one that "
@@ -42,8 +43,8 @@ def moving_as_(module: Any, sharding: Sharding) -> Any:
     if vars(module).get("sharding") is None:
         module.register_forward_pre_hook(_enter)
         module.register_forward_hook(_leave, always_call=True)
-    module.sharding = sharding
-    return module
+    linear.sharding = sharding
+    return linear
 
 
 def _enter(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -36,7 +36,8 @@ def agreed(sharding: Sharding, whole: Tensor) -> Tensor:
     """``whole`` as the group's first rank has it: what ranks have drawn differs where their generators do."""
     if not alone(sharding.group) and not whole.is_meta:
         whole = whole.contiguous()
-        dist.broadcast(whole, dist.get_global_rank(sharding.group or dist.group.WORLD, 0), group=sharding.group)
+        first = 0 if sharding.group is None else dist.get_global_rank(sharding.group, 0)
+        dist.broadcast(whole, first, group=sharding.group)
     return whole
 
 

@@ -21,7 +21,7 @@ def summed(sharding: Sharding | None, values: Sequence[float]) -> list[float]:
         return list(values)
     told = torch.tensor(values, dtype=torch.float64, device=_device(sharding))
     dist.all_reduce(told, group=sharding.group)
-    return told.tolist()  # type: ignore[no-any-return]
+    return told.tolist()
 
 
 @contextmanager

@@ -66,14 +66,14 @@ def part_of_module(whole: Any, sharding: Sharding) -> Any:
         )
     codec = codec_for(whole)
     bias = whole._parameters.get("bias")
-    own_bias = None if bias is None else cut(sharding, bias.detach(), sharding.factor_dims[1]).clone()
     quantized = codec.quantized(whole)
     own = None if quantized is None else cut_codes(quantized, sharding)
     weight = cut(sharding, codec.read(whole), sharding.dim) if own is None else own.codes
     out_features, in_features = weight.shape
     dtype = codec.compute_dtype(whole)
     like = nn.Linear(in_features, out_features, bias=bias is not None, device="meta", dtype=dtype).requires_grad_(False)
-    if own_bias is not None:
+    if bias is not None:
+        own_bias = cut(sharding, bias.detach(), sharding.factor_dims[1]).clone()
         like.bias = nn.Parameter(own_bias, requires_grad=bias.requires_grad)
     like.train(whole.training)
     if own is not None:

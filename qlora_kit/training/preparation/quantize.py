@@ -44,8 +44,8 @@ def quantize_(
 ) -> Model:
     """Replace ``model``'s linear layers, in place, by quantized ones; all of them, or on any error none.
 
-    Of a layer that several processes share each quantizes its part, which is what one process has there; where blocks of
-    weights that share a scale lie in two parts, it is refused.
+    Of a layer that several processes share each quantizes its part, which is what one process has there; where weights
+    that share a scale lie in two parts, it is refused.
 
     The configuration of a transformers model says so from then on: ``model.save_pretrained`` writes what
     ``from_pretrained`` loads.
