@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
 from ..codecs.base import autocasts
+from ..codecs.shard import is_tensor_parallel
 from ..errors import AdapterError, TargetError
 from ..lowrank import delta
 from ..naming import StandIn
@@ -187,6 +188,8 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         if (rows := rows_of(self, kwargs)) is not None:
             return forward_by_rows(self, rows, x, *args, **kwargs)
         names = self._in_effect
+        if names:
+            self.check_held_whole()
         merged = self.as_merged(names) if names else None
         if merged is None:
             result = self.codec.forward(self.base_layer, x, *args, **kwargs)
@@ -197,6 +200,15 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         for name in names if torch.is_grad_enabled() else ():
             result = result + for_gradients(self.branch(x.detach(), name)).to(result.dtype)
         return result
+
+    def check_held_whole(self) -> None:
+        """Raise an AdapterError if the base was sharded after it was adapted: this layer's factors are whole."""
+        if is_tensor_parallel(self.base_layer):
+            raise AdapterError(
+                f"{type(self.base_layer).__name__}: expected a layer that was shared out to several processes before it "
+                "was adapted, found one that was afterwards; call parallelize_module on the model first and apply_lora "
+                "then (save_pretrained and LoraModel.from_pretrained bring a trained adapter over)"
+            )
 
     @property
     def _in_effect(self) -> list[str]:

@@ -44,7 +44,7 @@ def sharding_of_dtensor(module: Any) -> Sharding | None:
     out_in = tuple(weight.shape)
     if isinstance(module, nn.Embedding):
         dim, out_in = 1 - dim, (out_in[1], out_in[0])
-        takes = (Shard(-1) if dim == 1 else takes,)  # one-hot: each rank holds some of the words
+        takes = (Shard(-1),) if dim == 1 else takes  # one-hot: each rank holds some of the words
     forms = [_form(module, layout) for layout in (takes, gives)]
     tokens = {token for _, token in forms if token is not None}
     if len(tokens) > 1:
