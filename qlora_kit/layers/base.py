@@ -205,9 +205,9 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         """Raise an AdapterError if the base was sharded after it was adapted: this layer's factors are whole."""
         if is_tensor_parallel(self.base_layer):
             raise AdapterError(
-                f"{type(self.base_layer).__name__}: expected a layer that was shared out to several processes before it "
-                "was adapted, found one that was afterwards; call parallelize_module on the model first and apply_lora "
-                "then (save_pretrained and LoraModel.from_pretrained bring a trained adapter over)"
+                f"{type(self.base_layer).__name__}: expected a layer adapted after it was shared out to several "
+                "processes, found one that was before; call parallelize_module on the model first and apply_lora then "
+                "(save_pretrained and LoraModel.from_pretrained bring a trained adapter over)"
             )
 
     @property

@@ -20,6 +20,7 @@ from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
 from ..layers import AdapterLayer, ModulesToSave, sharding_of
+from ..layers.sharded.together import all_or_none
 from .requantize import WAYS, target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -203,6 +204,15 @@ def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
     """Refuse before anything is written what can be seen before: offloaded weights, factors not finite, a base that an
     adapter wasn't made for."""
     layers = adapted.layers()
+    shared = next((layer.base_layer for layer in layers.values() if sharding_of(layer.base_layer) is not None), None)
+    if shared is not None:  # one process may find in its part what others don't
+        with all_or_none(shared):
+            _check_layers(adapted, layers, task, force)
+    else:
+        _check_layers(adapted, layers, task, force)
+
+
+def _check_layers(adapted: Adapted, layers: Mapping[str, AdapterLayer], task: MergeTask, force: bool) -> None:
     check_in_memory(layers)
     _check_sharded(layers, task)
     for path, layer in layers.items():

@@ -60,6 +60,14 @@ def dtensor_of(part: Tensor, mesh: Any, dim: int | None, size: int | None = None
     return DTensor.from_local(part, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
 
 
+def placed_as(like: Any, part: Tensor) -> Tensor:
+    """The DTensor of which ``part`` is this rank's, of the shape and placed as ``like``, which is one."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether ``tensor`` is torch's DTensor, whose library isn't imported to ask."""
     return type(tensor).__module__ == "torch.distributed.tensor" and hasattr(tensor, "_local_tensor")

@@ -16,7 +16,7 @@ from ...codecs import Codec
 from ...errors import AdapterError
 from ..base import AdapterLayer
 from .collectives import copy_to_group
-from .parts import agreed, cut, gathered, held, is_dtensor, local
+from .parts import agreed, cut, gathered, held, is_dtensor, local, placed_as
 from .sharding import Form, Sharding, sharding_of
 from .together import all_or_none
 
@@ -138,9 +138,4 @@ class ShardedLayer(AdapterLayer):
 
     def as_output(self, result: Tensor, branch: Tensor) -> Tensor:
         """This rank's part ``branch`` of a DTensor that is placed as ``result`` is."""
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements = result.device_mesh, result.placements  # type: ignore[attr-defined]
-        shape, stride = result.shape, result.stride()
-        found: Tensor = DTensor.from_local(branch, mesh, placements, run_check=False, shape=shape, stride=stride)
-        return found
+        return placed_as(result, branch)

@@ -116,7 +116,8 @@ def check_can_be_cut(sharding: Sharding, quant_type: str, blocksize: int | None,
         if fits:
             fix = f"pass blocksize={fits[0]}"
             if rows:
-                fix += f", with a type that has blocks, such as 'nf4', in the place of {quant_type!r}"
+                bits = 8 if quant_type == "int8" else scheme(quant_type).bits
+                fix += f" and a type that has blocks, such as 'uniform{bits}'"
         what = "one for each whole row" if rows else f"blocks of {length} weights"
         raise CodecError(
             f"{where}: expected {quant_type} scales of weights that one process holds, found {what} where each holds "
