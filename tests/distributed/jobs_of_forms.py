@@ -88,3 +88,11 @@ def shardings() -> dict[str, Any]:
         }
         for plan in PLANS
     }
+
+
+def of_dense(plan: str) -> dict[str, float]:
+    """How far training of one plan is from one process, dense."""
+    given, targets = words(), ["table", "head", *LINEARS]
+    models = adapted(net(), targets).train(), adapted(sharded(net(), plan), targets).train()
+    one, other = (steps(model, lambda m: loss_of(m, given), 3) for model in models)
+    return apart(one, other)

@@ -79,3 +79,10 @@ def test_how_layers_are_shared_out_is_read_from_the_plan(found: list[dict[str, A
     assert mine["sequence"]["up"] == ("column", (INNER, WIDTH), "sequence", "features")
     assert mine["sequence"]["down"] == ("row", (WIDTH, INNER), "features", "sequence")
     assert mine["sequence"]["head"] == ("column", (WORDS, WIDTH), "sequence", "whole")
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("plan", ["dtensors", "gathered", "sequence of dtensors"])
+def test_parts_need_not_be_equal(plan: str) -> None:
+    for mine in in_processes(jobs.of_dense, 3, plan=plan):  # 128 by 3: 43, 43 and 42
+        assert max(mine.values()) < ROUNDING
