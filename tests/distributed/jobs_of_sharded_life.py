@@ -206,6 +206,42 @@ def tied(folder: Path) -> dict[str, Any]:
     return {**apart(*runs), "held": held}
 
 
+def stored_in_few_bits(folder: Path) -> dict[str, Any]:
+    """A model that was stored in two bits, shared out as it is loaded; and what can't be loaded or saved so."""
+    places = {"whole": {}, "mixed": {"target_modules": ["layers.0.self_attn.q_proj"]}, "blocks": {"blocksize": 64}}
+    for name, options in places.items():
+        if dist.get_rank() == 0:
+            quantize_(llama(**SIZES), 2, **{"blocksize": BLOCK, **options}).save_pretrained(folder / name)
+    dist.barrier()
+    one = LlamaForCausalLM.from_pretrained(folder / "whole")
+    two = LlamaForCausalLM.from_pretrained(folder / "whole", tp_plan="auto")
+    found: dict[str, Any] = {"logits": float((logits(one) - logits(two)).abs().max())}
+    found["same"] = _same(whole_weights(one), whole_weights(two))
+    found["part"] = codec_for(two.model.layers[0].mlp.down_proj).shape(two.model.layers[0].mlp.down_proj)
+    runs = [steps(adapted(m, lora_dropout=0.2).train(), lambda m: m(**batch()).loss, 3) for m in (one, two)]
+    found |= apart(*runs)
+    words = batch()["input_ids"][:, :4]
+    first, second = (m.eval().generate(input_ids=words, max_new_tokens=4, do_sample=False) for m in (one, two))
+    found["generated"] = torch.equal(first, second)
+    found["saved"] = said(lambda: two.save_pretrained(folder / "again"))
+    found["mixed"] = said(lambda: LlamaForCausalLM.from_pretrained(folder / "mixed", tp_plan="auto"))
+    found["blocks"] = said(lambda: LlamaForCausalLM.from_pretrained(folder / "blocks", tp_plan="auto"))
+    return found
+
+
+def merged_and_saved(folder: Path) -> float:
+    """How far a merged model that transformers has gathered and saved is from one process's."""
+    if dist.get_rank() == 0:
+        llama(**SIZES).save_pretrained(folder / "base")
+    dist.barrier()
+    one = merge(adapted(LlamaForCausalLM.from_pretrained(folder / "base"))).model
+    two = merge(adapted(LlamaForCausalLM.from_pretrained(folder / "base", tp_plan="auto"))).model
+    two.save_pretrained(folder / "merged")
+    dist.barrier()
+    again = LlamaForCausalLM.from_pretrained(folder / "merged")
+    return float((logits(one) - logits(again)).abs().max())
+
+
 def everything(folder: Path) -> dict[str, Any]:
     return {
         "merging": {bits: merging(bits) for bits in (None, 4, 2)},
@@ -214,5 +250,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "LoRA-FA": by_lorafa(),
         "refused": refused(),
         "fingerprints": fingerprints(),
-        "tied": tied(folder),
+        "tied": tied(folder / "tied"),
+        "stored in few bits": stored_in_few_bits(folder),
+        "merged and saved": merged_and_saved(folder),
     }

@@ -64,6 +64,32 @@ def test_a_table_and_its_head_share_an_adapter(found: list[dict[str, Any]]) -> N
         assert rank["tied"]["gradients"] < ROUNDING
 
 
+def test_a_model_stored_in_few_bits_is_shared_out_as_it_is_loaded(found: list[dict[str, Any]]) -> None:
+    for mine in (rank["stored in few bits"] for rank in found):
+        assert mine["same"]
+        assert mine["part"] == (64, 64)  # of 64 x 128
+        assert mine["logits"] < ROUNDING
+        assert mine["gradients"] < 1e-4
+        assert mine["generated"]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("saved", "StorageError: save_pretrained: expected weights of few bits that this process holds whole"),
+        ("mixed", r"TargetError: model.layers.1.self_attn.q_proj: expected one storage for all modules that the plan"),
+        ("blocks", r"CodecError: model.layers.0.self_attn.o_proj: a row-sharded layer .*; pass blocksize=32"),
+    ],
+)
+def test_what_transformers_cannot_share_out(found: list[dict[str, Any]], what: str, said: str) -> None:
+    for rank in found:
+        assert re.search(said, rank["stored in few bits"][what])
+
+
+def test_a_merged_model_is_saved_whole(found: list[dict[str, Any]]) -> None:
+    assert all(rank["merged and saved"] < ROUNDING for rank in found)
+
+
 def test_a_base_has_the_fingerprint_that_it_has_in_one_process(found: list[dict[str, Any]]) -> None:
     assert len({name for rank in found for name in rank["fingerprints"]}) == 1
 

@@ -77,7 +77,10 @@ def part_of_module(whole: Any, sharding: Sharding) -> Any:
         like.bias = nn.Parameter(own_bias, requires_grad=bias.requires_grad)
     like.train(whole.training)
     if own is not None:
-        return holding(like, own, packed=isinstance(whole, PackedLinear))
+        found = holding(like, own, packed=isinstance(whole, PackedLinear))
+        if (source := vars(whole).get("source_cls")) is not None:  # the kind of linear that it stands in the place of
+            found.source_cls = source
+        return found
     like.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     return like
 
