@@ -161,7 +161,13 @@ def refused() -> dict[str, str]:
         model.table._forward_pre_hooks.clear()
         apply_lora(model, LoraConfig(r=2, target_modules=["table"]))
 
+    def out_of_step() -> None:
+        lora = adapted(base("torch"), lora_dropout=0.5).train()
+        torch.manual_seed(dist.get_rank())
+        lora(**batch())
+
     return {
+        "random states": said(out_of_step),
         "blocks": said(asked(blocksize=64)),
         "scales in 8 bits": said(asked(blocksize=BLOCK, double_quant=True)),
         "rows": said(asked(8)),

@@ -97,6 +97,7 @@ def test_a_base_has_the_fingerprint_that_it_has_in_one_process(found: list[dict[
 @pytest.mark.parametrize(
     ("what", "said"),
     [
+        ("random states", r"dropout: expected one random state on all 2 processes .*torch.manual_seed"),
         (
             "blocks",
             r"self_attn.o_proj: a row-sharded layer of 64 x 64 .* each holds 32 side by side; pass blocksize=32$",

@@ -21,6 +21,7 @@ from .parts import is_dtensor, local
 from .sharded import ShardedLayer
 from .sharding import Form
 from .thin import thin_branch
+from .together import check_in_step
 
 
 @register_sharded(LinearAdapter)
@@ -32,6 +33,7 @@ class ShardedLinearAdapter(ShardedLayer, LinearAdapter):
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
+        self._in_step = False  # whether ranks are known to draw the same
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if rows_of(self, kwargs) is not None:
@@ -70,8 +72,11 @@ class ShardedLinearAdapter(ShardedLayer, LinearAdapter):
             dim, shape[-1] = x.dim() - 1, self.sharding.shape[1]
         elif takes == "sequence":
             dim, shape[how.sequence_dim] = how.sequence_dim, x.shape[how.sequence_dim] * how.size
-        like = torch.empty(shape, dtype=x.dtype, device=x.device)
-        if chosen_branch() == "plain":
+        like, plain = torch.empty(shape, dtype=x.dtype, device=x.device), chosen_branch() == "plain"
+        if not self._in_step:
+            check_in_step(how, x.device if plain else torch.device("cpu"))
+            self._in_step = True
+        if plain:
             kept: Tensor = dropout(like.fill_(1.0))
         else:
             mask = Mask.draw(dropout.p)

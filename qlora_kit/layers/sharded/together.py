@@ -3,6 +3,7 @@ part alone, and the rank that refuses it must not leave the others with half a m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...errors import MergeError
-from .collectives import alone
+from ...errors import AdapterError, MergeError
+from .collectives import alone, joined
 from .sharding import Sharding, sharding_of
 
 
@@ -22,6 +23,21 @@ def summed(sharding: Sharding | None, values: Sequence[float]) -> list[float]:
     told = torch.tensor(values, dtype=torch.float64, device=_device(sharding))
     dist.all_reduce(told, group=sharding.group)
     return told.tolist()
+
+
+def check_in_step(sharding: Sharding, device: torch.device) -> None:
+    """Raise an AdapterError, on all ranks, unless the random generators of ``device`` are in one state on all of them:
+    what each would drop of inputs that are the same on every rank has to be the same, or replicas part."""
+    if alone(sharding.group):
+        return
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    digest = int.from_bytes(hashlib.sha256(state.numpy().tobytes()).digest()[:6], "little")
+    told = torch.tensor([digest], device=_device(sharding))
+    if len(set(joined(told, 0, sharding.group).tolist())) > 1:
+        raise AdapterError(
+            f"dropout: expected one random state on all {sharding.size} processes that share a layer, found several; "
+            "call torch.manual_seed(seed) with the same seed on each before the first step, or set lora_dropout=0"
+        )
 
 
 @contextmanager
