@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jobs_of_sharded_files as jobs
+import jobs_of_tensor_parallel_files as jobs
 import pytest
 import torch
 from processes import in_processes

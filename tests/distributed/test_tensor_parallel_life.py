@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import jobs_of_sharded_life as jobs
+import jobs_of_tensor_parallel_life as jobs
 import pytest
 from processes import in_processes
 
