@@ -52,6 +52,12 @@ def logits(of: Any) -> Tensor:
     return found
 
 
+def saved_and_loaded(folder: Path, others: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The logits with adapters of every kind, saved by all ranks into ``folder``, and with those that one process has
+    saved in ``others``."""
+    return saved(folder), loaded(others, [*KINDS, "LoftQ"])
+
+
 def saved(folder: Path) -> dict[str, Tensor]:
     """Adapters of every kind, saved by all ranks; and the logits with them."""
     found = {}
@@ -65,7 +71,7 @@ def saved(folder: Path) -> dict[str, Tensor]:
 
 
 def loaded(folder: Path, kinds: list[str]) -> dict[str, Tensor]:
-    """The logits with the adapters of ``folder``, whoever wrote them; and what a misfit says."""
+    """The logits with the adapters of ``folder``, whoever wrote them."""
     found: dict[str, Any] = {}
     for kind in kinds:
         if kind == "LoftQ":

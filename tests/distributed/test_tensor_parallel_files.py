@@ -14,8 +14,6 @@ from torch import Tensor
 
 from qlora_kit import LoraModel
 
-pytestmark = pytest.mark.slow
-
 KINDS = ["dense", "4 bits", "2 bits", "LoftQ"]
 # float32 sums in another order, in logits of magnitude 1.
 ROUNDING = 5e-6
@@ -33,12 +31,13 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tenso
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
-    """The same saved by two."""
+def two(one: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[dict[str, Tensor], ...]]]:
+    """The same saved by two, which load what one has saved."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, in_processes(jobs.saved, 2, folder=folder)
+    return folder, in_processes(jobs.saved_and_loaded, 2, folder=folder, others=one[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_are_those_of_one_process(one: Any, two: Any, kind: str) -> None:
     (mine, _), (theirs, _) = one, two
@@ -55,21 +54,24 @@ def _contents(file: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(whole[8:end]), whole[end:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_compute_what_one_does(one: Any, two: Any, kind: str) -> None:
-    for rank in two[1]:
-        torch.testing.assert_close(rank[kind], one[1][kind], rtol=0, atol=ROUNDING)
+def test_two_compute_and_load_what_one_does(one: Any, two: Any, kind: str) -> None:
+    for computed, loaded in two[1]:
+        torch.testing.assert_close(computed[kind], one[1][kind], rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(loaded[kind], one[1][kind], rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "4 bits", "2 bits"])
 def test_one_loads_what_two_have_saved(one: Any, two: Any, kind: str) -> None:
     lora = LoraModel.from_pretrained(jobs.model(jobs.KINDS[kind], shared=False), two[0] / kind).eval()
     assert torch.equal(jobs.logits(lora), one[1][kind])
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.engines)])
-def test_others_load_what_one_has_saved(one: Any, size: int) -> None:
-    for rank in in_processes(jobs.loaded, size, folder=one[0], kinds=KINDS):
+@pytest.mark.engines
+def test_three_load_what_one_has_saved(one: Any) -> None:
+    for rank in in_processes(jobs.loaded, 3, folder=one[0], kinds=KINDS):
         for kind in KINDS:
             torch.testing.assert_close(rank[kind], one[1][kind], rtol=0, atol=ROUNDING)
 
