@@ -23,7 +23,7 @@ from ..errors import AdapterError, CodecError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..layers.fused.blocks import refit_
 from ..layers.sharded.moving import moving_as_
-from ..layers.sharded.sharding import Sharding, sharding_of
+from ..layers.sharded.sharding import Sharding, sharding_of, whole_shape
 from ..layers.sharded.whole import part_of_module, whole_module
 from ..naming import Tree, base_of, module_at, slot
 from .free import check_free
@@ -116,9 +116,7 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)
         if target.path in shared and codec.quantizer(module) is not None:
             refuse_tied(tree, [target.path])
-        sharding = sharding_of(module)
-        shape = codec.shape(module) if sharding is None else sharding.shape
-        trainable = 0 if target.tied_to else target.rank * sum(shape)
+        trainable = 0 if target.tied_to else target.rank * sum(whole_shape(module, codec.shape(module)))
         entries.append(
             PlanEntry(
                 path=target.path,

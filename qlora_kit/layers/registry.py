@@ -46,19 +46,27 @@ def find_layer_family(module: nn.Module) -> type[AdapterLayer] | None:
     kind = type(module)
     load_on_demand(kind, on_demand)
     family = next((_registry[base] for base in kind.__mro__ if base in _registry), None)
-    if family is None or issubclass(family, ShardedLayer) or sharding_of(module) is None:
+    if family is None or issubclass(family, ShardedLayer):
         return family
-    return _sharded.get(family)
+    try:
+        return family if sharding_of(module) is None else _sharded.get(family)
+    except UnsupportedModuleError:
+        return None
 
 
 def layer_family_for(module: nn.Module, path: str = "") -> type[AdapterLayer]:
     """The layer family of ``module``'s type.
 
     Raises:
-        UnsupportedModuleError: none is registered for it; names ``path`` and the type.
+        UnsupportedModuleError: none is registered for it, or it is shared out in a way that none can follow; names
+            ``path`` and the type.
     """
     family = find_layer_family(module)
     if family is None:
+        try:
+            sharding_of(module)
+        except UnsupportedModuleError as error:
+            raise UnsupportedModuleError(f"{path or 'module'}: {error}") from error
         raise UnsupportedModuleError(
             f"{path or 'module'}: expected a module type that can be adapted "
             f"({', '.join(sorted(kind.__name__ for kind in _registry))}), found "

@@ -22,6 +22,7 @@ from qlora_kit.layers import AdapterLayer, sharding_of
 from qlora_kit.layers.sharded.whole import whole_module
 from qlora_kit.naming import base_of
 from qlora_kit.training.optimizers.lorafa import lora_fa_
+from qlora_kit.training.preparation.kbit import count_parameters, memory_bill, prepare_model_for_kbit_training
 from qlora_kit.training.preparation.quantize import quantize_
 
 
@@ -196,6 +197,18 @@ def fingerprints() -> list[str]:
     return found
 
 
+def prepared() -> dict[str, Any]:
+    """What is counted of a model in few bits, beside one process; and training of it as it was prepared."""
+    found: dict[str, Any] = {"counted": [], "bytes": [], "losses": []}
+    for way in ("alone", "torch"):
+        model = prepare_model_for_kbit_training(base(way, bits=4))
+        lora = adapted(model).train()
+        found["counted"].append(count_parameters(lora))
+        found["bytes"].append(memory_bill(lora).total)
+        found["losses"].append([loss for loss, _ in steps(lora, lambda m: m(**batch()).loss, 2)])
+    return found
+
+
 def tied(folder: Path) -> dict[str, Any]:
     """One adapter for a table and the head that shares it, as transformers shares them out."""
     if dist.get_rank() == 0:
@@ -256,6 +269,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "LoRA-FA": by_lorafa(),
         "refused": refused(),
         "fingerprints": fingerprints(),
+        "prepared": prepared(),
         "tied": tied(folder / "tied"),
         "stored in few bits": stored_in_few_bits(folder),
         "merged and saved": merged_and_saved(folder),

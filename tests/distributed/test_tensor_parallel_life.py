@@ -90,6 +90,16 @@ def test_a_merged_model_is_saved_whole(found: list[dict[str, Any]]) -> None:
     assert all(rank["merged and saved"] < ROUNDING for rank in found)
 
 
+def test_a_prepared_model_is_counted_whole_and_weighed_in_part(found: list[dict[str, Any]]) -> None:
+    for mine in (rank["prepared"] for rank in found):
+        alone, shared = mine["counted"]
+        assert alone == shared
+        alone, shared = mine["bytes"]
+        assert shared < 0.7 * alone
+        alone, shared = mine["losses"]
+        assert shared == pytest.approx(alone, abs=ROUNDING)
+
+
 def test_a_base_has_the_fingerprint_that_it_has_in_one_process(found: list[dict[str, Any]]) -> None:
     assert len({name for rank in found for name in rank["fingerprints"]}) == 1
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ...codecs.shard import is_tensor_parallel
-from ...errors import AdapterError
+from ...errors import AdapterError, UnsupportedModuleError
 from .sharding import Form, Sharding, register_sharding
 
 
@@ -25,7 +25,7 @@ def sharding_of_dtensor(module: Any) -> Sharding | None:
     """How ``module`` is sharded, None if it isn't by torch's or transformers' tensor parallelism.
 
     Raises:
-        AdapterError: by a plan that no branch can follow.
+        UnsupportedModuleError: by a plan that no branch can follow.
     """
     if not is_tensor_parallel(module):
         return None
@@ -49,16 +49,19 @@ def sharding_of_dtensor(module: Any) -> Sharding | None:
     tokens = {token for _, token in forms if token is not None}
     if len(tokens) > 1:
         raise _not_followed(module, f"inputs and outputs cut along different dimensions {sorted(tokens)}")
-    return Sharding(
-        "column" if dim == 0 else "row",
-        out_in,
-        weight.device_mesh.get_group(),
-        takes=forms[0][0],
-        gives=forms[1][0],
-        sequence_dim=tokens.pop() if tokens else 1,
-        mesh=weight.device_mesh,
-        local_output=local_output,
-    )
+    try:
+        return Sharding(
+            "column" if dim == 0 else "row",
+            out_in,
+            weight.device_mesh.get_group(),
+            takes=forms[0][0],
+            gives=forms[1][0],
+            sequence_dim=tokens.pop() if tokens else 1,
+            mesh=weight.device_mesh,
+            local_output=local_output,
+        )
+    except AdapterError as error:
+        raise UnsupportedModuleError(f"{type(module).__name__}({module.extra_repr()}): {error}") from error
 
 
 def _layouts(module: nn.Module) -> tuple[Any, Any, bool] | None:
@@ -110,8 +113,8 @@ def _name(function: partial[Any]) -> str:
     return getattr(function.func, "__name__", "")
 
 
-def _not_followed(module: nn.Module, found: str) -> AdapterError:
-    return AdapterError(
+def _not_followed(module: nn.Module, found: str) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
         f"{type(module).__name__}({module.extra_repr()}): expected a layer that ColwiseParallel or RowwiseParallel "
         f"shares out along one dimension of one mesh, found {found}; leave it out of the targets, or say how it is "
         "sharded with qlora_kit.layers.sharded.sharding.register_sharding"

@@ -43,7 +43,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from ...errors import AdapterError
+from ...errors import AdapterError, UnsupportedModuleError
 
 Kind = Literal["column", "row"]
 Form = Literal["whole", "features", "sequence"]
@@ -131,10 +131,19 @@ def sharding_of(module: nn.Module) -> Sharding | None:
     """How ``module`` is shared out to several processes; None if this one holds all of it.
 
     Raises:
-        AdapterError: it is sharded in a way that no branch can follow; says which ways can.
+        UnsupportedModuleError: it is sharded in a way that no branch can follow; says which ways can.
     """
     own = vars(module).get("sharding")
     if isinstance(own, Sharding):
         return own
     finder = next((_finders[base] for base in type(module).__mro__ if base in _finders), None)
     return None if finder is None else finder(module)
+
+
+def whole_shape(module: nn.Module, part: tuple[int, int]) -> tuple[int, int]:
+    """(out, in) of what all processes hold of ``module`` together, of which this one's is ``part``."""
+    try:
+        sharding = sharding_of(module)
+    except UnsupportedModuleError:
+        return part
+    return part if sharding is None else sharding.shape
