@@ -22,7 +22,8 @@ def checked(request: Request) -> Request:
             f"{type(request.base).__name__}, of which there is no quantized module; take it out of target_modules "
             "or give it an adapter of its own with init_lora_weights=True"
         )
-    if request.codec.device(request.base).type == "meta":
+    # What others hold parts of is gathered when its turn comes.
+    if request.sharding is None and request.codec.device(request.base).type == "meta":
         raise TargetError(
             f"{request.path}: expected a weight in memory for init_lora_weights='loftq', found one on the meta "
             "device; load the model's weights first, or use init_lora_weights=True"

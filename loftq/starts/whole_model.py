@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.config.loftq import LoftQConfig
-from qlora_kit.errors import TargetError
+from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import Initializer, register_initializer
 from qlora_kit.injection.engine import Request
 
@@ -49,6 +49,12 @@ def prepare(model: nn.Module, requests: Sequence[Request]) -> Initializer:
         )
     if needs.statistics is None:
         return lambda request: starts.pop(request.path, None) or start_of(request, options)
+    if shared := [request.path for request in by_path.values() if request.sharding is not None]:
+        raise ConfigError(
+            f"{shared[0]}: expected a layer that this process holds whole for method {options.chosen_method!r}, which "
+            "looks at inputs, found one that is sharded; make the start in one process (loftq init) and load its "
+            "folder, or take method 'loftq'"
+        )
     batches = calibration_batches(options, model)
     walk = stages(
         model,

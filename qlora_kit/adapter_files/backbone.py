@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..codecs import codec_for
 from ..errors import StorageError
+from ..layers.sharded.sharding import sharding_of
+from ..layers.sharded.whole import whole_module
 
 METADATA_KEY = "backbone"  # in the metadata of adapter_model.safetensors
 _SAMPLES = 4096
@@ -34,7 +36,9 @@ def combine(digests: Mapping[str, str]) -> str:
 
 @torch.no_grad()
 def module_digest(module: nn.Module) -> str:
-    """Of one module's codes."""
+    """Of one module's codes; of those that all processes hold together where it is sharded, so every one has to ask."""
+    if (sharding := sharding_of(module)) is not None:
+        module = whole_module(module, sharding)
     return codes_digest(codec_for(module).stored(module)[0])
 
 

@@ -7,6 +7,7 @@ and says whether it holds that module's matrix.
 - ``registry``: from a module to its codec, by its type and by what the codec says of it
 - ``plain_weight``: is a module's ``weight`` the matrix it multiplies by?
 - ``dense``: one floating-point ``weight``: linear, embedding (transposed), convolution (flattened)
+- ``shard``: the part of a weight that this process holds, where others hold the rest
 - ``conv1d``: transformers' ``Conv1D``, stored (in, out)
 - ``packed``: ``PackedLinear``, 2, 3, 4 or 8 bits without a gap
 - ``kernels/``: how packed weights are multiplied with, device by device

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UnsupportedModuleError
 from .base import Codec
+from .shard import is_tensor_parallel, shard_codec
 
 _registry: dict[type[nn.Module], Codec] = {}
 # The first type with a codec along each type's method resolution order, once it was looked for.
@@ -59,7 +60,8 @@ def registered_codec(module: nn.Module) -> Codec | None:
     """The codec of ``module``'s type, whether or not it holds the matrix of this module: for counting and protecting
     what is stored."""
     kind = registered_type(type(module))
-    return None if kind is None else _registry.get(kind)
+    codec = None if kind is None else _registry.get(kind)
+    return codec if codec is None or not is_tensor_parallel(module) else shard_codec(codec)
 
 
 def find_codec(module: nn.Module) -> Codec | None:

@@ -2,4 +2,6 @@
 
 The engines are torch's, DeepSpeed's and accelerate's own; nothing here trains. It works on ``LoraModel`` from above,
 and nothing below may know it.
+
+- ``clipping``: gradients of parts and of wholes, clipped together
 """

@@ -7,6 +7,7 @@ This room is imported, and registers with transformers, once both transformers a
 
 - ``config``: ours, and what it says of a module
 - ``loader``: builds the empty modules that ours names, for transformers to fill
+- ``tensor_parallel``: modules that ours names, in a model that transformers shares out to several processes
 - ``stock``: transformers' own, and what its rule would build of a model
 - ``recorded``: which of the two describes a model, and its config made to say so
 """

@@ -15,6 +15,7 @@ from ..codecs.packed import PackedLinear
 from ..errors import TargetError
 from .config import METHOD, PackedConfig, Stored
 from .stock import BITSANDBYTES_TYPES, forget_gathering_, is_conv1d
+from .tensor_parallel import share_out_, taken_aside
 
 # What bitsandbytes stores of one weight, by transformers' names.
 _PARTS_4BIT = (
@@ -51,6 +52,7 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers' word for: loads models that are quantized already, no others
     quantization_config: PackedConfig
+    _styles: dict[str, str] = {}  # noqa: RUF012 - replaced, never written to
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -69,8 +71,17 @@ class PackedQuantizer(HfQuantizer):
                 setattr(model.get_submodule(parent), name, _empty(linear, stored))
         return model
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Take what ``plan``, the model's, says of modules of few bits aside until they are loaded."""
+        super().update_parallel_plan(model, plan)
+        if plan is model.tp_plan:
+            kinds = (*BITSANDBYTES_TYPES, PackedLinear.__name__)
+            paths = [path for path, module in model.named_modules() if type(module).__name__ in kinds]
+            self._styles = taken_aside(model, plan, paths)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         forget_gathering_(model)
+        share_out_(model, self._styles)
         return model
 
     def get_weight_conversions(self) -> list[Any]:

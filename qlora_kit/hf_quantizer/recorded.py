@@ -13,6 +13,7 @@ from ..codecs.packed import PackedLinear
 from ..naming import Tree, base_of
 from .config import PackedConfig, Stored
 from .stock import BITSANDBYTES_TYPES, bitsandbytes_config, built_by_rule, skipped_modules
+from .tensor_parallel import refuse_saving_
 
 
 def storage_config(model: nn.Module, stored: Mapping[str, Stored], compute_dtype: torch.dtype) -> Any:
@@ -51,6 +52,7 @@ def record_quantization_(model: Any) -> None:
         return
     dtypes = [module.compute_dtype for module in modules.values() if getattr(module, "compute_dtype", None) is not None]
     stored = {path: Stored.of(module) for path, module in modules.items()}
+    refuse_saving_(model, modules.values())
     model.config.quantization_config = storage_config(model, stored, dtypes[0] if dtypes else torch.float32)
 
 

@@ -19,9 +19,12 @@ from tqdm.auto import tqdm
 
 from ..codecs import Codec, codec_for
 from ..config.lora import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, CodecError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..layers.fused.blocks import refit_
+from ..layers.sharded.moving import moving_as_
+from ..layers.sharded.sharding import Sharding, sharding_of, whole_shape
+from ..layers.sharded.whole import part_of_module, whole_module
 from ..naming import Tree, base_of, module_at, slot
 from .free import check_free
 from .heads import saved_names
@@ -47,6 +50,8 @@ class Request:
         config: the whole configuration; ``config.loftq_config`` is where "loftq" looks.
         dtype, device: of the adapter's parameters.
         family: "linear", "embedding" or "conv": how the branch is applied.
+        sharding: how the module is shared out to several processes; ``base`` is then what all of them hold together,
+            or for starts that draw random numbers a module of that shape on the meta device.
     """
 
     path: str
@@ -58,6 +63,7 @@ class Request:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     family: str = "linear"
+    sharding: Sharding | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,7 +116,7 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
         codec, family = codec_for(module, target.path), layer_family_for(module, target.path)
         if target.path in shared and codec.quantizer(module) is not None:
             refuse_tied(tree, [target.path])
-        trainable = 0 if target.tied_to else target.rank * sum(codec.shape(module))
+        trainable = 0 if target.tied_to else target.rank * sum(whole_shape(module, codec.shape(module)))
         entries.append(
             PlanEntry(
                 path=target.path,
@@ -211,10 +217,23 @@ def _put_(holder: nn.Module, name: str, module: nn.Module) -> None:
         holder._initialize()  # type: ignore[operator]
 
 
-def request_for(model: nn.Module, entry: PlanEntry, config: LoraConfig, dtype: torch.dtype | None = None) -> Request:
-    """What a start is told of ``entry``; ``dtype`` as in ``inject_``."""
+def request_for(
+    model: nn.Module,
+    entry: PlanEntry,
+    config: LoraConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    gathers: bool = False,
+) -> Request:
+    """What a start is told of ``entry``; ``dtype`` as in ``inject_``. With ``gathers`` a sharded weight is gathered, on
+    every rank, for a start that looks at it."""
     base = base_of(module_at(model, entry.path))
     codec = codec_for(base, entry.path)
+    device = _device(codec.device(base), base)
+    dtype = dtype or adapter_dtype(codec.compute_dtype(base))
+    if (sharding := sharding_of(base)) is not None:
+        base = whole_module(base, sharding, values=gathers)
+        codec = codec_for(base, entry.path)
     return Request(
         path=entry.path,
         base=base,
@@ -223,8 +242,9 @@ def request_for(model: nn.Module, entry: PlanEntry, config: LoraConfig, dtype: t
         rank=entry.rank,
         scaling=config.scaling_of(entry.rank, entry.alpha),
         config=config,
-        dtype=dtype or adapter_dtype(codec.compute_dtype(base)),
-        device=_device(codec.device(base), base),
+        dtype=dtype,
+        device=device,
+        sharding=sharding,
     )
 
 
@@ -239,7 +259,8 @@ def _build(
     source: AdapterLayer | None = None,
 ) -> AdapterLayer:
     existing = module_at(model, entry.path)
-    request = request_for(model, entry, config, dtype)
+    slow = config.init_lora_weights not in QUICK_STARTS
+    request = request_for(model, entry, config, dtype, gathers=slow)
     begun = start(request) if source is None else _start_of(source, name, entry)
     if begun.base is not None and entry.shared:
         refuse_tied(Tree(model), [entry.path])
@@ -252,7 +273,7 @@ def _build(
         layer = existing
         injection.on_undo(lambda: layer.delete_adapter(name))
     else:
-        module = request.base if begun.base is None else with_hooks_of(request.base, begun.base)
+        module = base_of(existing) if begun.base is None else _in_place_of(base_of(existing), begun.base, entry.path)
         layer = layer_family_for(module, entry.path)(module)
     layer.add_adapter(
         name,
@@ -271,9 +292,19 @@ def _build(
     return layer
 
 
+def _in_place_of(old: nn.Module, made: nn.Module, path: str) -> nn.Module:
+    """What a start made for ``old``, cut to this rank's part where that is sharded."""
+    if (sharding := sharding_of(old)) is not None:
+        try:
+            made = part_of_module(made, sharding)
+        except CodecError as error:
+            raise CodecError(f"{path}: {error}") from error
+    return with_hooks_of(old, made)
+
+
 def _start_of(source: AdapterLayer, name: str, entry: PlanEntry) -> Start:
     """The factors of a module that shares those of ``source``: a linear layer's are an embedding's, transposed."""
-    A, B = source.factors(name)
+    A, B = source.whole_factors(name)
     return Start(A, B) if source.family == entry.family else Start(B.T, A.T)
 
 
@@ -288,8 +319,11 @@ def _device(storage: torch.device, base: nn.Module) -> torch.device:
 def with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
     """``new`` with ``old``'s forward and backward hooks: it stands in for ``old`` in another storage.
 
-    Hooks on the state dict stay behind; they are about how the old storage is saved.
+    Hooks on the state dict stay behind; they are about how the old storage is saved. Where ``old`` is sharded, ``new``
+    holds the same part and moves activations as the plan says.
     """
+    if (sharding := sharding_of(old)) is not None:
+        return moving_as_(new, sharding)
     for attribute, value in vars(old).items():
         if "_hook" in attribute and ("forward" in attribute or "backward" in attribute):
             setattr(new, attribute, value)

@@ -24,6 +24,7 @@ from torch import nn
 from ..codecs.registry import registered_codec
 from ..errors import LeftOutWarning
 from ..layers import find_layer_family
+from ..layers.sharded.sharding import whole_shape
 from ..naming import Tree, base_of
 from .adaptable import is_linear, refused
 from .heads import new_head, output_table
@@ -157,7 +158,7 @@ def _sizes(tree: Tree) -> dict[str, dict[str, int]]:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 codec = registered_codec(base) if name == "weight" else None
-                found[path][name] = parameter.numel() if codec is None else prod(codec.shape(base))
+                found[path][name] = parameter.numel() if codec is None else prod(whole_shape(base, codec.shape(base)))
     return found
 
 

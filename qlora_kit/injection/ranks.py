@@ -20,6 +20,7 @@ from ..codecs import codec_for, find_codec
 from ..config.lora import LoraConfig
 from ..errors import ConfigError
 from ..layers import find_layer_family
+from ..layers.sharded.sharding import whole_shape
 from ..naming import Suffixes, Tree, base_of
 from .engine import Plan, PlanEntry, make_plan
 from .targets import shortest_names
@@ -72,7 +73,7 @@ def _patterns(paths: list[str], tree: Tree, targeted: Suffixes) -> list[str]:
 
 def _most(module: Any) -> int:
     base = base_of(module)
-    return min(codec_for(base).shape(base))
+    return min(whole_shape(base, codec_for(base).shape(base)))
 
 
 def _check_possible(tree: Tree, rank: int) -> None:

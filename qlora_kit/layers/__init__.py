@@ -13,6 +13,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``conv1d``: transformers' ``Conv1D``, which is linear too
 - ``conv``: convolutions in one, two and three dimensions
 - ``embedding``: tables
+- ``sharded/``: layers of which each process of a group holds a part
 - ``saved``: whole modules trained beside the factors (``modules_to_save``)
 - ``rows``: which of a layer's inputs belong to which row of a batch, where each has an adapter of its own
 - ``row_choice``: how layers learn of that
@@ -30,6 +31,10 @@ from .linear import LinearAdapter
 from .named import RESERVED
 from .registry import find_layer_family, layer_family_for, on_demand, register_layer
 from .saved import ModulesToSave, parts_to_save, saved_module
+from .sharded import dtensor
+from .sharded.embedding import ShardedEmbeddingAdapter
+from .sharded.linear import ShardedLinearAdapter
+from .sharded.sharding import Sharding, register_sharding, sharding_of
 
 on_demand["transformers"] = f"{__name__}.conv1d"
 
@@ -41,11 +46,17 @@ __all__ = [
     "ModulesToSave",
     "RESERVED",
     "Rounding",
+    "ShardedEmbeddingAdapter",
+    "ShardedLinearAdapter",
+    "Sharding",
     "chosen_branch",
+    "dtensor",
     "find_layer_family",
     "layer_family_for",
     "parts_to_save",
     "register_layer",
+    "register_sharding",
     "saved_module",
     "set_branch",
+    "sharding_of",
 ]

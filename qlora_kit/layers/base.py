@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
 from ..codecs.base import autocasts
+from ..codecs.shard import is_tensor_parallel
 from ..errors import AdapterError, TargetError
 from ..lowrank import delta
 from ..naming import StandIn
@@ -161,6 +162,10 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         A, B = self.adapter_tensors(name).values()
         return A.flatten(1), B.flatten(1)
 
+    def whole_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """``factors`` of all processes that share this layer, for reading; here they are this one's."""
+        return self.factors(name)
+
     @torch.no_grad()
     def set_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         """Overwrite ``name``'s factors with canonical A (r, in) and B (out, r) of the same rank."""
@@ -172,12 +177,19 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         A, B = self.factors(name)
         return delta(A.detach(), B.detach(), self.scaling[name])
 
+    def factor_parts(self, name: str) -> dict[str, Any]:
+        """Of parameters that are a part of what a file holds, and don't say so themselves as DTensors do: how they are
+        cut (``sharded.Sharding``) and along which dimension, by suffix."""
+        return {}
+
     # -- forward ---------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (rows := rows_of(self, kwargs)) is not None:
             return forward_by_rows(self, rows, x, *args, **kwargs)
         names = self._in_effect
+        if names:
+            self.check_held_whole()
         merged = self.as_merged(names) if names else None
         if merged is None:
             result = self.codec.forward(self.base_layer, x, *args, **kwargs)
@@ -188,6 +200,15 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         for name in names if torch.is_grad_enabled() else ():
             result = result + for_gradients(self.branch(x.detach(), name)).to(result.dtype)
         return result
+
+    def check_held_whole(self) -> None:
+        """Raise an AdapterError if the base was sharded after it was adapted: this layer's factors are whole."""
+        if is_tensor_parallel(self.base_layer):
+            raise AdapterError(
+                f"{type(self.base_layer).__name__}: expected a layer adapted after it was shared out to several "
+                "processes, found one that was before; call parallelize_module on the model first and apply_lora then "
+                "(save_pretrained and LoraModel.from_pretrained bring a trained adapter over)"
+            )
 
     @property
     def _in_effect(self) -> list[str]:

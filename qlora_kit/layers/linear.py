@@ -74,7 +74,10 @@ class LinearAdapter(AdapterLayer):
         if why_plain(self, x, names) is None:
             return self._fused(x, x, names)
         by_parts = trains(self) or rows_of(self) is not None or self.rounding_in_effect(names) is not None
-        return super().forward(x) if by_parts else self._evaluated(x, names)
+        if by_parts:
+            return super().forward(x)
+        self.check_held_whole()
+        return self._evaluated(x, names)
 
     def _evaluated(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The plain form in evaluation: s goes into the sum, which spares a step of decoding one call."""

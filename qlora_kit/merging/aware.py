@@ -21,7 +21,7 @@ from ..errors import MergeError, TargetError
 from ..injection.adapted import Adapted
 from ..injection.engine import with_hooks_of
 from ..injection.read_past import ReadPast
-from ..layers import Rounding
+from ..layers import Rounding, sharding_of
 from ..training.preparation.quantize import linear_holding
 from .base_choice import quantized_modules
 from .task import MergeTask, storage_name
@@ -50,6 +50,11 @@ def make_aware_(adapted: Adapted, name: str, config: LoraConfig) -> None:
             raise TargetError(
                 f"{path}: expected a linear layer to train through its rounding (merge_aware), found "
                 f"{type(layers[path].base_layer).__name__}; take it out of target_modules"
+            )
+        if sharding_of(layers[path].base_layer) is not None:
+            raise TargetError(
+                f"{path}: expected a layer that this process holds whole to train through its rounding (merge_aware), "
+                "found one that several share; leave merge_aware out"
             )
     for path, target in targets.items():  # equal ones may know of different scales, each of its own layer
         layers[path].merge_aware[name] = Rounding(target, holding)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..codecs.finite import all_finite
 from ..errors import MergeError
+from ..layers.sharded.sharding import Sharding
+from ..layers.sharded.together import summed
 from ..lowrank import add_product_, norm, share_arrived
 
 
@@ -95,6 +97,7 @@ def compare(
     residual: tuple[Tensor, Tensor] | None = None,
     base_error: float | None = None,
     moments: Tensor | None = None,
+    sharding: Sharding | None = None,
 ) -> LayerFidelity:
     """The numbers of one layer.
 
@@ -104,6 +107,8 @@ def compare(
         stored: the stored weight in pieces, ``codec.pieces(module)``; they are overwritten.
         base_error: ||original - dequantized||.
         moments: second moments (in, in) of the inputs, or their diagonal (in,).
+        sharding: where all of this is one process's part of a layer, who has the others; the numbers are then the whole
+            layer's, on every process.
 
     Raises:
         MergeError: the stored weight isn't finite; names ``path``.
@@ -120,13 +125,19 @@ def compare(
         missing[rows] -= lost @ A.T
         if weighed is not None:
             missing_output[rows] -= lost @ weighed.T
-    size, lost_norm = norms["delta"], lost_square**0.5
+    size, lost_norm, base, whole = norms["delta"], lost_square**0.5, norms["base"], norm(ideal)
+    retained = share_arrived(missing, B, A.double() @ A.double().T)
+    if sharding is not None:  # squares of parts add up to the whole's
+        squares = [part**2 for part in (size, lost_norm, base, whole)]
+        *squares, left = summed(sharding, [*squares, retained * size**2])
+        retained = left / squares[0] if squares[0] else 1.0
+        size, lost_norm, base, whole = (square**0.5 for square in squares)
     return LayerFidelity(
         path=path,
         codec=codec,
-        delta_ratio=_ratio(size, norms["base"]),
-        retained=share_arrived(missing, B, A.double() @ A.double().T),
-        error=_ratio(lost_norm, norm(ideal)),
+        delta_ratio=_ratio(size, base),
+        retained=retained,
+        error=_ratio(lost_norm, whole),
         delta_error=_ratio(lost_norm, size),
         base_error=None if base_error is None else _ratio(base_error, size),
         rank=0 if residual is None else residual[0].shape[0],

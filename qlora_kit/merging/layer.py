@@ -20,7 +20,8 @@ from ..codecs.dense import dense_linear
 from ..codecs.quantized import Quantizer
 from ..errors import CodecError, ConfigError, MergeError
 from ..injection.engine import Injection, swap_, with_hooks_of
-from ..layers import AdapterLayer
+from ..layers import AdapterLayer, sharding_of
+from ..layers.sharded.together import all_or_none
 from ..lowrank import add_product_
 from ..naming import Tree, every_module
 from ..training.preparation.quantize import linear_holding
@@ -78,8 +79,10 @@ class Merger:
         self._separate(codec, base)
         delta, measured = layer.stacked(self.task.parts), self._measured(path, layer)
         weight, base_error, norms = self._ideal(path, codec, base, delta, measured)
+        sharding = sharding_of(base)
         try:
-            module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
+            with all_or_none(base):
+                module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error
         if norms is None:
@@ -96,6 +99,7 @@ class Merger:
             residual,
             base_error,
             self.moments.get(path),
+            sharding,
         )
         self._put(layer, module)
         return [account]

@@ -19,7 +19,8 @@ from ..codecs.quantized import Quantizer
 from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
-from ..layers import AdapterLayer, ModulesToSave
+from ..layers import AdapterLayer, ModulesToSave, sharding_of
+from ..layers.sharded.together import all_or_none
 from .requantize import WAYS, target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -203,7 +204,17 @@ def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
     """Refuse before anything is written what can be seen before: offloaded weights, factors not finite, a base that an
     adapter wasn't made for."""
     layers = adapted.layers()
+    shared = next((layer.base_layer for layer in layers.values() if sharding_of(layer.base_layer) is not None), None)
+    if shared is not None:  # one process may find in its part what others don't
+        with all_or_none(shared):
+            _check_layers(adapted, layers, task, force)
+    else:
+        _check_layers(adapted, layers, task, force)
+
+
+def _check_layers(adapted: Adapted, layers: Mapping[str, AdapterLayer], task: MergeTask, force: bool) -> None:
     check_in_memory(layers)
+    _check_sharded(layers, task)
     for path, layer in layers.items():
         for name in task.parts:
             if name in layer.r and not all(map(all_finite, layer.factors(name))):
@@ -217,6 +228,19 @@ def check_layers(adapted: Adapted, task: MergeTask, force: bool) -> None:
             f"base='original': expected adapters that don't make up for the rounding of their base, found {started}, "
             "which LoftQ started: on the original weights their correction is an error; merge into the dequantized "
             "base, measure both with base='auto', or pass force=True"
+        )
+
+
+def _check_sharded(layers: Mapping[str, AdapterLayer], task: MergeTask) -> None:
+    """Of layers that several processes share each merges its part, which says nothing of what looks at whole ones."""
+    asked = {"into": task.into, "rounding": task.rounding, "residual_rank": task.residual_rank, "base": task.base}
+    odd = [f"{name}={value!r}" for name, value in asked.items() if value not in ("same", "nearest", 0, "dequantized")]
+    shared = [path for path, layer in layers.items() if sharding_of(layer.base_layer) is not None]
+    if odd and shared:
+        raise MergeError(
+            f"{shared[0]}: expected a merge into the same storage, to the nearest codes, of a layer that several "
+            f"processes share, found {', '.join(odd)}; leave that out, or save the adapter and merge it in one process "
+            "(qlora-kit merge)"
         )
 
 

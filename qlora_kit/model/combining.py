@@ -180,7 +180,7 @@ def _branches(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> dict[
             place: Branch(A.detach(), B.detach(), layer.scaling[name])
             for place, name in enumerate(names)
             if name in layer.r
-            for A, B in [layer.factors(name)]
+            for A, B in [layer.whole_factors(name)]
         }
         for path, layer in layers.items()
     }
@@ -240,7 +240,7 @@ def _check_plan(plan: Plan, results: dict[str, Combined], copies: dict[str, Any]
 
 def _check_registered(path: str, layer: AdapterLayer, name: str, expected: Combined) -> None:
     """What the layer will compute is what was computed, up to the rounding of its parameters' dtype."""
-    A, B = (factor.detach() for factor in layer.factors(name))
+    A, B = (factor.detach() for factor in layer.whole_factors(name))
     wanted = Branch(expected.A, expected.B)
     apart = distance([wanted], [1.0], Combined(A * layer.scaling[name], B))
     if not apart <= _ROUNDINGS * torch.finfo(A.dtype).eps + _FLOOR:

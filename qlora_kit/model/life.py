@@ -81,7 +81,7 @@ def _as_it_is(layers: Mapping[str, AdapterLayer], name: str) -> Callable[[Reques
     """A start that gives each layer the factors that adapter ``name`` has there now."""
 
     def start(request: Request) -> Start:
-        A, B = layers[request.path].factors(name)
+        A, B = layers[request.path].whole_factors(name)
         return Start(A.detach().clone(), B.detach().clone())
 
     return start

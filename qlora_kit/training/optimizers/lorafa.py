@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ...errors import AdapterError, ConfigError
 from ...layers import AdapterLayer
+from ...layers.sharded.parts import local, placed_as
 from .named import optimizer
 from .roles import roles_of
 
@@ -67,7 +68,7 @@ class _Pair:
     def inverse(self) -> Tensor:
         """(A A')^-1 in float32, worked out again if A was written to."""
         if self._inverse is None or self._inverse[0] != self.A._version or self._inverse[1].device != self.A.device:
-            A = self.layer.factors(self.name)[0].detach().double()
+            A = self.layer.whole_factors(self.name)[0].detach().double()
             self._inverse = (self.A._version, torch.linalg.pinv(A @ A.T, hermitian=True).float())
         return self._inverse[1]
 
@@ -75,8 +76,10 @@ class _Pair:
         """B's gradient for the step, in its shape and dtype."""
         gradient = self.B.grad
         assert gradient is not None
-        scaled = gradient.flatten(1).float() @ self.inverse / self.layer.scaling[self.name] ** 2
-        return scaled.view(gradient.shape).to(gradient.dtype)
+        own = local(gradient)  # rows of B may be shared out to several processes
+        scaled = own.flatten(1).float() @ self.inverse / self.layer.scaling[self.name] ** 2
+        projected = scaled.view(own.shape).to(own.dtype)
+        return projected if own is gradient else placed_as(gradient, projected)
 
 
 def _pairs(layer: AdapterLayer) -> list[_Pair]:

@@ -24,6 +24,8 @@ from ...codecs import Codec, protect_storage_, registered_codec
 from ...errors import AdapterError
 from ...injection.read_past import ReadPast
 from ...layers import AdapterLayer, ModulesToSave
+from ...layers.sharded.parts import local
+from ...layers.sharded.sharding import whole_shape
 from ...naming import Tree
 from .float32 import held_in_float32, hold_in_float32_, release_from_float32_
 
@@ -171,7 +173,7 @@ def memory_bill(model: nn.Module) -> MemoryBill:
     def count(tensor: Tensor, kind: str) -> None:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            bill[kind] += tensor.nbytes
+            bill[kind] += local(tensor).nbytes  # what is in this process's memory
 
     for module in model.modules():
         if isinstance(module, (AdapterLayer, ModulesToSave)):
@@ -205,7 +207,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         codec, weight = registered_codec(module), module._parameters.get("weight")
         if codec is not None and weight is not None and _is_packed(codec, module, weight):
-            held[id(weight)] = prod(codec.shape(module))
+            held[id(weight)] = prod(whole_shape(module, codec.shape(module)))
     counts = [(held.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
@@ -221,7 +223,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def _is_packed(codec: Codec, module: nn.Module, weight: Tensor) -> bool:
     """Whether ``weight`` holds codes; several of them may share an element of a type that calls itself float."""
-    return not weight.is_floating_point() or weight.numel() != prod(codec.shape(module))
+    return not weight.is_floating_point() or local(weight).numel() != prod(codec.shape(module))
 
 
 def _holds_codes(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from ...codecs import codec_for
 from ...codecs.packed import pack_linear
 from ...codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
+from ...codecs.shard import is_tensor_parallel, local_view
 from ...config.checks import failure
 from ...config.loftq import DEFAULT_TYPES
 from ...config.lora import LoraConfig
@@ -22,6 +23,8 @@ from ...errors import CodecError, TargetError
 from ...injection.engine import Injection, PlanEntry, make_plan, swap_, with_hooks_of
 from ...injection.read_past import ReadPast
 from ...injection.ties import refuse_tied
+from ...layers.sharded.sharding import sharding_of
+from ...layers.sharded.whole import check_can_be_cut
 from ...naming import Tree, module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
@@ -40,6 +43,9 @@ def quantize_(
     target_modules: list[str] | str = "all-linear",
 ) -> Model:
     """Replace ``model``'s linear layers, in place, by quantized ones; all of them, or on any error none.
+
+    Of a layer that several processes share each quantizes its part, which is what one process has there; where weights
+    that share a scale lie in two parts, it is refused.
 
     The configuration of a transformers model says so from then on: ``model.save_pretrained`` writes what
     ``from_pretrained`` loads.
@@ -72,6 +78,8 @@ def quantize_(
                 )
             matrix = codec_for(base, entry.path).read(base)
             try:
+                if (sharding := sharding_of(base)) is not None:
+                    check_can_be_cut(sharding, kind, blocksize, double_quant=double_quant)
                 new = linear_holding(base, quantize_matrix(matrix, kind, blocksize, double_quant=double_quant))
             except CodecError as error:
                 raise CodecError(f"{entry.path}: {error}") from error
@@ -135,6 +143,7 @@ def _as_linear(base: nn.Module) -> nn.Linear:
     transformers' ``Conv1D``, without any for a base that is quantized."""
     codec = codec_for(base)
     quantized = codec.quantizer(base) is not None
+    base = local_view(base) if is_tensor_parallel(base) else base
     if isinstance(base, nn.Linear) and not quantized:
         return base
     out_features, in_features = codec.shape(base)
