@@ -37,8 +37,11 @@ _HARMLESS = frozenset(
     {"device", "get_device", "is_cuda", "is_meta", "requires_grad", "grad", "SCB", "CB", "quant_state", "bnb_quantized"}
 )
 _QUESTIONS = frozenset({"isinstance", "hasattr", "id", "type", "len", "callable"})
-# Methods that make, start, tie and store weights, and compute nothing.
-_ASIDE = ("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_")
+# Methods that make, start, tie, store and clip weights, and compute nothing.
+_ASIDE = (
+    *("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_"),
+    *("clip_", "_clip"),
+)
 # Code below the parent's: a function that is handed a module, one that this hands it to, and one more.
 _DEPTH = 3
 
@@ -160,6 +163,15 @@ def _parsed(function: FunctionType) -> ast.FunctionDef | None:
     return node if isinstance(node, ast.FunctionDef) else None
 
 
+@cache
+def _gives_back(function: FunctionType) -> bool:
+    """Whether ``function`` returns its first argument, and nothing else: one that is there for its types, say."""
+    node = _parsed(function)
+    returned = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)] if node else []
+    first = function.__code__.co_varnames[:1]
+    return bool(returned) and all(isinstance(value, ast.Name) and (value.id,) == first for value in returned)
+
+
 class _Reader:
     """Reads one function.
 
@@ -212,6 +224,9 @@ class _Reader:
             name, values = _call(node)
             if name == "getattr" and len(values) > 1 and isinstance(values[1], ast.Constant):
                 return _below(self.path_of(values[0]), str(values[1].value))
+            if values and (path := self.path_of(values[0])) is not None:
+                function, bound = self._called(node.func)
+                return path if not bound and isinstance(function, FunctionType) and _gives_back(function) else None
         return None
 
     def _learn(self, node: ast.AST) -> None:
