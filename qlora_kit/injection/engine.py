@@ -298,7 +298,7 @@ def _in_place_of(old: nn.Module, made: nn.Module, path: str) -> nn.Module:
     """What a start made for ``old``, cut to this rank's part where that is sharded."""
     if (sharding := sharding_of(old)) is not None:
         try:
-            made = part_of_module(made, sharding)
+            made = codec_for(old).housed(old, part_of_module(made, sharding))
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from error
     return with_hooks_of(old, made)
@@ -322,9 +322,9 @@ def with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
     """``new`` with ``old``'s forward and backward hooks: it stands in for ``old`` in another storage.
 
     Hooks on the state dict stay behind; they are about how the old storage is saved. Where ``old`` is sharded, ``new``
-    holds the same part and moves activations as the plan says.
+    holds the same part and, unless it is a sharded layer by itself, moves activations as the plan says.
     """
-    if (sharding := sharding_of(old)) is not None:
+    if (sharding := sharding_of(old)) is not None and sharding_of(new) is None:
         return moving_as_(new, sharding)
     for attribute, value in vars(old).items():
         if "_hook" in attribute and ("forward" in attribute or "backward" in attribute):

@@ -68,6 +68,8 @@ class Sharding:
         mesh: a one-dimensional ``DeviceMesh`` over ``group``: factors are then DTensors on it, which torch's
             optimizers, clipping and checkpoints understand. None: they are plain tensors of the rank's part.
         local_output: with a mesh, whether the output is a plain tensor and no DTensor.
+        pieces: of how many blocks of the whole each rank has a piece, one after the other: two where gate and up are
+            one linear, of which each rank has some of both.
     """
 
     kind: Kind
@@ -78,6 +80,7 @@ class Sharding:
     sequence_dim: int = 1
     mesh: Any = None
     local_output: bool = True
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         if (self.takes, self.gives) not in _PASSAGES[self.kind]:
