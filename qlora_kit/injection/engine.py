@@ -22,6 +22,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, CodecError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..layers.fused.blocks import refit_
+from ..layers.sharded.megatron.parts import FusedLinear
 from ..layers.sharded.moving import moving_as_
 from ..layers.sharded.sharding import Sharding, sharding_of
 from ..layers.sharded.whole import part_of_module, whole_module
@@ -261,6 +262,11 @@ def _build(
     source: AdapterLayer | None = None,
 ) -> AdapterLayer:
     existing = module_at(model, entry.path)
+    if isinstance(existing, FusedLinear):
+        raise AdapterError(
+            f"{entry.path}: expected a fused linear without adapters on its parts, found {', '.join(existing.parts)}; "
+            "name these, or delete their adapters first"
+        )
     slow = config.init_lora_weights not in QUICK_STARTS
     request = request_for(model, entry, config, dtype, gathers=slow)
     begun = start(request) if source is None else _start_of(source, name, entry)

@@ -23,6 +23,7 @@ from ..injection.adapted import Adapted
 from ..injection.engine import Plan
 from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
+from ..layers.sharded.megatron.opening import opened_parts
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
@@ -234,7 +235,7 @@ class LoraModel(ModelProxy):
         check_model(model, "LoraModel.from_pretrained(model, folder)")
         stored = AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite)
         config = stored.config if config is None else config
-        with uncollected():
+        with uncollected(), opened_parts(model, config):
             injected = config_for(model, config, stored.state, trainable=is_trainable)
             lora = cls(model, injected, adapter_name, adapter_dtype=adapter_dtype)
             try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -49,6 +49,11 @@ def add_library(name: str) -> None:
     _KNOWN.setdefault(root, _MEGATRON)
     for table in (on_demand, families_on_demand):
         table.setdefault(root, __package__)
+
+
+def is_known(kind: type, names: Collection[str]) -> bool:
+    """Whether ``kind``, or a base of it, is one of the libraries' classes called ``names``."""
+    return any(base.__qualname__ in names and base.__module__.partition(".")[0] in _KNOWN for base in kind.__mro__)
 
 
 def meet(kind: type) -> None:
