@@ -167,6 +167,7 @@ class Adapted:
 
     def forget_(self) -> None:
         """No adapter is left; what may be trained is what might be before the first one."""
+        close_parts_(self.root)
         self.configs.clear()
         self.active, self.trainable = [], []
         self.kept_biases.values.clear()

@@ -64,6 +64,8 @@ class QuantizedShard(Closed):
     """Of sharded linears: the weight is that of ``quantized``, a linear layer of this rank's part."""
 
     quantized: nn.Module
+    #: The class of the module that this one was.
+    dense_type: type[nn.Module]
 
     @staticmethod
     def of(module: nn.Module, linear: nn.Module) -> nn.Module:
@@ -110,7 +112,7 @@ class QuantizedShard(Closed):
 
 @cache
 def _quantized_type(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Quantized{kind.__name__}", (QuantizedShard, kind), {"__module__": __name__})
+    return type(f"Quantized{kind.__name__}", (QuantizedShard, kind), {"__module__": __name__, "dense_type": kind})
 
 
 def _copy_of(module: nn.Module) -> Any:
@@ -154,11 +156,14 @@ class QuantizedShardCodec(Codec):
 
     def dense_like(self, module: Any, dtype: torch.dtype) -> nn.Module:
         new = _copy_of(module)
-        kind = next(base for base in type(module).__mro__ if not issubclass(base, QuantizedShard))
+        new.__class__ = type(module).dense_type
         del new._modules["quantized"]
-        new.__class__ = kind
         new._parameters["weight"] = nn.Parameter(self.read(module).to(dtype), requires_grad=False)
-        return new.to(dtype)
+        if (bias := module.bias) is not None:
+            own = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=bias.requires_grad)
+            vars(own).update(vars(bias))
+            new._parameters["bias"] = own
+        return new  # type: ignore[no-any-return]
 
     def housed(self, module: nn.Module, linear: nn.Module) -> nn.Module:
         return QuantizedShard.of(module, linear)
