@@ -22,6 +22,7 @@ from ..injection.ties import warn_of_ties
 from ..layers import RESERVED, AdapterLayer
 from ..layers.rescaled import at_full_size_
 from ..layers.sharded.megatron.opening import opened_parts
+from ..layers.sharded.megatron.settings import follow_settings
 from ..merging.aware import make_aware_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
@@ -32,6 +33,7 @@ from .base_files import guard_methods_, record_start_
 def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     """Inject another adapter, neither active nor trainable yet. See ``LoraModel.add_adapter``."""
     check_new(adapted, name, config)
+    follow_settings(config, adapted.root)
     with opened_parts(adapted.root, config):
         return _add_(adapted, name, config)
 
