@@ -1,0 +1,299 @@
+"""What the ranks do in the tests of Megatron's models: numbers of one run, for the tests to compare between runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron_gpt import begin, gpt, logits_of, loss_of
+from torch import Tensor, nn
+
+from qlora_kit import LoraConfig, LoraModel, apply_lora, merge, quantize_
+from qlora_kit.codecs import codec_for
+from qlora_kit.layers.sharded.parts import gathered
+from qlora_kit.layers.sharded.sharding import sharding_of
+
+WHOLE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "word_embeddings", "output_layer")
+PARTS = ("linear_q", "linear_k", "linear_v", "linear_fc1_gate", "linear_fc1_up")
+STEPS = 10
+
+
+def adapter(targets: Any = WHOLE, **options: Any) -> LoraConfig:
+    """A start in which both factors count from the first step."""
+    return LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False, **options)
+
+
+def gradients(lora: LoraModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Those of every layer's A and B, of all ranks together."""
+    found = {}
+    for path, layer in lora.adapter_layers().items():
+        pairs = zip(layer.adapter_tensors("default").values(), layer.sharding.factor_dims, strict=True)
+        A, B = (gathered(layer.sharding, parameter.grad, dim) for parameter, dim in pairs)
+        found[path] = A, B
+    return found
+
+
+def factors(lora: LoraModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every layer's whole A and B."""
+    layers = lora.adapter_layers().items()
+    return {path: tuple(f.clone() for f in layer.whole_factors("default")) for path, layer in layers}  # type: ignore[misc]
+
+
+def replicas(lora: LoraModel) -> dict[str, Tensor]:
+    """The factor of every layer that all ranks are to have alike, as this one has it."""
+    found = {}
+    for path, layer in lora.adapter_layers().items():
+        pairs = zip(layer.factors("default"), layer.sharding.factor_dims, strict=True)
+        found[path] = next(part.detach().clone() for part, dim in pairs if dim is None)
+    return found
+
+
+def trained(lora: LoraModel, steps: int = STEPS) -> dict[str, Any]:
+    """Losses of ``steps`` steps, the first one's gradients, and the factors afterwards."""
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    found: dict[str, Any] = {"losses": []}
+    for step in range(steps):
+        loss = loss_of(lora)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            found["gradients"] = gradients(lora)
+        optimizer.step()
+        found["losses"].append(float(loss))
+    return {**found, "factors": factors(lora), "replicas": replicas(lora)}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What every linear layer's weight reads as, of all ranks together."""
+    found = {}
+    for path, module in model.named_modules():
+        if (sharding := sharding_of(module)) is not None and module._parameters.get("bias") is None:
+            found[path] = gathered(sharding, codec_for(module).read(module), sharding.dim)
+    return found
+
+
+def life(folder: Path, sequence_parallel: bool = False, loads: Path | None = None) -> dict[str, Any]:
+    """A model adapted, trained, saved, merged, taken apart; and what another run saved, loaded."""
+    config = begin(sequence_parallel=sequence_parallel)
+    lora = apply_lora(gpt(config), adapter())
+    found: dict[str, Any] = {"start": logits_of(lora), **trained(lora), "logits": logits_of(lora)}
+    lora.save_pretrained(folder)
+    lora.merge_adapter()
+    found["merged"] = logits_of(lora)
+    lora.unmerge_adapter()
+    found["unmerged"] = logits_of(lora)
+    report = merge(lora)
+    found["taken out"] = logits_of(report.model)
+    found["types"] = sorted({type(module).__name__ for module in report.model.modules()})
+    if loads is not None:
+        again = LoraModel.from_pretrained(gpt(config), loads)
+        found["loaded"] = logits_of(again)
+        again.save_pretrained(folder / "again")
+        found["base"] = logits_of(again.unload())
+    return found
+
+
+def parts(folder: Path) -> dict[str, Any]:
+    """Adapters on q, k, v, gate and up, beside those on the fused linears that they are to equal, and trained."""
+    config = begin()
+    fused = apply_lora(gpt(config), adapter(("linear_qkv", "linear_fc1")))
+    model = gpt(config)
+    types = [type(module).__name__ for module in model.modules()]
+    split = apply_lora(model, adapter(PARTS))
+    _tie(split, fused)
+    found: dict[str, Any] = {"plan": [entry.path for entry in split.plan.entries], "fused": logits_of(fused)}
+    found["tied"] = logits_of(split)
+    for lora in (fused, split):
+        loss_of(lora).backward()
+    found["gradients of fused"], found["gradients of parts"] = gradients(fused), gradients(split)
+    lora = apply_lora(gpt(config), adapter(("linear_q", "linear_v", "linear_fc1_up"), rank_pattern={"linear_v": 2}))
+    found |= trained(lora) | {"logits": logits_of(lora)}
+    lora.save_pretrained(folder)
+    found["loaded"] = logits_of(LoraModel.from_pretrained(gpt(config), folder))
+    lora.merge_adapter()
+    found["merged"] = logits_of(lora)
+    lora.unmerge_adapter()
+    found["unmerged"] = logits_of(lora)
+    report = merge(lora)
+    found["merge"], found["layers"] = logits_of(report.model), [layer.path for layer in report.layers]
+    found["types"] = types == [type(module).__name__ for module in report.model.modules()]
+    found["unloaded"] = types == [type(module).__name__ for module in split.unload().modules()]
+    return found
+
+
+def _tie(split: LoraModel, fused: LoraModel) -> None:
+    """Give every part the A of the fused layer, and its own rows of B."""
+    layers = fused.adapter_layers()
+    with torch.no_grad():
+        for path, part in split.adapter_layers().items():
+            A, B = layers[path.rpartition(".")[0]].factors("default")
+            own = part.adapter_tensors("default").values()
+            for parameter, value in zip(own, (A, B[part.base_layer.rows]), strict=True):
+                parameter.copy_(value)
+
+
+def few_bits(quant_type: str, folder: Path, start: str | bool = False) -> dict[str, Any]:
+    """A sharded model that is quantized, adapted, trained, saved, loaded and merged."""
+    config = begin(hidden_size=64, ffn_hidden_size=128)
+
+    def quantized() -> nn.Module:
+        return quantize_(gpt(config), quant_type=quant_type, blocksize=32)
+
+    model = quantized()
+    found: dict[str, Any] = {"dense": logits_of(gpt(config)), "quantized": logits_of(model), "weights": weights_of(model)}
+    found["types"] = sorted({type(module).__name__ for module in model.modules()})
+    lora = apply_lora(model, replace(adapter("all-linear"), target_modules="all-linear"))
+    found |= trained(lora, 5) | {"logits": logits_of(lora)}
+    lora.save_pretrained(folder)
+    found["loaded"] = logits_of(LoraModel.from_pretrained(quantized(), folder))
+    lora.merge_adapter()
+    found["merged"] = logits_of(lora)
+    lora.unmerge_adapter()
+    found["unmerged"] = logits_of(lora)
+    found["dense again"] = logits_of(merge(lora, into="float32").model)
+    return found
+
+
+def dropout() -> dict[str, Any]:
+    """What is dropped of parts, and of what all ranks have; and replicas after steps with dropout."""
+    config = begin()
+    lora = apply_lora(gpt(config), adapter(("linear_proj", "linear_qkv"), lora_dropout=0.5))
+    row, column = (lora.adapter_layers()[f"decoder.layers.0.self_attention.linear_{n}"] for n in ("proj", "qkv"))
+    before = torch.get_rng_state()
+    of_parts = row.dropped(torch.ones(64), nn.Dropout(0.5), "features")
+    shared = torch.equal(before, torch.get_rng_state())
+    of_whole = column.dropped(torch.ones(64), nn.Dropout(0.5), "whole")
+    found = {"parts": of_parts, "whole": of_whole, "shared state is as it was": shared, **trained(lora, 3)}
+    found["states agree"] = torch.get_rng_state()
+    return found
+
+
+class Holder(nn.Module):
+    """A model of one module."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.linear(*args, **kwargs)
+
+
+#: By name: the kind of module, options of its own, and of the call.
+LINEARS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "column": ("Column", {"gather_output": False}, {}),
+    "column, gathered": ("Column", {"gather_output": True}, {}),
+    "column, gathered by the call": ("Column", {"gather_output": False}, {"runtime_gather_output": True}),
+    "column, not gathered by the call": ("Column", {"gather_output": True}, {"runtime_gather_output": False}),
+    "column, bias left to others": ("Column", {"gather_output": False, "skip_bias_add": True}, {}),
+    "column of two blocks": ("Column", {"gather_output": False, "stride": 2}, {}),
+    "column by sequence": ("Column", {"gather_output": False, "sequence_parallel": True}, {}),
+    "row": ("Row", {"input_is_parallel": True, "skip_bias_add": False}, {}),
+    "row of whole inputs": ("Row", {"input_is_parallel": False, "skip_bias_add": False}, {}),
+    "row, bias left to others": ("Row", {"input_is_parallel": True, "skip_bias_add": True}, {}),
+    "row by sequence": ("Row", {"input_is_parallel": True, "skip_bias_add": False, "sequence_parallel": True}, {}),
+}
+IN, OUT, RANK, ALPHA = 8, 12, 3, 6.0
+
+
+def tensors() -> dict[str, Tensor]:
+    """Inputs (sequence, batch, in), weight, bias, factors and a gradient of outputs, float64, the same everywhere."""
+    shapes = {"x": (4, 2, IN), "W": (OUT, IN), "b": (OUT,), "A": (RANK, IN), "B": (OUT, RANK), "G": (4, 2, OUT)}
+    generator = torch.Generator().manual_seed(11)
+    return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+
+def linears() -> dict[str, dict[str, Tensor]]:
+    """Of every kind in ``LINEARS``: output, bias, and gradients, of all ranks together."""
+    config = begin(params_dtype=torch.float64)
+    return {name: _linear(config, *case) for name, case in LINEARS.items()}
+
+
+def _linear(config: Any, kind: str, options: dict[str, Any], call: dict[str, Any]) -> dict[str, Tensor]:
+    from megatron.core import tensor_parallel
+
+    options = dict(options)
+    by_sequence = options.pop("sequence_parallel", False) and dist.get_world_size() > 1
+    config = replace(config, sequence_parallel=by_sequence)
+    made = getattr(tensor_parallel, f"{kind}ParallelLinear")
+    own: dict[str, Any] = {"config": config, "init_method": nn.init.normal_, "bias": True, "skip_bias_add": False}
+    module = made(IN, OUT, **{**own, **options})
+    lora = apply_lora(Holder(module), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"]))
+    (layer,) = lora.adapter_layers().values()
+    how, given = layer.sharding, tensors()
+    rows, columns = (how.kind == "column"), (how.kind == "row")
+    with torch.no_grad():
+        module.weight.copy_(_own(given["W"], 0 if rows else 1, how.pieces))
+        module.bias.copy_(_own(given["b"], 0, how.pieces) if rows else given["b"])
+    layer.set_factors_("default", given["A"], given["B"])
+    x = given["x"]
+    x = _own(x, 0) if how.takes == "sequence" else _own(x, -1) if how.takes == "features" else x
+    x = x.clone().requires_grad_()
+    out, bias = lora(x, **call)
+    gives = {True: "whole", False: "features"}.get(call.get("runtime_gather_output"), how.gives)  # type: ignore[call-overload]
+    G = given["G"]
+    if gives == "features":
+        G = _own(G, -1, how.pieces)
+    elif gives == "sequence":
+        G = _own(G, 0)
+    out.backward(G)
+    ends = {"whole": None, "features": -1, "sequence": 0}
+    pairs = zip(layer.adapter_tensors("default").values(), how.factor_dims, strict=True)
+    A, B = (gathered(how, parameter.grad, dim) for parameter, dim in pairs)
+    found = {
+        "y": _all(out.detach(), ends[gives], how.pieces),
+        "x.grad": _all(x.grad, ends[how.takes]),
+        "A.grad": A,
+        "B.grad": B,
+    }
+    if bias is not None:
+        found["bias"] = _all(bias.detach(), None if columns else 0, how.pieces)
+    return found
+
+
+def _own(whole: Tensor, dim: int, pieces: int = 1) -> Tensor:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    return torch.cat([block.chunk(size, dim)[rank] for block in whole.chunk(pieces, dim)], dim)
+
+
+def _all(part: Tensor, dim: int | None, pieces: int = 1) -> Tensor:
+    if dim is None or dist.get_world_size() == 1:
+        return part
+    found = []
+    for block in part.chunk(pieces, dim):
+        every = [torch.empty_like(block.contiguous()) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, block.contiguous())
+        found.append(torch.cat(every, dim))
+    return torch.cat(found, dim)
+
+
+def refusals() -> dict[str, str]:
+    """What is said of models that can't be had."""
+    found = {}
+    config = begin(hidden_size=32, ffn_hidden_size=64)
+    tries = {
+        "blocks": lambda: quantize_(gpt(config), quant_type="nf4", blocksize=64),
+        "double": lambda: quantize_(gpt(config), quant_type="nf4", blocksize=32, double_quant=True),
+    }
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def exported(folder: Path, targets: tuple[str, ...]) -> dict[str, Any]:
+    """An adapter written for the Hugging Face model, this model's logits, and its whole base weights."""
+    from qlora_kit.distributed.megatron import save_for_hugging_face
+
+    config = begin()
+    model = gpt(config)
+    found: dict[str, Any] = {"weights": weights_of(model), "base": logits_of(model)}
+    norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
+    lora = apply_lora(model, adapter(targets, rank_pattern={"linear_proj": 2}))
+    save_for_hugging_face(lora, folder, base_model_name_or_path="some/model")
+    return {**found, "norms": norms, "logits": logits_of(lora)}

@@ -1,0 +1,80 @@
+"""Adapters on q, k, v, gate and up of fused linears: equal to one on the fused linear, and everything an adapter is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jobs_of_megatron as jobs
+import pytest
+import torch
+from processes import in_processes
+
+pytest.importorskip("megatron.core", reason="megatron-core isn't installed: pip install 'qlora-kit[megatron]'")
+pytestmark = pytest.mark.slow
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("parts")
+    return {size: in_processes(jobs.parts, size=size, folder=folder / str(size)) for size in (1, 2)}
+
+
+@pytest.fixture(params=[1, 2])
+def run(request: pytest.FixtureRequest, runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    return runs[request.param][0]
+
+
+def test_parts_have_paths_of_their_own(run: dict[str, Any]) -> None:
+    first = [path for path in run["plan"] if ".0." in path]
+    attention, mlp = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.0.mlp.linear_fc1"
+    assert first == [
+        *(f"{attention}.linear_{part}" for part in "qkv"),
+        *(f"{mlp}.linear_fc1_{part}" for part in ("gate", "up")),
+    ]
+
+
+def test_with_one_A_they_are_the_fused_adapter(run: dict[str, Any]) -> None:
+    torch.testing.assert_close(run["tied"], run["fused"], **CLOSE)
+    fused, parts = run["gradients of fused"], run["gradients of parts"]
+    for path, (A, B) in fused.items():
+        own = [pair for part, pair in parts.items() if part.rpartition(".")[0] == path]
+        torch.testing.assert_close(sum(a for a, _ in own), A, **CLOSE)
+        # The same rows in another order.
+        rows = torch.cat([b for _, b in own])
+        assert rows.shape == B.shape
+        torch.testing.assert_close(rows.norm(dim=1).sort().values, B.norm(dim=1).sort().values, **CLOSE)
+
+
+def test_training_is_the_same_at_every_world_size(runs: dict[int, list[dict[str, Any]]]) -> None:
+    (one,), several = runs[1], runs[2]
+    for rank in several:
+        torch.testing.assert_close(torch.tensor(rank["losses"]), torch.tensor(one["losses"]), rtol=0, atol=5e-6)
+    assert one["losses"][-1] < one["losses"][0] - 0.02
+    for path, (A, B) in one["factors"].items():
+        torch.testing.assert_close(several[0]["factors"][path][0], A, rtol=0, atol=2e-4)
+        torch.testing.assert_close(several[0]["factors"][path][1], B, rtol=0, atol=2e-4)
+
+
+def test_files_bring_them_back(run: dict[str, Any]) -> None:
+    assert torch.equal(run["loaded"], run["logits"])
+
+
+def test_files_are_the_same_at_every_world_size(runs: Any, tmp_path: Path) -> None:
+    keys = {path: pair[0].shape[0] for path, pair in runs[1][0]["factors"].items()}
+    assert keys == {path: pair[0].shape[0] for path, pair in runs[2][0]["factors"].items()}
+    assert {rank for path, rank in keys.items() if path.endswith("linear_v")} == {2}
+
+
+def test_merges_compute_what_branches_do(run: dict[str, Any]) -> None:
+    for merged in ("merged", "merge"):
+        torch.testing.assert_close(run[merged], run["logits"], **CLOSE)
+    assert torch.equal(run["unmerged"], run["logits"])
+    assert all(path.endswith(("linear_qkv", "linear_fc1")) for path in run["layers"])  # accounts of what is stored
+
+
+def test_the_model_gets_its_own_modules_back(run: dict[str, Any]) -> None:
+    assert run["types"]
+    assert run["unloaded"]
