@@ -1,8 +1,8 @@
-"""Adapters on parts of fused linears as adapters on these, for a merge: what is stored, rounded and accounted for is the
-fused weight.
+"""Adapters on parts of fused linears as adapters on these, for a merge: what is stored, rounded and accounted for is
+the fused weight.
 
-Adapters s_i B_i A_i on rows of one matrix are one adapter on it: A is theirs on top of each other, and B has each B_i in
-its part's rows and its own columns, zeros elsewhere. Nothing is lost, and the rank is that of all of them together.
+Adapters s_i B_i A_i on rows of one matrix are one adapter on it: A is theirs on top of each other, and B has each B_i
+in its part's rows and its own columns, zeros elsewhere. Nothing is lost, and the rank is that of all of them together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..naming import canonical
 
 @contextmanager
 def folded_parts(adapted: Adapted) -> Iterator[None]:
-    """In the block, and after it, adapters on parts of fused linears are on these; on an error they are as they were."""
+    """In the block, and after it, adapters on parts of fused linears are on these; on an error they are as before."""
     undo: list[Callable[[], None]] = []
     aside = dict(adapted.set_aside)
     undo.append(lambda: setattr(adapted, "set_aside", aside))
@@ -80,7 +80,7 @@ def folded(fused: FusedLinear) -> MegatronLinear:
 
 
 def factors_of_parts(parts: list[MegatronLinear], name: str, rows: int) -> tuple[Tensor, Tensor]:
-    """A (sum of ranks, in) and this rank's B (rows, sum of ranks) with B A the sum of what ``name`` adds in ``parts``."""
+    """A (sum of ranks, in) and this process's B (rows, sum of ranks): B A is what ``name`` adds in all of ``parts``."""
     pairs = [part.factors(name) for part in parts]
     A = torch.cat([A.detach() for A, _ in pairs])
     B = A.new_zeros(rows, len(A))

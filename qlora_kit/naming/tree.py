@@ -28,7 +28,7 @@ _HELD_AS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class Closed(nn.Module):
-    """A module whose children are how it computes, and no modules of the user's: it isn't entered, but for ``parts``."""
+    """A module whose children are how it computes, and none of the user's modules: only ``parts`` are entered."""
 
     #: Names of children that are modules to be chosen by their paths.
     parts: tuple[str, ...] = ()

@@ -108,7 +108,9 @@ def _config_there(config: LoraConfig, settings: dict[str, tuple[int, float]], la
     has them, and by whole paths elsewhere."""
     counts = Counter(path.rpartition(".")[2] for path in settings)
     names = {path: path.rpartition(".")[2] for path in settings}
-    everywhere = {path for path, name in names.items() if counts[name] == layers or not path.startswith("model.layers.")}
+    everywhere = {
+        path for path, name in names.items() if counts[name] == layers or not path.startswith("model.layers.")
+    }
     targets = sorted({names[path] if path in everywhere else path for path in settings})
     (rank, alpha), _ = Counter(settings.values()).most_common(1)[0]
     return replace(

@@ -44,6 +44,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...errors import AdapterError
+from .collectives import alone
 
 Kind = Literal["column", "row"]
 Form = Literal["whole", "features", "sequence"]
@@ -62,7 +63,7 @@ class Sharding:
     Attributes:
         kind: along which dimension of (out, in) the matrix is cut.
         shape: (out, in) of the whole matrix.
-        group: the processes that share it; None is the default group of all.
+        group: the processes that share it; None is the default group of all, ``ALONE`` this process.
         takes, gives: the forms of input and output.
         sequence_dim: the dimension of tokens in both, where one of the forms is "sequence".
         mesh: a one-dimensional ``DeviceMesh`` over ``group``: factors are then DTensors on it, which torch's
@@ -94,12 +95,12 @@ class Sharding:
     @property
     def size(self) -> int:
         """How many processes share the layer."""
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+        return 1 if alone(self.group) else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
         """This process's place among them."""
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
+        return 0 if alone(self.group) else dist.get_rank(self.group)
 
     @property
     def dim(self) -> int:

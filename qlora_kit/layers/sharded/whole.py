@@ -171,4 +171,8 @@ def _of_scales(scales: Tensor, quantized: Quantized, codes: Tensor, sharding: Sh
     if per_row and sharding.shape[1] % (length or sharding.shape[1]) == 0:
         grid = scales.view(-1, per_row)
         return (gathered(sharding, grid, 0, size) if gather else cut(sharding, grid, 0)).reshape(-1)
-    return gathered(sharding, scales, 0) if gather else cut(sharding, scales.view(sharding.size * sharding.pieces, -1), 0).reshape(-1)
+    return (
+        gathered(sharding, scales, 0)
+        if gather
+        else cut(sharding, scales.view(sharding.size * sharding.pieces, -1), 0).reshape(-1)
+    )

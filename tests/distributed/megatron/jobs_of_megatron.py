@@ -51,6 +51,16 @@ def replicas(lora: LoraModel) -> dict[str, Tensor]:
     return found
 
 
+def norm_by_megatron(lora: LoraModel) -> float:
+    """That of all gradients, as Megatron's optimizers sum it up: of parts every rank's own, of copies the first's."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    own = [p.grad for p in lora.parameters() if p.grad is not None and param_is_not_tensor_parallel_duplicate(p)]
+    total = sum((grad.square().sum() for grad in own), torch.zeros(()))
+    dist.all_reduce(total)
+    return float(total.sqrt())
+
+
 def trained(lora: LoraModel, steps: int = STEPS) -> dict[str, Any]:
     """Losses of ``steps`` steps, the first one's gradients, and the factors afterwards."""
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
@@ -60,7 +70,7 @@ def trained(lora: LoraModel, steps: int = STEPS) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            found["gradients"] = gradients(lora)
+            found["gradients"], found["norm"] = gradients(lora), norm_by_megatron(lora)
         optimizer.step()
         found["losses"].append(float(loss))
     return {**found, "factors": factors(lora), "replicas": replicas(lora)}
@@ -143,7 +153,11 @@ def few_bits(quant_type: str, folder: Path, start: str | bool = False) -> dict[s
         return quantize_(gpt(config), quant_type=quant_type, blocksize=32)
 
     model = quantized()
-    found: dict[str, Any] = {"dense": logits_of(gpt(config)), "quantized": logits_of(model), "weights": weights_of(model)}
+    found: dict[str, Any] = {
+        "dense": logits_of(gpt(config)),
+        "quantized": logits_of(model),
+        "weights": weights_of(model),
+    }
     found["types"] = sorted({type(module).__name__ for module in model.modules()})
     lora = apply_lora(model, replace(adapter("all-linear"), target_modules="all-linear"))
     found |= trained(lora, 5) | {"logits": logits_of(lora)}

@@ -39,9 +39,7 @@ def one(folder: Path, two: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_sequence(folder: Path, one: Any) -> list[dict[str, Any]]:
-    return in_processes(
-        jobs.life, size=2, folder=folder / "by sequence", sequence_parallel=True, loads=folder / "one"
-    )
+    return in_processes(jobs.life, size=2, folder=folder / "by sequence", sequence_parallel=True, loads=folder / "one")
 
 
 @pytest.fixture(params=["two", "by_sequence"])
@@ -68,6 +66,12 @@ def test_gradients_are_the_same(one: dict[str, Any], several: list[dict[str, Any
             for found, expected in zip(rank["gradients"][path], pair, strict=True):
                 assert expected.abs().max() > 1e-5
                 torch.testing.assert_close(found, expected, **CLOSE, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def test_megatron_finds_the_norm_of_all_gradients(one: dict[str, Any], several: list[dict[str, Any]]) -> None:
+    whole = torch.stack([g.norm() for pair in one["gradients"].values() for g in pair]).norm()
+    for run in (one, *several):
+        assert run["norm"] == pytest.approx(float(whole), rel=1e-4)
 
 
 def test_factors_after_steps_are_the_same(one: dict[str, Any], several: list[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ def test_parts_have_paths_of_their_own(run: dict[str, Any]) -> None:
     ]
 
 
-def test_with_one_A_they_are_the_fused_adapter(run: dict[str, Any]) -> None:
+def test_with_one_first_factor_they_are_the_fused_adapter(run: dict[str, Any]) -> None:
     torch.testing.assert_close(run["tied"], run["fused"], **CLOSE)
     fused, parts = run["gradients of fused"], run["gradients of parts"]
     for path, (A, B) in fused.items():

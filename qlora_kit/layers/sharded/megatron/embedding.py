@@ -37,6 +37,8 @@ class MegatronEmbedding(ShardedLayer, EmbeddingAdapter):
     def _weight_in_effect(self) -> Tensor:
         """A head that has this table's weight multiplies it by this rank's words: gradients of B are terms of a sum."""
         names: Any = self._in_effect
-        branches = [(A, copy_to_group(B, self.sharding.group), self.scaling[n]) for n in names for A, B in [self.factors(n)]]
+        branches = [
+            (A, copy_to_group(B, self.sharding.group), self.scaling[n]) for n in names for A, B in [self.factors(n)]
+        ]
         base = self.base_layer
         return weight_in_effect(Sum(self.codec, base, base.weight, branches, self._rescale_))

@@ -92,8 +92,8 @@ class MegatronLinear(ShardedLinearAdapter):
 
 
 def called(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Returned:
-    """What ``module``, a sharded linear, gives for ``x``. One that is a norm and a linear in one (TransformerEngine's) is
-    asked for what the norm gives by the flag that it has for that."""
+    """What ``module``, a sharded linear, gives for ``x``. One that is a norm and a linear in one (TransformerEngine's)
+    is asked for what the norm gives by the flag that it has for that."""
     flags: Any = module
     asked = getattr(module, "return_layernorm_output", None)
     if asked is None:

@@ -69,7 +69,7 @@ def _open_(tree: Tree, named: Callable[[str], bool], undo: list[Callable[[], Non
                 continue
             if isinstance(fused, StandIn):
                 raise AdapterError(
-                    f"{below}: expected a fused linear without adapters to put some on its parts, found one as a whole; "
+                    f"{below}: expected a fused linear without adapters to put some on its parts, found one on all; "
                     f"name {child!r} again, or delete that adapter first"
                 )
             parent._modules[child] = FusedLinear(fused, rows)

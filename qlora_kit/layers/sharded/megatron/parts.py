@@ -221,9 +221,9 @@ def _rows_as_stored(quantized: Quantized, rows: Any) -> tuple[Tensor, Tensor, Te
     scales, shifts = quantized.stored_scales, quantized.stored_shifts
     if scales.absmax is not None or (quantized.blocksize is not None and width % quantized.blocksize):
         raise CodecError(
-            f"a part of a fused linear: expected scales of each row's own, found blocks of {quantized.blocksize} in rows "
-            f"of {width}, or scales in 8 bits; quantize with double_quant=False and a blocksize that divides the rows, "
-            "or adapt the fused linear"
+            f"a part of a fused linear: expected scales of each row's own, found blocks of {quantized.blocksize} in "
+            f"rows of {width}, or scales in 8 bits; quantize with double_quant=False and a blocksize that divides the "
+            "rows, or adapt the fused linear"
         )
     return (
         quantized.codes[rows],

@@ -39,7 +39,9 @@ def follow_settings(config: LoraConfig, model: nn.Module) -> None:
     if config.megatron_config is None:
         return
     described = _described(core, config.megatron_config)
-    own = next((found for module in every_module(model) if (found := _config_of(module, type(described))) is not None), None)
+    own = next(
+        (found for module in every_module(model) if (found := _config_of(module, type(described))) is not None), None
+    )
     for name in _OF_THE_MODEL if own is not None else ():
         if name in config.megatron_config and (there := getattr(own, name)) != (said := getattr(described, name)):
             raise ConfigError(
@@ -55,8 +57,8 @@ def _described(core: str, arguments: dict[str, Any]) -> Any:
     except ImportError as error:
         fix = "install megatron-core, e.g. pip install 'qlora-kit[megatron]'" if core == CORE else f"install {core}"
         raise ConfigError(
-            f"megatron_config: expected the library {core!r}, whose configuration it is, found none ({error}); {fix}, or "
-            "leave megatron_config out: Megatron's own modules say all that an adapter needs"
+            f"megatron_config: expected the library {core!r}, whose configuration it is, found none ({error}); {fix}, "
+            "or leave megatron_config out: Megatron's own modules say all that an adapter needs"
         ) from error
     try:
         return found.TransformerConfig(**arguments)

@@ -16,7 +16,7 @@ from . import shardings
 from .embedding import MegatronEmbedding
 from .linear import MegatronLinear
 from .parts import FusedPart, FusedPartCodec, sharding_of_part
-from .storage import QuantizedShard, QuantizedShardCodec, PartCodec, TableCodec
+from .storage import PartCodec, QuantizedShard, QuantizedShardCodec, TableCodec
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ _MEGATRON = {
     "ColumnParallelLinear": _Known(PartCodec, MegatronLinear, shardings.column),
     "RowParallelLinear": _Known(PartCodec, MegatronLinear, shardings.row),
     "VocabParallelEmbedding": _Known(TableCodec, MegatronEmbedding, shardings.words),
+    "TELinear": _TE_LINEAR,
     "TEColumnParallelLinear": _TE_LINEAR,
     "TERowParallelLinear": _TE_LINEAR,
     "TELayerNormColumnParallelLinear": _TE_LINEAR,
@@ -76,4 +77,3 @@ register_codec(QuantizedShard)(QuantizedShardCodec)
 register_codec(FusedPart)(FusedPartCodec)
 register_layer(FusedPart)(MegatronLinear)
 register_sharding(FusedPart)(sharding_of_part)
-

@@ -1,0 +1,76 @@
+"""QLoRA over Megatron's sharded linears: sharded, then quantized; the same codes and numbers at any world size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jobs_of_megatron as jobs
+import pytest
+import torch
+from processes import in_processes
+
+pytest.importorskip("megatron.core", reason="megatron-core isn't installed: pip install 'qlora-kit[megatron]'")
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+KINDS = [pytest.param("nf4", marks=pytest.mark.slow), pytest.param("signed2", marks=pytest.mark.engines)]
+Runs = dict[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder, kind = tmp_path_factory.mktemp("few_bits"), request.param
+    return {n: in_processes(jobs.few_bits, size=n, quant_type=kind, folder=folder / str(n)) for n in (1, 2)}
+
+
+def test_linears_stay_sharded_linears(runs: Runs) -> None:
+    for run in (*runs[1], *runs[2]):
+        assert {"QuantizedColumnParallelLinear", "QuantizedRowParallelLinear"} <= set(run["types"])
+        change = (run["quantized"] - run["dense"]).abs().max()
+        assert 1e-3 < change < 1.5
+        torch.testing.assert_close(run["quantized"], runs[1][0]["quantized"], **CLOSE)
+
+
+def test_ranks_hold_the_codes_of_one_process(runs: Runs) -> None:
+    (one,), (two, _) = runs[1], runs[2]
+    assert one["weights"].keys() == two["weights"].keys()
+    assert len([path for path in one["weights"] if "linear" in path]) == 8
+    for path, weight in one["weights"].items():
+        assert torch.equal(weight, two["weights"][path]), path
+
+
+def test_losses_and_gradients_are_the_same(runs: Runs) -> None:
+    (one,), several = runs[1], runs[2]
+    assert one["losses"][-1] < one["losses"][0] - 0.1
+    for rank in several:
+        torch.testing.assert_close(torch.tensor(rank["losses"]), torch.tensor(one["losses"]), rtol=0, atol=5e-6)
+        for path, pair in one["gradients"].items():
+            for found, expected in zip(rank["gradients"][path], pair, strict=True):
+                torch.testing.assert_close(found, expected, **CLOSE)
+    assert all(torch.equal(several[0]["replicas"][path], several[1]["replicas"][path]) for path in one["replicas"])
+
+
+def test_files_bring_adapters_back(runs: Runs) -> None:
+    for run in (*runs[1], *runs[2]):
+        assert torch.equal(run["loaded"], run["logits"])
+
+
+def test_a_merge_into_float32_keeps_all(runs: Runs) -> None:
+    for run in (*runs[1], *runs[2]):
+        torch.testing.assert_close(run["dense again"], run["logits"], rtol=1e-4, atol=5e-6)
+
+
+def test_a_merge_in_place_is_requantized_and_taken_back(runs: Runs) -> None:
+    (one,) = runs[1]
+    for run in (one, *runs[2]):
+        assert torch.equal(run["unmerged"], run["logits"])
+        assert not torch.equal(run["merged"], run["logits"])
+        torch.testing.assert_close(run["merged"], one["merged"], rtol=0, atol=0.02)  # a code may round the other way
+
+
+@pytest.mark.slow
+def test_blocks_across_ranks_are_refused() -> None:
+    for rank in in_processes(jobs.refusals, size=2):
+        assert "CodecError" in rank["blocks"]
+        assert "row-sharded layer" in rank["blocks"]
+        assert "pass blocksize=16" in rank["blocks"] or "pass blocksize=32" in rank["blocks"]
+        assert "double_quant=False" in rank["double"]
