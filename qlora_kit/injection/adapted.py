@@ -16,7 +16,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..layers.rescaled import at_full_size_
-from ..layers.sharded.megatron.opening import close_parts_
+from ..layers.sharded.megatron.parts import close_parts_
 from ..naming import StandIn, Tree, chain, every_module
 from .biases import KeptBiases, bias_parameters
 from .buffers import MovedBuffers

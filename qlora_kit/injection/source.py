@@ -38,10 +38,8 @@ _HARMLESS = frozenset(
 )
 _QUESTIONS = frozenset({"isinstance", "hasattr", "id", "type", "len", "callable"})
 # Methods that make, start, tie, store and clip weights, and compute nothing.
-_ASIDE = (
-    *("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_"),
-    *("clip_", "_clip"),
-)
+_ASIDE = ("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_")
+_ASIDE += ("clip_",)  # what an optimizer did
 # Code below the parent's: a function that is handed a module, one that this hands it to, and one more.
 _DEPTH = 3
 
@@ -168,8 +166,7 @@ def _gives_back(function: FunctionType) -> bool:
     """Whether ``function`` returns its first argument, and nothing else: one that is there for its types, say."""
     node = _parsed(function)
     returned = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)] if node else []
-    first = function.__code__.co_varnames[:1]
-    return bool(returned) and all(isinstance(value, ast.Name) and (value.id,) == first for value in returned)
+    return bool(returned) and {getattr(value, "id", None) for value in returned} == {*function.__code__.co_varnames[:1]}
 
 
 class _Reader:

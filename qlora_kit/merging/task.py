@@ -237,13 +237,13 @@ def _check_sharded(layers: Mapping[str, AdapterLayer], task: MergeTask) -> None:
     odd = [f"{name}={value!r}" for name, value in asked.items() if value not in ("same", "nearest", 0, "dequantized")]
     found = {path: sharding_of(layer.base_layer) for path, layer in layers.items()}
     shared = {path: how for path, how in found.items() if how is not None and how.size > 1}
-    if task.dtype is not None and all(how.mesh is None for how in shared.values()):  # dense parts of the same modules
+    if task.dtype is not None and all(how.mesh is None for how in shared.values()):  # dense parts of the same
         odd = [each for each in odd if not each.startswith("into=")]
     if odd and shared:
         raise MergeError(
-            f"{next(iter(shared))}: expected a merge into the same storage, to the nearest codes, of a layer that several "
-            f"processes share, found {', '.join(odd)}; leave that out, or save the adapter and merge it in one process "
-            "(qlora-kit merge)"
+            f"{next(iter(shared))}: expected a merge into the same storage, to the nearest codes, of a layer that "
+            f"several processes share, found {', '.join(odd)}; leave that out, or save the adapter and merge it in one "
+            "process (qlora-kit merge)"
         )
 
 

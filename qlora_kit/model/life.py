@@ -17,12 +17,12 @@ from ..injection.biases import bias_parameters
 from ..injection.engine import QUICK_STARTS, Plan, Request, Start, inject_, request_for
 from ..injection.heads import saved_names
 from ..injection.left_out import warn_of_left_out
+from ..injection.megatron.opening import opened_parts
+from ..injection.megatron.settings import follow_settings
 from ..injection.targets import shortest_names
 from ..injection.ties import warn_of_ties
 from ..layers import RESERVED, AdapterLayer
 from ..layers.rescaled import at_full_size_
-from ..layers.sharded.megatron.opening import opened_parts
-from ..layers.sharded.megatron.settings import follow_settings
 from ..merging.aware import make_aware_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical

@@ -21,8 +21,8 @@ from ..errors import TargetError, UnsupportedModuleError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, make_plan
 from ..injection.heads import without_new_head
+from ..injection.megatron.opening import opened_parts
 from ..injection.targets import resolve, shortest_names, without_idle
-from ..layers.sharded.megatron.opening import opened_parts
 from ..naming import Patterns, Tree, canonical
 
 

@@ -21,9 +21,9 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan
+from ..injection.megatron.opening import opened_parts
 from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
-from ..layers.sharded.megatron.opening import opened_parts
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree

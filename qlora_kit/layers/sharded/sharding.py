@@ -43,6 +43,8 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
+from ...codecs import on_demand
+from ...codecs.registry import load_on_demand
 from ...errors import AdapterError
 from .collectives import alone
 
@@ -118,6 +120,8 @@ class Sharding:
 
 Finder = Callable[[Any], Sharding | None]
 _finders: dict[type[nn.Module], Finder] = {}
+# The nearest along each type's method resolution order, once it was looked for.
+_found: dict[type[nn.Module], Finder | None] = {}
 
 
 def register_sharding(*types: type[nn.Module]) -> Callable[[Finder], Finder]:
@@ -126,6 +130,7 @@ def register_sharding(*types: type[nn.Module]) -> Callable[[Finder], Finder]:
     def register(finder: Finder) -> Finder:
         for kind in types:
             _finders[kind] = finder
+        _found.clear()
         return finder
 
     return register
@@ -140,5 +145,9 @@ def sharding_of(module: nn.Module) -> Sharding | None:
     own = vars(module).get("sharding")
     if isinstance(own, Sharding):
         return own
-    finder = next((_finders[base] for base in type(module).__mro__ if base in _finders), None)
+    kind = type(module)
+    if kind not in _found:
+        load_on_demand(kind, on_demand)
+        _found[kind] = next((_finders[base] for base in kind.__mro__ if base in _finders), None)
+    finder = _found[kind]
     return None if finder is None else finder(module)

@@ -76,6 +76,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # peft's
 @pytest.mark.parametrize(("size", "targets"), CASES)
 def test_an_exported_adapter_computes_the_same(size: int, targets: tuple[str, ...], tmp_path: Path) -> None:
     run = in_processes(jobs.exported, size=size, folder=tmp_path, targets=targets)[0]

@@ -24,7 +24,7 @@ from ....codecs import Codec, codec_for
 from ....codecs.base import checked_weight
 from ....codecs.quantized import Quantized, Quantizer, Scales
 from ....errors import CodecError, TargetError
-from ....naming import StandIn
+from ....naming import StandIn, every_module
 from ..sharding import Sharding, sharding_of
 from .linear import MegatronLinear, called
 
@@ -125,6 +125,14 @@ class FusedLinear(StandIn):
             if attribute == "base_layer" or attribute.startswith("_"):
                 raise
             return getattr(self.base_layer, attribute)
+
+
+def close_parts_(model: nn.Module) -> None:
+    """Put fused linears back whose parts have no adapter any more."""
+    for module in every_module(model):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, FusedLinear) and not any(True for _ in child.adapters()):
+                module._modules[name] = child.base_layer
 
 
 def sharding_of_part(part: FusedPart) -> Sharding | None:

@@ -106,8 +106,8 @@ class QuantizedShard(Closed):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         raise CodecError(
             f"{prefix}weight: expected a dense weight for Megatron's checkpoints, found a "
-            f"{type(self.quantized).__name__}; save the adapters with save_pretrained, and quantize the base again when "
-            "it is loaded"
+            f"{type(self.quantized).__name__}; save the adapters with save_pretrained, and quantize the base again "
+            "when it is loaded"
         )
 
 

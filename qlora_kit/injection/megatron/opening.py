@@ -1,4 +1,4 @@
-"""A model's fused linears opened for adapters on their parts, where a configuration names parts, and closed again."""
+"""A model's fused linears opened for adapters on their parts, where a configuration names parts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ....config.lora import LoraConfig
-from ....errors import AdapterError
-from ....naming import Expression, StandIn, Tree, ends_with
-from .parts import NAMES, PARTS, FusedLinear, rows_of_parts
-from .types import is_known
+from ...config.lora import LoraConfig
+from ...errors import AdapterError
+from ...layers.sharded.megatron.parts import NAMES, PARTS, FusedLinear, rows_of_parts
+from ...layers.sharded.megatron.types import is_known
+from ...naming import Expression, StandIn, Tree, ends_with
 
 _PARENTS = frozenset({"SelfAttention", "MLP"})
 
@@ -36,14 +36,6 @@ def opened_parts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
         for step in reversed(undo):
             step()
         raise
-
-
-def close_parts_(model: nn.Module) -> None:
-    """Put fused linears back whose parts have no adapter any more."""
-    for module in model.modules():
-        for name, child in list(module._modules.items()):
-            if isinstance(child, FusedLinear) and not any(True for _ in child.adapters()):
-                module._modules[name] = child.base_layer
 
 
 def _naming(config: LoraConfig) -> Callable[[str], bool] | None:

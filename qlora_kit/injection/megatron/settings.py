@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from ....config.lora import LoraConfig
-from ....errors import ConfigError, closest
-from ....naming import every_module
-from .types import add_library
+from ...config.lora import LoraConfig
+from ...errors import ConfigError, closest
+from ...layers.sharded.megatron.types import add_library
+from ...naming import every_module
 
 #: The library that ``megatron_core`` names by default.
 CORE = "megatron.core"
