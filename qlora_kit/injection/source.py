@@ -39,7 +39,7 @@ _HARMLESS = frozenset(
 _QUESTIONS = frozenset({"isinstance", "hasattr", "id", "type", "len", "callable"})
 # Methods that make, start, tie, store and clip weights, and compute nothing.
 _ASIDE = ("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_")
-_ASIDE += ("clip_",)  # what an optimizer did
+_CLIPS = "clip_"  # what an optimizer did
 # Code below the parent's: a function that is handed a module, one that this hands it to, and one more.
 _DEPTH = 3
 
@@ -125,7 +125,7 @@ def _methods(kind: type) -> Iterator[FunctionType]:
         for name, value in vars(above).items():
             value = getattr(value, "fget", None) or getattr(value, "func", None) or value
             method = inspect.unwrap(value) if callable(value) else None
-            if isinstance(method, FunctionType) and name not in seen and not name.startswith(_ASIDE):
+            if isinstance(method, FunctionType) and name not in seen and not name.startswith((*_ASIDE, _CLIPS)):
                 yield method
             if not isinstance(method, FunctionType) or "super" not in method.__code__.co_names:
                 seen.add(name)

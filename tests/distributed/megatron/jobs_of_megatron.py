@@ -145,7 +145,7 @@ def _tie(split: LoraModel, fused: LoraModel) -> None:
                 parameter.copy_(value)
 
 
-def few_bits(quant_type: str, folder: Path, start: str | bool = False) -> dict[str, Any]:
+def few_bits(quant_type: str, folder: Path) -> dict[str, Any]:
     """A sharded model that is quantized, adapted, trained, saved, loaded and merged."""
     config = begin(hidden_size=64, ffn_hidden_size=128)
 
@@ -169,6 +169,23 @@ def few_bits(quant_type: str, folder: Path, start: str | bool = False) -> dict[s
     found["unmerged"] = logits_of(lora)
     found["dense again"] = logits_of(merge(lora, into="float32").model)
     return found
+
+
+def others() -> dict[str, Any]:
+    """Starts that look at whole weights; parts of a quantized fused linear; a head that is the embedding's table."""
+    config = begin(hidden_size=128, ffn_hidden_size=128)
+    loftq = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    lora = apply_lora(gpt(config), loftq)
+    found: dict[str, Any] = {"loftq": logits_of(lora), "loftq losses": trained(lora, 3)["losses"]}
+    lora = apply_lora(quantize_(gpt(config), quant_type="nf4", blocksize=32), adapter(PARTS))
+    found["parts losses"], found["parts"] = trained(lora, 3)["losses"], logits_of(lora)
+    lora.merge_adapter()
+    found["parts merged"] = logits_of(lora)
+    lora.unmerge_adapter()
+    found["parts unmerged"] = logits_of(lora)
+    found["parts in float32"] = logits_of(merge(lora, into="float32").model)
+    lora = apply_lora(gpt(config, shared=True), adapter(("word_embeddings", "linear_proj")))
+    return {**found, "tied": trained(lora, 3), "tied logits": logits_of(lora)}
 
 
 def dropout() -> dict[str, Any]:

@@ -46,8 +46,8 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.eye(config.hidden_size)), None
         self.sequence_parallel = self.gather_output = self.is_expert = False
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight), None
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight if weight is None else weight), None
 
 
 ColumnParallelLinear.__module__ = "pretend.core.tensor_parallel.layers"
@@ -59,8 +59,8 @@ class Model(nn.Module):
         self.config = TransformerConfig(layers, 8)
         self.linear = ColumnParallelLinear(self.config)
 
-    def forward(self, x: Tensor) -> Any:
-        return self.linear(x)[0]
+    def forward(self, x: Tensor, *, hands_over: bool = False) -> Any:
+        return self.linear(x, weight=self.linear.weight)[0] if hands_over else self.linear(x)[0]
 
 
 @pytest.fixture
@@ -96,6 +96,12 @@ def test_the_types_of_a_fork_are_known_by_its_name(fork: str) -> None:
     x = torch.randn(3, 2, 8)
     A, B = lora.model.linear.factors("default")
     torch.testing.assert_close(lora(x), x + x @ (lora.model.linear.scaling["default"] * B @ A).T)
+
+
+def test_a_layer_that_is_handed_its_own_weight_counts_its_branch_once(fork: str) -> None:
+    lora = apply_lora(Model(), config(megatron_core=fork))
+    x = torch.randn(3, 2, 8)
+    torch.testing.assert_close(lora(x, hands_over=True), lora(x))
 
 
 def test_arguments_of_the_model_are_taken(fork: str) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ....errors import AdapterError
-from ...as_merged import for_gradients
 from ...row_choice import rows_of
 from ...weight_in_effect import InEffect
 from ..collectives import gather_from_group, split_to_group
@@ -46,22 +44,13 @@ class MegatronLinear(ShardedLinearAdapter):
                 f"{type(self.base_layer).__name__}: expected one adapter for all rows over a layer that is sharded, "
                 "found adapter_names; set_adapter(name) and call with the rows of one adapter at a time"
             )
-        names = self._in_effect
-        if not names:
+        if not (names := self._in_effect):
             return self.codec.forward(self.base_layer, x, *args, **kwargs)
         args, kwargs = _with_own_weight(self.base_layer, args, kwargs)
-        merged = self.as_merged(names)
-        if merged is None:
-            found = called(self.base_layer, x, *args, **kwargs)
-            given = found.multiplied
-        else:
-            found = called(merged.module, x, *args, **kwargs)
-            given = found.multiplied.detach()
-            names = names if torch.is_grad_enabled() else []
+        found = called(self.base_layer, x, *args, **kwargs)
         out = found.out
         for name in names:
-            added = self._as_asked(self.branch(given, name), args, kwargs).to(out.dtype)
-            out = out + (added if merged is None else for_gradients(added))
+            out = out + self._as_asked(self.branch(found.multiplied, name), args, kwargs).to(out.dtype)
         return found.again(out)
 
     def _as_asked(self, branch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -112,7 +112,7 @@ class QuantizedShard(Closed):
 
 
 @cache
-def _quantized_type(kind: type[nn.Module]) -> type[nn.Module]:
+def _quantized_type(kind: Any) -> type[nn.Module]:
     return type(f"Quantized{kind.__name__}", (QuantizedShard, kind), {"__module__": __name__, "dense_type": kind})
 
 
