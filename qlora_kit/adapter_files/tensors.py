@@ -37,6 +37,7 @@ from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
 from .beside import about, say_what_others_misread, stored_config
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
+from .parts import own_parts, whole_parts
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store
 
@@ -44,6 +45,18 @@ __all__ = ["adapter_state", "load_adapter_state_", "load_resume_state_", "read_a
 
 
 def adapter_state(
+    model: Any,
+    adapter_name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """As ``_own_state``, with what several processes have parts of whole: each of them has to call this."""
+    state = _own_state(model, adapter_name, state_dict, save_embedding_layers=save_embedding_layers)
+    return whole_parts(adapted_of(model), adapter_name, state)
+
+
+def _own_state(
     model: Any,
     adapter_name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
@@ -148,7 +161,7 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
         )
     extras = extra_tensors(adapted, adapted.configs[adapter_name].bias, tree)
     keys = _Keys(adapted, [*extras, *slots, *buffers], tree)
-    state = {canonical(key): tensor for key, tensor in state.items()}
+    state = own_parts(adapted, adapter_name, {canonical(key): tensor for key, tensor in state.items()})
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected: list[str] = []
     # A key's own name goes before the older names of the same tensor, whatever the order of the file.

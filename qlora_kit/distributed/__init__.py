@@ -3,9 +3,6 @@
 The engines are torch's, DeepSpeed's and accelerate's own; nothing here trains. It works on ``LoraModel`` from above,
 and nothing below may know it.
 
-<<<<<<< HEAD
 - ``clipping``: gradients of parts and of wholes, clipped together
-=======
 - ``megatron/``: adapters of Megatron's models in the files of the Hugging Face model of the same weights
->>>>>>> 01328fd (What a configuration asks of Megatron's models is injection's)
 """

@@ -85,12 +85,18 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def saved(lora: LoraModel, folder: Path) -> None:
+    """Have it written before anyone reads it."""
+    lora.save_pretrained(folder)
+    dist.barrier()
+
+
 def life(folder: Path, sequence_parallel: bool = False, loads: Path | None = None) -> dict[str, Any]:
     """A model adapted, trained, saved, merged, taken apart; and what another run saved, loaded."""
     config = begin(sequence_parallel=sequence_parallel)
     lora = apply_lora(gpt(config), adapter())
     found: dict[str, Any] = {"start": logits_of(lora), **trained(lora), "logits": logits_of(lora)}
-    lora.save_pretrained(folder)
+    saved(lora, folder)
     lora.merge_adapter()
     found["merged"] = logits_of(lora)
     lora.unmerge_adapter()
@@ -101,7 +107,7 @@ def life(folder: Path, sequence_parallel: bool = False, loads: Path | None = Non
     if loads is not None:
         again = LoraModel.from_pretrained(gpt(config), loads)
         found["loaded"] = logits_of(again)
-        again.save_pretrained(folder / "again")
+        saved(again, folder / "again")
         found["base"] = logits_of(again.unload())
     return found
 
@@ -121,7 +127,7 @@ def parts(folder: Path) -> dict[str, Any]:
     found["gradients of fused"], found["gradients of parts"] = gradients(fused), gradients(split)
     lora = apply_lora(gpt(config), adapter(("linear_q", "linear_v", "linear_fc1_up"), rank_pattern={"linear_v": 2}))
     found |= trained(lora) | {"logits": logits_of(lora)}
-    lora.save_pretrained(folder)
+    saved(lora, folder)
     found["loaded"] = logits_of(LoraModel.from_pretrained(gpt(config), folder))
     lora.merge_adapter()
     found["merged"] = logits_of(lora)
@@ -161,7 +167,7 @@ def few_bits(quant_type: str, folder: Path) -> dict[str, Any]:
     found["types"] = sorted({type(module).__name__ for module in model.modules()})
     lora = apply_lora(model, replace(adapter("all-linear"), target_modules="all-linear"))
     found |= trained(lora, 5) | {"logits": logits_of(lora)}
-    lora.save_pretrained(folder)
+    saved(lora, folder)
     found["loaded"] = logits_of(LoraModel.from_pretrained(quantized(), folder))
     lora.merge_adapter()
     found["merged"] = logits_of(lora)
