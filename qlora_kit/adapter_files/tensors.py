@@ -51,18 +51,6 @@ def adapter_state(
     *,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """As ``_own_state``, with what several processes have parts of whole: each of them has to call this."""
-    state = _own_state(model, adapter_name, state_dict, save_embedding_layers=save_embedding_layers)
-    return whole_parts(adapted_of(model), adapter_name, state)
-
-
-def _own_state(
-    model: Any,
-    adapter_name: str = "default",
-    state_dict: Mapping[str, Tensor] | None = None,
-    *,
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
     """The tensors of one adapter under the keys of its file: whole, contiguous copies on the CPU, dtypes kept.
 
     Args:
@@ -79,7 +67,7 @@ def _own_state(
     adapted = adapted_of(model)
     slots = _file_slots(adapted, adapter_name, save_embedding_layers)
     if state_dict is None:
-        return {slot.key: _copy(slot.tensor) for slot in slots}
+        return whole_parts(adapted, adapter_name, {slot.key: _copy(slot.tensor) for slot in slots})
     given = {canonical(name): tensor for name, tensor in state_dict.items()}
     found = {s.key: _given(given, s) for s in slots}
     bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]

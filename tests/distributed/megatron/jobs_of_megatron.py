@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jobs_of_linears import linears
 from megatron_gpt import begin, gpt, logits_of, loss_of
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from qlora_kit.layers.sharded.sharding import sharding_of
 
 WHOLE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "word_embeddings", "output_layer")
 PARTS = ("linear_q", "linear_k", "linear_v", "linear_fc1_gate", "linear_fc1_up")
+SPLIT = (*PARTS, "linear_proj", "linear_fc2")
 STEPS = 10
 
 
@@ -94,8 +96,10 @@ def saved(lora: LoraModel, folder: Path) -> None:
 def life(folder: Path, sequence_parallel: bool = False, loads: Path | None = None) -> dict[str, Any]:
     """A model adapted, trained, saved, merged, taken apart; and what another run saved, loaded."""
     config = begin(sequence_parallel=sequence_parallel)
-    lora = apply_lora(gpt(config), adapter())
-    found: dict[str, Any] = {"start": logits_of(lora), **trained(lora), "logits": logits_of(lora)}
+    model = gpt(config)
+    without = logits_of(model)
+    lora = apply_lora(model, adapter())
+    found: dict[str, Any] = {"without": without, "start": logits_of(lora), **trained(lora), "logits": logits_of(lora)}
     saved(lora, folder)
     lora.merge_adapter()
     found["merged"] = logits_of(lora)
@@ -208,105 +212,6 @@ def dropout() -> dict[str, Any]:
     return found
 
 
-class Holder(nn.Module):
-    """A model of one module."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.linear(*args, **kwargs)
-
-
-#: By name: the kind of module, options of its own, and of the call.
-LINEARS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "column": ("Column", {"gather_output": False}, {}),
-    "column, gathered": ("Column", {"gather_output": True}, {}),
-    "column, gathered by the call": ("Column", {"gather_output": False}, {"runtime_gather_output": True}),
-    "column, not gathered by the call": ("Column", {"gather_output": True}, {"runtime_gather_output": False}),
-    "column, bias left to others": ("Column", {"gather_output": False, "skip_bias_add": True}, {}),
-    "column of two blocks": ("Column", {"gather_output": False, "stride": 2}, {}),
-    "column by sequence": ("Column", {"gather_output": False, "sequence_parallel": True}, {}),
-    "row": ("Row", {"input_is_parallel": True, "skip_bias_add": False}, {}),
-    "row of whole inputs": ("Row", {"input_is_parallel": False, "skip_bias_add": False}, {}),
-    "row, bias left to others": ("Row", {"input_is_parallel": True, "skip_bias_add": True}, {}),
-    "row by sequence": ("Row", {"input_is_parallel": True, "skip_bias_add": False, "sequence_parallel": True}, {}),
-}
-IN, OUT, RANK, ALPHA = 8, 12, 3, 6.0
-
-
-def tensors() -> dict[str, Tensor]:
-    """Inputs (sequence, batch, in), weight, bias, factors and a gradient of outputs, float64, the same everywhere."""
-    shapes = {"x": (4, 2, IN), "W": (OUT, IN), "b": (OUT,), "A": (RANK, IN), "B": (OUT, RANK), "G": (4, 2, OUT)}
-    generator = torch.Generator().manual_seed(11)
-    return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
-
-
-def linears() -> dict[str, dict[str, Tensor]]:
-    """Of every kind in ``LINEARS``: output, bias, and gradients, of all ranks together."""
-    config = begin(params_dtype=torch.float64)
-    return {name: _linear(config, *case) for name, case in LINEARS.items()}
-
-
-def _linear(config: Any, kind: str, options: dict[str, Any], call: dict[str, Any]) -> dict[str, Tensor]:
-    from megatron.core import tensor_parallel
-
-    options = dict(options)
-    by_sequence = options.pop("sequence_parallel", False) and dist.get_world_size() > 1
-    config = replace(config, sequence_parallel=by_sequence)
-    made = getattr(tensor_parallel, f"{kind}ParallelLinear")
-    own: dict[str, Any] = {"config": config, "init_method": nn.init.normal_, "bias": True, "skip_bias_add": False}
-    module = made(IN, OUT, **{**own, **options})
-    lora = apply_lora(Holder(module), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"]))
-    (layer,) = lora.adapter_layers().values()
-    how, given = layer.sharding, tensors()
-    rows, columns = (how.kind == "column"), (how.kind == "row")
-    with torch.no_grad():
-        module.weight.copy_(_own(given["W"], 0 if rows else 1, how.pieces))
-        module.bias.copy_(_own(given["b"], 0, how.pieces) if rows else given["b"])
-    layer.set_factors_("default", given["A"], given["B"])
-    x = given["x"]
-    x = _own(x, 0) if how.takes == "sequence" else _own(x, -1) if how.takes == "features" else x
-    x = x.clone().requires_grad_()
-    out, bias = lora(x, **call)
-    gives = {True: "whole", False: "features"}.get(call.get("runtime_gather_output"), how.gives)  # type: ignore[call-overload]
-    G = given["G"]
-    if gives == "features":
-        G = _own(G, -1, how.pieces)
-    elif gives == "sequence":
-        G = _own(G, 0)
-    out.backward(G)
-    ends = {"whole": None, "features": -1, "sequence": 0}
-    pairs = zip(layer.adapter_tensors("default").values(), how.factor_dims, strict=True)
-    A, B = (gathered(how, parameter.grad, dim) for parameter, dim in pairs)
-    found = {
-        "y": _all(out.detach(), ends[gives], how.pieces),
-        "x.grad": _all(x.grad, ends[how.takes]),
-        "A.grad": A,
-        "B.grad": B,
-    }
-    if bias is not None:
-        found["bias"] = _all(bias.detach(), None if columns else 0, how.pieces)
-    return found
-
-
-def _own(whole: Tensor, dim: int, pieces: int = 1) -> Tensor:
-    size, rank = dist.get_world_size(), dist.get_rank()
-    return torch.cat([block.chunk(size, dim)[rank] for block in whole.chunk(pieces, dim)], dim)
-
-
-def _all(part: Tensor, dim: int | None, pieces: int = 1) -> Tensor:
-    if dim is None or dist.get_world_size() == 1:
-        return part
-    found = []
-    for block in part.chunk(pieces, dim):
-        every = [torch.empty_like(block.contiguous()) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, block.contiguous())
-        found.append(torch.cat(every, dim))
-    return torch.cat(found, dim)
-
-
 def refusals() -> dict[str, str]:
     """What is said of models that can't be had."""
     found = {}
@@ -334,3 +239,26 @@ def exported(folder: Path, targets: tuple[str, ...]) -> dict[str, Any]:
     lora = apply_lora(model, adapter(targets, rank_pattern={"linear_proj": 2}))
     save_for_hugging_face(lora, folder, base_model_name_or_path="some/model")
     return {**found, "norms": norms, "logits": logits_of(lora)}
+
+
+def alone(loads: Path, folder: Path) -> dict[str, Any]:
+    """Two processes that share nothing, each a whole model: what two that share one saved, loaded."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    config = begin(tensor_model_parallel_size=1)
+    lora = LoraModel.from_pretrained(gpt(config), loads)
+    found = {
+        "loaded": logits_of(lora),
+        "sizes": sorted({layer.sharding.size for layer in lora.adapter_layers().values()}),
+    }
+    if dist.get_rank() == 0:
+        lora.save_pretrained(folder)
+    dist.barrier()
+    return found
+
+
+def several(tasks: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What each of ``tasks``, names of functions here with their arguments, returns."""
+    jobs = {**globals(), "linears": linears}
+    return {name: jobs[function](**arguments) for name, (function, arguments) in tasks.items()}

@@ -17,7 +17,8 @@ VOCABULARY, LENGTH = 64, 16
 
 
 def begin(**options: Any) -> Any:
-    """Megatron's groups over all ranks, its random states, and a configuration; ``options`` are the latter's."""
+    """Megatron's groups over all ranks, if there are none yet, its random states anew, and a configuration; ``options``
+    are the latter's."""
     warnings.filterwarnings("ignore")  # of what isn't installed, and of the library's own deprecations
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,8 +29,9 @@ def begin(**options: Any) -> Any:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.manual_seed = torch.manual_seed
-    size = dist.get_world_size()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    size = options.get("tensor_model_parallel_size", dist.get_world_size())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     settings: dict[str, Any] = {
         "num_layers": 2,
@@ -71,11 +73,12 @@ def gpt(config: Any, *, seed: int = 3, shared: bool = False) -> nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    if config.sequence_parallel:
-        from megatron.core.transformer import transformer_block
+    from megatron.core.transformer import transformer_block
 
+    if config.sequence_parallel:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        transformer_block.LayerNormImpl = Norm
+    usual = transformer_block.LayerNormImpl
+    transformer_block.LayerNormImpl = Norm if config.sequence_parallel else usual
     torch.manual_seed(seed)
     model: nn.Module = GPTModel(
         config,
@@ -85,6 +88,7 @@ def gpt(config: Any, *, seed: int = 3, shared: bool = False) -> nn.Module:
         position_embedding_type="rope",
         share_embeddings_and_output_weights=shared,
     )
+    transformer_block.LayerNormImpl = usual
     return model
 
 

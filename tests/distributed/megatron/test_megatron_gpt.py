@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jobs_of_megatron as jobs
 import pytest
 import torch
-from processes import in_processes
 
-pytest.importorskip("megatron.core", reason="megatron-core isn't installed: pip install 'qlora-kit[megatron]'")
 pytestmark = pytest.mark.slow
 
 # Losses of about 4 in float32: sums in another order, over ten steps.
@@ -21,36 +18,24 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-6}
 STEPPED = {"rtol": 0, "atol": 2e-4}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("megatron")
+@pytest.fixture
+def one(runs: Any) -> dict[str, Any]:
+    return runs[1][0]["life"]  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module")
-def two(folder: Path) -> list[dict[str, Any]]:
-    return in_processes(jobs.life, size=2, folder=folder / "two")
+@pytest.fixture
+def two(runs: Any) -> list[dict[str, Any]]:
+    return [rank["life"] for rank in runs[2]]
 
 
-@pytest.fixture(scope="module")
-def one(folder: Path, two: Any) -> dict[str, Any]:
-    (found,) = in_processes(jobs.life, size=1, folder=folder / "one", loads=folder / "two")
-    return found
-
-
-@pytest.fixture(scope="module")
-def by_sequence(folder: Path, one: Any) -> list[dict[str, Any]]:
-    return in_processes(jobs.life, size=2, folder=folder / "by sequence", sequence_parallel=True, loads=folder / "one")
-
-
-@pytest.fixture(params=["two", "by_sequence"])
-def several(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+@pytest.fixture(params=["life", "life by sequence"])
+def several(request: pytest.FixtureRequest, runs: Any) -> list[dict[str, Any]]:
+    return [rank[request.param] for rank in runs[2]]
 
 
 def test_starts_are_the_same(one: dict[str, Any], several: list[dict[str, Any]]) -> None:
     for rank in several:
         torch.testing.assert_close(rank["start"], one["start"], **CLOSE)
-    assert (one["start"] - one["base"]).abs().max() > 0.1  # the adapters say something
 
 
 def test_losses_are_the_same(one: dict[str, Any], several: list[dict[str, Any]]) -> None:
@@ -95,19 +80,23 @@ def test_merges_compute_what_branches_do(one: dict[str, Any], several: list[dict
         assert {"ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"} <= set(run["types"])
 
 
-def test_files_of_two_processes_load_in_one(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    torch.testing.assert_close(one["loaded"], two[0]["logits"], **CLOSE)
+def test_files_of_one_process_load_in_two(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    torch.testing.assert_close(two[0]["loaded"], one["logits"], **CLOSE)
 
 
-def test_files_of_one_process_load_in_two(one: dict[str, Any], by_sequence: list[dict[str, Any]]) -> None:
-    torch.testing.assert_close(by_sequence[0]["loaded"], one["logits"], **CLOSE)
+def test_files_of_two_processes_load_in_one(runs: Any, two: list[dict[str, Any]]) -> None:
+    for rank in runs[2]:
+        assert rank["alone"]["sizes"] == [1]  # two that share nothing
+        torch.testing.assert_close(rank["alone"]["loaded"], two[0]["logits"], **CLOSE)
 
 
-def test_what_is_loaded_is_saved_the_same(one: Any, by_sequence: Any, folder: Path) -> None:
-    for before, after in (("two", "one/again"), ("one", "by sequence/again")):
+def test_what_is_loaded_is_saved_the_same(runs: Any, folder: Path) -> None:
+    for before, after in (("one", "two/again"), ("two", "again")):
         first, second = (folder / name / "adapter_model.safetensors" for name in (before, after))
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_base_is_as_it_was(one: dict[str, Any], by_sequence: list[dict[str, Any]]) -> None:
-    torch.testing.assert_close(by_sequence[0]["base"], one["base"], **CLOSE)
+def test_the_base_is_as_it_was(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert torch.equal(rank["base"], rank["without"])
+        assert (rank["start"] - rank["without"]).abs().max() > 0.1  # the adapters say something

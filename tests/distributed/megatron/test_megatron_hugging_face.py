@@ -6,17 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jobs_of_megatron as jobs
 import pytest
 import torch
 from megatron_gpt import VOCABULARY, batch
-from processes import in_processes
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_kit import LoraModel
 
-pytest.importorskip("megatron.core", reason="megatron-core isn't installed: pip install 'qlora-kit[megatron]'")
+pytestmark = pytest.mark.slow
 
 LAYERS, WIDTH, HEADS, GROUPS, INNER = 2, 32, 4, 2, 64
 HEAD = WIDTH // HEADS
@@ -69,28 +67,21 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-CASES = [
-    pytest.param(2, jobs.WHOLE, id="fused on two processes", marks=pytest.mark.slow),
-    pytest.param(2, (*jobs.PARTS, "linear_proj", "linear_fc2"), id="parts on two", marks=pytest.mark.engines),
-    pytest.param(1, jobs.WHOLE, id="fused on one", marks=pytest.mark.engines),
-]
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # peft's
-@pytest.mark.parametrize(("size", "targets"), CASES)
-def test_an_exported_adapter_computes_the_same(size: int, targets: tuple[str, ...], tmp_path: Path) -> None:
-    run = in_processes(jobs.exported, size=size, folder=tmp_path, targets=targets)[0]
+@pytest.mark.parametrize("name", ["exported", "exported parts"])
+def test_an_exported_adapter_computes_the_same(name: str, runs: Any, folder: Path) -> None:
+    run = runs[2][0][name]
     close = {"rtol": 1e-4, "atol": 5e-6}
     torch.testing.assert_close(logits(llama(run)), run["base"], **close)
     assert (run["logits"] - run["base"]).abs().max() > 0.1
 
     peft = pytest.importorskip("peft")
-    with_peft = peft.PeftModel.from_pretrained(llama(run), str(tmp_path))
+    with_peft = peft.PeftModel.from_pretrained(llama(run), str(folder / name))
     torch.testing.assert_close(logits(with_peft), run["logits"], **close)
-    ours = LoraModel.from_pretrained(llama(run), tmp_path)
+    ours = LoraModel.from_pretrained(llama(run), folder / name)
     torch.testing.assert_close(logits(ours), run["logits"], **close)
 
-    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    stored = json.loads((folder / name / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == "some/model"
     assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"} <= set(
         stored["target_modules"]

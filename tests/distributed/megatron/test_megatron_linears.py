@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import jobs_of_megatron as jobs
+import jobs_of_linears as jobs
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import in_processes
 from torch import Tensor
 
-pytest.importorskip("megatron.core", reason="megatron-core isn't installed: pip install 'qlora-kit[megatron]'")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def found(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Tensor]]]:
-    return in_processes(jobs.linears, size=request.param)
+@pytest.fixture(params=[1, 2])
+def found(request: pytest.FixtureRequest, runs: Any) -> list[dict[str, dict[str, Tensor]]]:
+    return [rank["linears"] for rank in runs[request.param]]
 
 
 def reference(left: bool) -> dict[str, Tensor]:
@@ -39,8 +37,8 @@ def test_a_branch_is_the_dense_formula(name: str, found: list[dict[str, dict[str
             torch.testing.assert_close(rank[name][what], value, msg=lambda text, what=what: f"{what}: {text}")
 
 
-def test_dropout_draws_for_parts_from_each_ranks_own_state() -> None:
-    first, second = in_processes(jobs.dropout, size=2)
+def test_dropout_draws_for_parts_from_each_ranks_own_state(runs: Any) -> None:
+    first, second = (rank["dropout"] for rank in runs[2])
     assert not torch.equal(first["parts"], second["parts"])
     assert torch.equal(first["whole"], second["whole"])
     for rank in (first, second):
