@@ -48,6 +48,7 @@ def _twos(folder: Path) -> dict[str, Any]:
         "life": ("life", {"folder": folder / "two", "loads": folder / "one"}),
         "life by sequence": ("life", {"folder": folder / "by sequence", "sequence_parallel": True}),
         "linears": ("linears", {}),
+        "quantized linears": ("quantized_linears", {}),
         "dropout": ("dropout", {}),
         "parts": ("parts", {"folder": folder / "parts of two"}),
         "nf4": ("few_bits", {"quant_type": "nf4", "folder": folder / "nf4 of two"}),
@@ -71,9 +72,11 @@ def folder(runs: Runs, tmp_path_factory: pytest.TempPathFactory, worker_id: str)
 
 
 def _more(folder: Path, size: int) -> dict[str, Any]:
+    sequence = {"quant_type": "nf4", "folder": folder / f"by sequence of {size}", "sequence_parallel": size > 1}
     return {
         "others": ("others", {}),
         "signed2": ("few_bits", {"quant_type": "signed2", "folder": folder / f"signed2 of {size}"}),
+        "nf4 by sequence": ("few_bits", sequence),
     }
 
 

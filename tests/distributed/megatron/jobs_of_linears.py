@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron_gpt import begin
 from torch import Tensor, nn
 
-from qlora_kit import LoraConfig, apply_lora
+from qlora_kit import LoraConfig, apply_lora, quantize_
+from qlora_kit.codecs import codec_for
 from qlora_kit.layers.sharded.parts import gathered
 
 
@@ -111,3 +112,29 @@ def _all(part: Tensor, dim: int | None, pieces: int = 1) -> Tensor:
         dist.all_gather(every, block.contiguous())
         found.append(torch.cat(every, dim))
     return torch.cat(found, dim)
+
+
+def quantized_linears() -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Of linears with a bias: what a quantized one gives, and what one does that has its weight in float32."""
+    from megatron.core import tensor_parallel
+
+    config, found = begin(), {}
+    for name in ("column", "column, bias left to others", "row", "row, bias left to others"):
+        kind, options, _ = LINEARS[name]
+        made = getattr(tensor_parallel, f"{kind}ParallelLinear")
+        own: dict[str, Any] = {"config": config, "init_method": nn.init.normal_, "bias": True, "skip_bias_add": False}
+        dense = made(64, 64, **{**own, **options}).requires_grad_(False)
+        nn.init.normal_(dense.bias)
+        quantized = quantize_(Holder(dense), quant_type="nf4", blocksize=32, target_modules=["linear"]).linear
+        dense.weight.copy_(codec_for(quantized).read(quantized))
+        x = torch.randn(4, 2, 64 if kind == "Column" else 64 // dist.get_world_size())
+        found[name] = _of_call(quantized, x), _of_call(dense, x)
+    return found
+
+
+def _of_call(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    out, bias = module(x)
+    out.sin().sum().backward()
+    assert x.grad is not None
+    return {"out": out.detach(), "x.grad": x.grad} | ({} if bias is None else {"bias": bias.detach()})

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jobs_of_linears import linears
+from jobs_of_linears import linears, quantized_linears
 from megatron_gpt import begin, gpt, logits_of, loss_of
 from torch import Tensor, nn
 
@@ -93,13 +93,29 @@ def saved(lora: LoraModel, folder: Path) -> None:
     dist.barrier()
 
 
+def keys_of_megatron(model: nn.Module) -> list[str]:
+    """What Megatron's own checkpoints call the tensors of ``model``."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    found = model.sharded_state_dict(metadata={"dp_cp_group": group})  # type: ignore[operator]
+    return sorted(found)
+
+
 def life(folder: Path, sequence_parallel: bool = False, loads: Path | None = None) -> dict[str, Any]:
     """A model adapted, trained, saved, merged, taken apart; and what another run saved, loaded."""
     config = begin(sequence_parallel=sequence_parallel)
     model = gpt(config)
-    without = logits_of(model)
+    without, keys = logits_of(model), keys_of_megatron(model)
     lora = apply_lora(model, adapter())
-    found: dict[str, Any] = {"without": without, "start": logits_of(lora), **trained(lora), "logits": logits_of(lora)}
+    found: dict[str, Any] = {
+        "keys": keys,
+        "adapted keys": keys_of_megatron(model),
+        "without": without,
+        "start": logits_of(lora),
+        **trained(lora),
+        "logits": logits_of(lora),
+    }
     saved(lora, folder)
     lora.merge_adapter()
     found["merged"] = logits_of(lora)
@@ -122,10 +138,15 @@ def parts(folder: Path) -> dict[str, Any]:
     fused = apply_lora(gpt(config), adapter(("linear_qkv", "linear_fc1")))
     model = gpt(config)
     types = [type(module).__name__ for module in model.modules()]
+    keys = keys_of_megatron(model)
     split = apply_lora(model, adapter(PARTS))
     _tie(split, fused)
     found: dict[str, Any] = {"plan": [entry.path for entry in split.plan.entries], "fused": logits_of(fused)}
     found["tied"] = logits_of(split)
+    found["keys"], found["adapted keys"] = keys, keys_of_megatron(model)
+    found["refused"] = [_said(split, "linear_qkv"), _said(fused, "linear_q"), _said(split, "linear_r")]
+    expression = apply_lora(gpt(config), replace(adapter(), target_modules=r".*\.1\..*linear_(q|fc1_up)"))
+    found["by expression"] = [entry.path for entry in expression.plan.entries]
     for lora in (fused, split):
         loss_of(lora).backward()
     found["gradients of fused"], found["gradients of parts"] = gradients(fused), gradients(split)
@@ -144,6 +165,17 @@ def parts(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _said(lora: LoraModel, target: str) -> str:
+    """What is said of another adapter on ``target``, which leaves the model as it was."""
+    before = [type(module) for module in lora.model.modules()]
+    try:
+        lora.add_adapter("second", adapter((target,)))
+    except ValueError as error:
+        assert [type(module) for module in lora.model.modules()] == before
+        return str(error)
+    return "nothing"
+
+
 def _tie(split: LoraModel, fused: LoraModel) -> None:
     """Give every part the A of the fused layer, and its own rows of B."""
     layers = fused.adapter_layers()
@@ -155,9 +187,9 @@ def _tie(split: LoraModel, fused: LoraModel) -> None:
                 parameter.copy_(value)
 
 
-def few_bits(quant_type: str, folder: Path) -> dict[str, Any]:
+def few_bits(quant_type: str, folder: Path, sequence_parallel: bool = False) -> dict[str, Any]:
     """A sharded model that is quantized, adapted, trained, saved, loaded and merged."""
-    config = begin(hidden_size=64, ffn_hidden_size=128)
+    config = begin(hidden_size=64, ffn_hidden_size=128, sequence_parallel=sequence_parallel)
 
     def quantized() -> nn.Module:
         return quantize_(gpt(config), quant_type=quant_type, blocksize=32)
@@ -209,6 +241,12 @@ def dropout() -> dict[str, Any]:
     of_whole = column.dropped(torch.ones(64), nn.Dropout(0.5), "whole")
     found = {"parts": of_parts, "whole": of_whole, "shared state is as it was": shared, **trained(lora, 3)}
     found["states agree"] = torch.get_rng_state()
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for name, options in (("kept", {}), ("recomputed", recompute)):
+        model = gpt(begin(**options))
+        # Megatron's checkpoints are reentrant, and want an input that has a gradient.
+        model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())  # type: ignore[operator, union-attr]
+        found[name] = trained(apply_lora(model, adapter(("linear_proj", "linear_qkv"), lora_dropout=0.3)), 3)["losses"]
     return found
 
 
@@ -260,5 +298,5 @@ def alone(loads: Path, folder: Path) -> dict[str, Any]:
 
 def several(tasks: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """What each of ``tasks``, names of functions here with their arguments, returns."""
-    jobs = {**globals(), "linears": linears}
+    jobs = {**globals(), "linears": linears, "quantized_linears": quantized_linears}
     return {name: jobs[function](**arguments) for name, (function, arguments) in tasks.items()}

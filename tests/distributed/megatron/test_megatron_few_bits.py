@@ -12,7 +12,11 @@ Few = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(
-    params=[pytest.param("nf4", marks=pytest.mark.slow), pytest.param("signed2", marks=pytest.mark.engines)]
+    params=[
+        pytest.param("nf4", marks=pytest.mark.slow),
+        pytest.param("signed2", marks=pytest.mark.engines),
+        pytest.param("nf4 by sequence", marks=pytest.mark.engines),
+    ]
 )
 def few(request: pytest.FixtureRequest) -> Few:
     kind = request.param
@@ -72,3 +76,13 @@ def test_blocks_across_ranks_are_refused(runs: Any) -> None:
         assert "row-sharded layer" in rank["blocks"]
         assert "pass blocksize=16" in rank["blocks"] or "pass blocksize=32" in rank["blocks"]
         assert "double_quant=False" in rank["double"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["column", "column, bias left to others", "row", "row, bias left to others"])
+def test_biases_are_added_or_left_as_ever(name: str, runs: Any) -> None:
+    for rank in runs[2]:
+        found, expected = rank["quantized linears"][name]
+        assert found.keys() == expected.keys()
+        for what, value in expected.items():
+            torch.testing.assert_close(found[what], value, rtol=1e-5, atol=1e-5)

@@ -96,6 +96,12 @@ def test_what_is_loaded_is_saved_the_same(runs: Any, folder: Path) -> None:
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_megatrons_checkpoints_of_the_base_have_their_keys(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for run in (one, *two):
+        assert len(run["keys"]) > 15
+        assert run["adapted keys"] == run["keys"]
+
+
 def test_the_base_is_as_it_was(two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert torch.equal(rank["base"], rank["without"])

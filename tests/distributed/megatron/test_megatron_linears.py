@@ -47,3 +47,8 @@ def test_dropout_draws_for_parts_from_each_ranks_own_state(runs: Any) -> None:
     assert torch.equal(first["states agree"], second["states agree"])
     assert all(torch.equal(first["replicas"][path], second["replicas"][path]) for path in first["replicas"])
     assert first["losses"] == second["losses"]
+
+
+def test_dropout_is_the_same_when_layers_are_computed_again(runs: Any) -> None:
+    for rank in (found["dropout"] for found in runs[2]):
+        assert rank["recomputed"] == rank["kept"]

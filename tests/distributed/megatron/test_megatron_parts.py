@@ -50,6 +50,26 @@ def test_training_is_the_same_at_every_world_size(runs: Any) -> None:
         torch.testing.assert_close(several[0]["factors"][path][1], B, rtol=0, atol=2e-4)
 
 
+def test_parts_and_wholes_keep_out_of_each_others_way(run: dict[str, Any]) -> None:
+    whole, part, unknown = run["refused"]
+    assert "linear_qkv: expected a fused linear without adapters on its parts, found linear_q" in whole
+    assert "linear_qkv: expected a fused linear without adapters to put some on its parts" in part
+    assert "'linear_r' matches no module of the model; closest names: " in unknown
+
+
+def test_expressions_mean_parts_too(run: dict[str, Any]) -> None:
+    layer = "decoder.layers.1"
+    assert run["by expression"] == [
+        f"{layer}.self_attention.linear_qkv.linear_q",
+        f"{layer}.mlp.linear_fc1.linear_fc1_up",
+    ]
+
+
+def test_megatrons_checkpoints_of_the_base_have_their_keys(run: dict[str, Any]) -> None:
+    assert len(run["keys"]) > 15
+    assert run["adapted keys"] == run["keys"]
+
+
 def test_files_bring_them_back(run: dict[str, Any]) -> None:
     assert torch.equal(run["loaded"], run["logits"])
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit import LoraConfig, apply_lora
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.sharded.megatron.linear import MegatronLinear
 
 
@@ -32,8 +32,11 @@ class TransformerConfig:
 
 
 class _Group:
+    def __init__(self, size: int = 1) -> None:
+        self._size = size
+
     def size(self) -> int:
-        return 1
+        return self._size
 
 
 class ColumnParallelLinear(nn.Module):
@@ -124,3 +127,15 @@ def test_other_arguments_are_refused(fork: str, arguments: dict[str, Any], said:
     with pytest.raises(ConfigError, match=said):
         apply_lora(model, config(megatron_core=fork, megatron_config=arguments))
     assert model.linear is before
+
+
+def test_layers_whose_sums_are_others_work_are_refused(fork: str) -> None:
+    for attribute, said in (
+        ("is_expert", "expert_tensor_parallel_size=1"),
+        ("disable_grad_reduce", "build it without"),
+    ):
+        model = Model()
+        model.linear.tp_group = _Group(2)
+        setattr(model.linear, attribute, True)
+        with pytest.raises(AdapterError, match=said):
+            apply_lora(model, config(megatron_core=fork))

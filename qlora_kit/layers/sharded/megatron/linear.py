@@ -64,7 +64,7 @@ class MegatronLinear(ShardedLinearAdapter):
         """``x`` after dropout: of what is the same on all ranks drawn from the random state that they share, of parts
         from this rank's own, as Megatron does it. Where it keeps no such states, see the base's."""
         if takes == "whole" or not isinstance(dropout, nn.Dropout):
-            return dropout(x)  # type: ignore[no-any-return]
+            return dropout(x)
         with own_state(self.base_layer) as there:
             return dropout(x) if there else super().dropped(x, dropout, takes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,10 @@ class QuantizedShard(Closed):
                 "that computes all in one kernel; build the model with megatron-core's local specification "
                 "(get_gpt_layer_local_spec) to quantize it"
             )
-        new = _copy_of(module)
+        new, kind = _copy_of(module), cast("Any", type(module))
         new.partition_stride = stride_of(module)  # which the weight of another storage doesn't say
         new._parameters.pop("weight", None)
-        new.__class__ = type(module) if isinstance(module, QuantizedShard) else _quantized_type(type(module))
+        new.__class__ = type(module) if isinstance(module, QuantizedShard) else _quantized_type(kind)
         linear.register_parameter("bias", None)  # which the sharded linear keeps, and adds or returns
         new._modules["quantized"] = linear
         return new
@@ -164,7 +164,7 @@ class QuantizedShardCodec(Codec):
             own = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=bias.requires_grad)
             vars(own).update(vars(bias))
             new._parameters["bias"] = own
-        return new  # type: ignore[no-any-return]
+        return new
 
     def housed(self, module: nn.Module, linear: nn.Module) -> nn.Module:
         return QuantizedShard.of(module, linear)
