@@ -253,10 +253,12 @@ def dropout() -> dict[str, Any]:
 def refusals() -> dict[str, str]:
     """What is said of models that can't be had."""
     found = {}
-    config = begin(hidden_size=32, ffn_hidden_size=64)
+    config = begin(hidden_size=64, ffn_hidden_size=64)
+    loftq = LoraConfig(target_modules=["linear_q"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
     tries = {
         "blocks": lambda: quantize_(gpt(config), quant_type="nf4", blocksize=64),
         "double": lambda: quantize_(gpt(config), quant_type="nf4", blocksize=32, double_quant=True),
+        "loftq on parts": lambda: apply_lora(gpt(config), loftq),
     }
     for name, attempt in tries.items():
         try:

@@ -79,6 +79,14 @@ def test_blocks_across_ranks_are_refused(runs: Any) -> None:
 
 
 @pytest.mark.slow
+def test_starts_that_quantize_are_refused_on_parts(runs: Any) -> None:
+    for rank in runs[2]:
+        said = rank["refusals"]["loftq on parts"]
+        assert said.startswith("CodecError: decoder.layers.0.self_attention.linear_qkv.linear_q: ")
+        assert "rows of a fused one; quantize_ the model first" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["column", "column, bias left to others", "row", "row, bias left to others"])
 def test_biases_are_added_or_left_as_ever(name: str, runs: Any) -> None:
     for rank in runs[2]:

@@ -65,7 +65,7 @@ class MegatronLinear(ShardedLinearAdapter):
         from this rank's own, as Megatron does it. Where it keeps no such states, see the base's."""
         if takes == "whole" or not isinstance(dropout, nn.Dropout):
             return dropout(x)
-        with own_state(self.base_layer) as there:
+        with own_state(getattr(self.base_layer, "fused", self.base_layer)) as there:  # of a part, what it is a part of
             return dropout(x) if there else super().dropped(x, dropout, takes)
 
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:

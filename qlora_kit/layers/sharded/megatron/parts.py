@@ -218,6 +218,12 @@ class FusedPartCodec(Codec):
         )
         codec.take_(fused, changed)
 
+    def housed(self, module: nn.Module, linear: nn.Module) -> nn.Module:
+        raise CodecError(
+            "expected a linear layer that keeps its weight by itself to be stored in few bits, found rows of a fused "
+            "one; quantize_ the model first and start these adapters otherwise, or start one on the fused linear"
+        )
+
 
 def _rows_as_stored(quantized: Quantized, rows: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (rows, in), and scales and shifts (rows, blocks of a row), of some rows.
