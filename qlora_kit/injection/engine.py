@@ -30,6 +30,7 @@ from ..naming import Tree, base_of, module_at, slot
 from .free import check_free
 from .heads import saved_names
 from .left_out import LeftOut, find_left_out
+from .megatron.opening import opened_parts
 from .plan import Plan, PlanEntry
 from .targets import named, resolve, resolve_saved
 from .ties import refuse_tied, sharing, ties_among
@@ -105,7 +106,10 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
         TargetError: see ``qlora_kit.injection.targets``; or a tied weight would be quantized.
         UnsupportedModuleError: see ``qlora_kit.injection.targets``.
     """
-    entries, tree = [], Tree.of(model)
+    if isinstance(model, nn.Module):
+        with opened_parts(model, config, keep=False):
+            return make_plan(Tree(model), config)
+    entries, tree = [], model
     targets = resolve(tree, config)
     paths = [target.path for target in targets]
     shared = sharing(tree, paths)

@@ -21,7 +21,6 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan
-from ..injection.megatron.opening import opened_parts
 from ..injection.uncollected import uncollected
 from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
@@ -33,7 +32,7 @@ from .combining import add_weighted_adapter
 from .hub import push_to_hub
 from .keywords import as_names, check_save_keywords
 from .life import add_, delete_, take_out_, train_
-from .loading import AdapterContents, config_for, fill_, load_, record_, resumed_
+from .loading import AdapterContents, config_for, fill_, load_, opened_parts, record_, resumed_
 from .merge_aware import set_merge_aware
 from .of_transformers import dequantize, resize_token_embeddings
 from .proxy import ModelProxy, check_model

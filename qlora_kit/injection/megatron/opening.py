@@ -19,9 +19,9 @@ _PARENTS = frozenset({"SelfAttention", "MLP"})
 
 
 @contextmanager
-def opened_parts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """In the block, and after it, the fused linears whose parts ``config`` names stand with these under their paths; on
-    an error they are as they were.
+def opened_parts(model: nn.Module, config: LoraConfig, *, keep: bool = True) -> Iterator[None]:
+    """In the block, and with ``keep`` after it, the fused linears whose parts ``config`` names stand with these under
+    their paths; on an error they are as they were.
 
     Raises:
         AdapterError: one of them has an adapter as a whole.
@@ -32,10 +32,10 @@ def opened_parts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
         if (named := _naming(config)) is not None:
             _open_(Tree(model), named, undo)
         yield
-    except BaseException:
+        undo = [] if keep else undo
+    finally:
         for step in reversed(undo):
             step()
-        raise
 
 
 def _naming(config: LoraConfig) -> Callable[[str], bool] | None:

@@ -12,7 +12,7 @@ from jobs_of_linears import linears, quantized_linears
 from megatron_gpt import begin, gpt, logits_of, loss_of
 from torch import Tensor, nn
 
-from qlora_kit import LoraConfig, LoraModel, apply_lora, merge, quantize_
+from qlora_kit import LoraConfig, LoraModel, apply_lora, make_plan, merge, quantize_
 from qlora_kit.codecs import codec_for
 from qlora_kit.layers.sharded.parts import gathered
 from qlora_kit.layers.sharded.sharding import sharding_of
@@ -137,12 +137,13 @@ def parts(folder: Path) -> dict[str, Any]:
     config = begin()
     fused = apply_lora(gpt(config), adapter(("linear_qkv", "linear_fc1")))
     model = gpt(config)
+    keys, before = keys_of_megatron(model), str(make_plan(model, adapter(PARTS)))
     types = [type(module).__name__ for module in model.modules()]
-    keys = keys_of_megatron(model)
     split = apply_lora(model, adapter(PARTS))
     _tie(split, fused)
     found: dict[str, Any] = {"plan": [entry.path for entry in split.plan.entries], "fused": logits_of(fused)}
     found["tied"] = logits_of(split)
+    found["plans"] = before, str(split.plan)
     found["keys"], found["adapted keys"] = keys, keys_of_megatron(model)
     found["refused"] = [_said(split, "linear_qkv"), _said(fused, "linear_q"), _said(split, "linear_r")]
     expression = apply_lora(gpt(config), replace(adapter(), target_modules=r".*\.1\..*linear_(q|fc1_up)"))

@@ -28,6 +28,12 @@ def test_parts_have_paths_of_their_own(run: dict[str, Any]) -> None:
     ]
 
 
+def test_they_can_be_planned_before(run: dict[str, Any]) -> None:
+    before, done = run["plans"]
+    assert before == done
+    assert "FusedPart" in before
+
+
 def test_with_one_first_factor_they_are_the_fused_adapter(run: dict[str, Any]) -> None:
     torch.testing.assert_close(run["tied"], run["fused"], **CLOSE)
     fused, parts = run["gradients of fused"], run["gradients of parts"]
