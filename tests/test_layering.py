@@ -46,10 +46,13 @@ MOST_FILES = 20
 # Starts and roundings that are LoftQ's are known by name, and it is imported only when one of them is asked for.
 LATE = {("qlora_kit.initializers", "loftq"), ("qlora_kit.merging.requantize", "loftq")}
 
-# A library with one home: the modules that may import it. peft is a peer for tests and benchmarks only.
+# A library with one home: the modules that may import it. peft is a peer for tests and benchmarks only; types of
+# Megatron's and TransformerEngine's are known by their names.
 HOMES = {
     "bitsandbytes": {"qlora_kit.codecs.bnb", "qlora_kit.training.optimizers.named"},
+    "megatron": set(),
     "peft": set(),
+    "transformer_engine": set(),
     "triton": {"qlora_kit.codecs.kernels.triton_code"},
 }
 

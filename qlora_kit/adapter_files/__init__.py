@@ -6,6 +6,7 @@ computes, it must never ask.
 - ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder
 - ``slots``: which tensors of a model are an adapter's, and what its file calls each
 - ``words``: tables of words that go along, where some were added
+- ``parts``: factors of which each process holds a part, gathered for a file and cut from one
 - ``tensors``: an adapter's tensors between a model and its file
 - ``card``: the README.md beside it
 - ``beside``: what goes beside the weights when a model saves them

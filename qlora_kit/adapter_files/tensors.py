@@ -37,6 +37,7 @@ from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
 from .beside import about, say_what_others_misread, stored_config
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
+from .parts import own_parts, whole_parts
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store
 
@@ -66,7 +67,7 @@ def adapter_state(
     adapted = adapted_of(model)
     slots = _file_slots(adapted, adapter_name, save_embedding_layers)
     if state_dict is None:
-        return {slot.key: _copy(slot.tensor) for slot in slots}
+        return whole_parts(adapted, adapter_name, {slot.key: _copy(slot.tensor) for slot in slots})
     given = {canonical(name): tensor for name, tensor in state_dict.items()}
     found = {s.key: _given(given, s) for s in slots}
     bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]
@@ -148,7 +149,7 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
         )
     extras = extra_tensors(adapted, adapted.configs[adapter_name].bias, tree)
     keys = _Keys(adapted, [*extras, *slots, *buffers], tree)
-    state = {canonical(key): tensor for key, tensor in state.items()}
+    state = own_parts(adapted, adapter_name, {canonical(key): tensor for key, tensor in state.items()})
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected: list[str] = []
     # A key's own name goes before the older names of the same tensor, whatever the order of the file.

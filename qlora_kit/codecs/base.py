@@ -201,6 +201,13 @@ class Codec:
         """An unquantized module of the same function in ``dtype``; ``module`` itself where it is dense."""
         return module
 
+    def housed(self, module: nn.Module, linear: nn.Module) -> nn.Module:
+        """``linear``, a linear layer that holds a weight of ``module``'s sizes in another storage, as what can take
+        ``module``'s place: by default itself, where plain linear layers stand in for all of the kind."""
+        if not isinstance(module, nn.Linear):
+            linear.source_cls = type(module)  # type: ignore[assignment]
+        return linear
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that torch's own linear would compute ``x`` in: autocast's where that is on."""

@@ -42,10 +42,11 @@ def register_codec(*types: type[nn.Module]) -> Callable[[type[Codec]], type[Code
 
 
 def load_on_demand(kind: type, table: dict[str, str]) -> None:
-    """Import the handlers of the optional libraries that ``kind`` or its bases come from."""
+    """Import the handlers of the optional libraries that ``kind`` or its bases come from, and have a module that knows
+    types by their names alone, in a function ``meet``, look at it."""
     for root in {base.__module__.partition(".")[0] for base in kind.__mro__}:
-        if root in table:
-            importlib.import_module(table[root])
+        if root in table and (meet := getattr(importlib.import_module(table[root]), "meet", None)) is not None:
+            meet(kind)
 
 
 def registered_type(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -55,7 +55,9 @@ class LoraConfig:
         layers_to_transform: only layers of these indices; for target lists.
         layers_pattern: name of the module list that the indices count in.
         rank_pattern, alpha_pattern: other ranks and alphas by path, end of a path, or regular expression.
-        megatron_config, megatron_core: arguments of Megatron's TransformerConfig, and its module.
+        megatron_config, megatron_core: arguments of Megatron's TransformerConfig, and the name of the library it is in.
+            Neither is needed, as Megatron's modules say how they are shared out; arguments that are given must be
+            those of the model, and a name other than "megatron.core" is that of a fork, whose types are then known.
         loftq_config: a LoftQConfig, or a dict of its fields; made where the start is "loftq".
         exclude_modules: names or a regular expression, taken out of the targets.
         task_type: one of PEFT's task names, or None. A new adapter for "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" also

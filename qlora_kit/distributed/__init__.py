@@ -4,4 +4,5 @@ The engines are torch's, DeepSpeed's and accelerate's own; nothing here trains. 
 and nothing below may know it.
 
 - ``clipping``: gradients of parts and of wholes, clipped together
+- ``megatron/``: adapters of Megatron's models in the files of the Hugging Face model of the same weights
 """

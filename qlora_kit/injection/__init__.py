@@ -20,5 +20,6 @@ The engine is shared by every adapter there is. It asks a module's codec and lay
 - ``adapted``: the adapters on one model as a value, which all below its face is written over
 - ``uncollected``: a pause of the garbage collector, meanwhile
 - ``biases``: the base's own biases in training, and as they were before
+- ``megatron/``: what a configuration asks of Megatron's models
 - ``buffers``: running statistics and other buffers that training moves, by adapter
 """

@@ -9,6 +9,7 @@ from torch import nn
 from ..codecs import find_codec
 from ..codecs.registry import registered_codec
 from ..layers import LinearAdapter, find_layer_family
+from ..layers.sharded.megatron.parts import FusedPart
 from ..naming import Tree, base_of
 from .read_past import ReadPast
 
@@ -54,5 +55,11 @@ def _read_past(tree: Tree) -> dict[str, str]:
     return {path: reason for path, reason in found.items() if is_linear(tree.modules[path])}
 
 
+def _parts_of_fused(tree: Tree) -> dict[str, str]:
+    """Rows of fused linears, which are adapted as wholes unless parts are named."""
+    parts = (path for path, module in tree.modules.items() if isinstance(base_of(module), FusedPart))
+    return {path: f"it is a part of {path.rpartition('.')[0]}" for path in parts}
+
+
 # Each is asked for paths and reasons; of several reasons for one path the first one's is given.
-_ASKED: tuple[Callable[[Tree], Mapping[str, str]], ...] = (_by_codec, _read_past)
+_ASKED: tuple[Callable[[Tree], Mapping[str, str]], ...] = (_by_codec, _read_past, _parts_of_fused)

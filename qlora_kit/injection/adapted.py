@@ -16,6 +16,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, ModulesToSave
 from ..layers.rescaled import at_full_size_
+from ..layers.sharded.megatron.parts import close_parts_
 from ..naming import StandIn, Tree, chain, every_module
 from .biases import KeptBiases, bias_parameters
 from .buffers import MovedBuffers
@@ -162,9 +163,11 @@ class Adapted:
             for part in chain(module) if isinstance(module, StandIn) else ():
                 if isinstance(part, (AdapterLayer, ModulesToSave)) and not (empty and part.adapter_names()):
                     swap_(self.root, path, part.get_submodule(part.holds), of=part)
+        close_parts_(self.root)
 
     def forget_(self) -> None:
         """No adapter is left; what may be trained is what might be before the first one."""
+        close_parts_(self.root)
         self.configs.clear()
         self.active, self.trainable = [], []
         self.kept_biases.values.clear()

@@ -22,6 +22,7 @@ from ..config.lora import LoraConfig
 from ..errors import AdapterError, CodecError
 from ..layers import AdapterLayer, ModulesToSave, layer_family_for, saved_module
 from ..layers.fused.blocks import refit_
+from ..layers.sharded.megatron.parts import FusedLinear
 from ..layers.sharded.moving import moving_as_
 from ..layers.sharded.sharding import Sharding, sharding_of, whole_shape
 from ..layers.sharded.whole import part_of_module, whole_module
@@ -29,6 +30,7 @@ from ..naming import Tree, base_of, module_at, slot
 from .free import check_free
 from .heads import saved_names
 from .left_out import LeftOut, find_left_out
+from .megatron.opening import opened_parts
 from .plan import Plan, PlanEntry
 from .targets import named, resolve, resolve_saved
 from .ties import refuse_tied, sharing, ties_among
@@ -104,7 +106,10 @@ def make_plan(model: nn.Module | Tree, config: LoraConfig) -> Plan:
         TargetError: see ``qlora_kit.injection.targets``; or a tied weight would be quantized.
         UnsupportedModuleError: see ``qlora_kit.injection.targets``.
     """
-    entries, tree = [], Tree.of(model)
+    if isinstance(model, nn.Module):
+        with opened_parts(model, config, keep=False):
+            return make_plan(Tree(model), config)
+    entries, tree = [], model
     targets = resolve(tree, config)
     paths = [target.path for target in targets]
     shared = sharing(tree, paths)
@@ -259,6 +264,11 @@ def _build(
     source: AdapterLayer | None = None,
 ) -> AdapterLayer:
     existing = module_at(model, entry.path)
+    if isinstance(existing, FusedLinear):
+        raise AdapterError(
+            f"{entry.path}: expected a fused linear without adapters on its parts, found {', '.join(existing.parts)}; "
+            "name these, or delete their adapters first"
+        )
     slow = config.init_lora_weights not in QUICK_STARTS
     request = request_for(model, entry, config, dtype, gathers=slow)
     begun = start(request) if source is None else _start_of(source, name, entry)
@@ -296,7 +306,7 @@ def _in_place_of(old: nn.Module, made: nn.Module, path: str) -> nn.Module:
     """What a start made for ``old``, cut to this rank's part where that is sharded."""
     if (sharding := sharding_of(old)) is not None:
         try:
-            made = part_of_module(made, sharding)
+            made = codec_for(old).housed(old, part_of_module(made, sharding))
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from error
     return with_hooks_of(old, made)
@@ -320,9 +330,9 @@ def with_hooks_of(old: nn.Module, new: nn.Module) -> nn.Module:
     """``new`` with ``old``'s forward and backward hooks: it stands in for ``old`` in another storage.
 
     Hooks on the state dict stay behind; they are about how the old storage is saved. Where ``old`` is sharded, ``new``
-    holds the same part and moves activations as the plan says.
+    holds the same part and, unless it is a sharded layer by itself, moves activations as the plan says.
     """
-    if (sharding := sharding_of(old)) is not None:
+    if (sharding := sharding_of(old)) is not None and sharding_of(new) is None:
         return moving_as_(new, sharding)
     for attribute, value in vars(old).items():
         if "_hook" in attribute and ("forward" in attribute or "backward" in attribute):

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config.lora import LoraConfig
-from ..naming import Tree, base_of
+from ..layers.sharded.megatron.types import is_known
+from ..naming import Tree, base_of, unwrapped
 from .adaptable import adaptable, is_linear
 from .ties import end_tables
 
@@ -36,7 +37,9 @@ _TASKS_OF_CLASSES = ("Classification", "QuestionAnswering")
 def output_table(tree: Tree) -> list[str]:
     """Paths of the output embeddings."""
     table = end_tables(tree.model)[1]
-    return [] if table is None else list(tree.paths_of(table))
+    if table is None and is_known(type(unwrapped(tree.model)), ("GPTModel",)):  # Megatron's
+        table = unwrapped(tree.model)._modules.get("output_layer")
+    return [] if table is None else list(tree.paths_of(base_of(table)))
 
 
 def new_head(tree: Tree) -> list[str]:

@@ -37,8 +37,9 @@ _HARMLESS = frozenset(
     {"device", "get_device", "is_cuda", "is_meta", "requires_grad", "grad", "SCB", "CB", "quant_state", "bnb_quantized"}
 )
 _QUESTIONS = frozenset({"isinstance", "hasattr", "id", "type", "len", "callable"})
-# Methods that make, start, tie and store weights, and compute nothing.
+# Methods that make, start, tie, store and clip weights, and compute nothing.
 _ASIDE = ("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_")
+_CLIPS = "clip_"  # what an optimizer did
 # Code below the parent's: a function that is handed a module, one that this hands it to, and one more.
 _DEPTH = 3
 
@@ -124,7 +125,7 @@ def _methods(kind: type) -> Iterator[FunctionType]:
         for name, value in vars(above).items():
             value = getattr(value, "fget", None) or getattr(value, "func", None) or value
             method = inspect.unwrap(value) if callable(value) else None
-            if isinstance(method, FunctionType) and name not in seen and not name.startswith(_ASIDE):
+            if isinstance(method, FunctionType) and name not in seen and not name.startswith((*_ASIDE, _CLIPS)):
                 yield method
             if not isinstance(method, FunctionType) or "super" not in method.__code__.co_names:
                 seen.add(name)
@@ -158,6 +159,14 @@ def _parsed(function: FunctionType) -> ast.FunctionDef | None:
         return None
     node = tree.body[0] if tree.body else None
     return node if isinstance(node, ast.FunctionDef) else None
+
+
+@cache
+def _gives_back(function: FunctionType) -> bool:
+    """Whether ``function`` returns its first argument, and nothing else: one that is there for its types, say."""
+    node = _parsed(function)
+    returned = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)] if node else []
+    return bool(returned) and {getattr(value, "id", None) for value in returned} == {*function.__code__.co_varnames[:1]}
 
 
 class _Reader:
@@ -212,6 +221,9 @@ class _Reader:
             name, values = _call(node)
             if name == "getattr" and len(values) > 1 and isinstance(values[1], ast.Constant):
                 return _below(self.path_of(values[0]), str(values[1].value))
+            if values and (path := self.path_of(values[0])) is not None:
+                function, bound = self._called(node.func)
+                return path if not bound and isinstance(function, FunctionType) and _gives_back(function) else None
         return None
 
     def _learn(self, node: ast.AST) -> None:

@@ -22,6 +22,7 @@ A family knows nothing of storage: it asks the base module's codec. One is found
 - ``named``: containers of what each adapter has, under any name
 """
 
+from ..codecs import on_demand as codecs_on_demand
 from .as_merged import Rounding
 from .base import AdapterLayer
 from .conv import ConvAdapter
@@ -37,6 +38,8 @@ from .sharded.linear import ShardedLinearAdapter
 from .sharded.sharding import Sharding, register_sharding, sharding_of
 
 on_demand["transformers"] = f"{__name__}.conv1d"
+for table in (on_demand, codecs_on_demand):  # what they store and what they compute is told by one table of types
+    table.update(megatron=f"{__name__}.sharded.megatron", transformer_engine=f"{__name__}.sharded.megatron")
 
 __all__ = [
     "AdapterLayer",

@@ -9,6 +9,7 @@ It works on ``injection.adapted.Adapted`` and must never know the wrapper that u
 - ``aware``: adapters that are trained for a merge: what they round, and which merge is theirs
 - ``layer``: one layer at a time
 - ``rest_of_model``: what changes beside the adapted layers: trained copies, dtypes, what the config says
+- ``parts``: adapters on parts of fused linears, as adapters on these
 - ``ties``: tied weights, one again or said to be two
 - ``unsaved_buffers``: those that follow the model's dtype
 - ``requantize``: from an ideal weight back to few bits

@@ -39,6 +39,7 @@ from .base_choice import base_losses, quantized_modules
 from .fidelity import share_of
 from .in_place import switch_on_
 from .layer import Merger
+from .parts import folded_parts
 from .report import MergeReport
 from .requantize import batches_of, moments_of
 from .residual import attach_residual_
@@ -127,44 +128,45 @@ def merge(
     """
     adapted = adapted_of(model)
     at_full_size_(adapted.root)
-    with uncollected(), adapted.mapped():
-        parts = chosen_parts(adapted, adapters, weights)
-        configs = [adapted.configs[name] for name in parts]
-        storage, blocksize, double_quant = storage_for(configs, into, blocksize, double_quant, otherwise="same")
-        task = MergeTask(
-            parts,
-            storage,
-            rounding,
-            residual_rank,
-            base,
-            original_folder(adapted.root, base, original),
-            blocksize,
-            double_quant,
-            least_retained,
-            not force,
-            residual_dtype or adapted.adapter_dtype,
-            account,
-        )
-        check_layers(adapted, task, force)
-        check_can_be_parted(adapted, parts)
-        if trained := trained_for(configs):
-            others = departures_in(adapted, task)
-            task = replace(task, trained=not others, refuses=task.refuses and bool(others))
-            if others:
-                warnings.warn(warning_of(trained, others), stacklevel=2)
-    with uncollected(), Spill(scratch) as spill:
-        undo = Injection()
-        try:
-            report, kept, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
-            if kept >= task.least_retained or not task.refuses:
-                if kept < task.least_retained and not task.trained:
-                    logger.warning("merge: %.1f %% of the delta survived rounding", 100 * kept)
-                return report
-            undo.undo()
-        except BaseException:
-            undo.undo()
-            raise
-    raise MergeError(refusal(adapted, task, report, kept, moments))
+    with folded_parts(adapted):
+        with uncollected(), adapted.mapped():
+            parts = chosen_parts(adapted, adapters, weights)
+            configs = [adapted.configs[name] for name in parts]
+            storage, blocksize, double_quant = storage_for(configs, into, blocksize, double_quant, otherwise="same")
+            task = MergeTask(
+                parts,
+                storage,
+                rounding,
+                residual_rank,
+                base,
+                original_folder(adapted.root, base, original),
+                blocksize,
+                double_quant,
+                least_retained,
+                not force,
+                residual_dtype or adapted.adapter_dtype,
+                account,
+            )
+            check_layers(adapted, task, force)
+            check_can_be_parted(adapted, parts)
+            if trained := trained_for(configs):
+                others = departures_in(adapted, task)
+                task = replace(task, trained=not others, refuses=task.refuses and bool(others))
+                if others:
+                    warnings.warn(warning_of(trained, others), stacklevel=2)
+        with uncollected(), Spill(scratch) as spill:
+            undo = Injection()
+            try:
+                report, kept, moments = _carried_out(model, adapted, task, statistics, text, spill, undo, progressbar)
+                if kept >= task.least_retained or not task.refuses:
+                    if kept < task.least_retained and not task.trained:
+                        logger.warning("merge: %.1f %% of the delta survived rounding", 100 * kept)
+                    return report
+                undo.undo()
+            except BaseException:
+                undo.undo()
+                raise
+        raise MergeError(refusal(adapted, task, report, kept, moments))
 
 
 def _carried_out(

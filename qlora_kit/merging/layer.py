@@ -204,7 +204,7 @@ class Merger:
     def _recast(self, base: nn.Module, dtype: torch.dtype) -> None:
         """Give a dense module tensors of ``dtype``, the weight's to be filled."""
         for name, tensor in base.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():  # some keep other things in their state
                 before = self.spill.keep(tensor.data)
                 self.undo.on_undo(partial(set_data_, tensor, before))
                 if name != "weight":

@@ -235,12 +235,15 @@ def _check_sharded(layers: Mapping[str, AdapterLayer], task: MergeTask) -> None:
     """Of layers that several processes share each merges its part, which says nothing of what looks at whole ones."""
     asked = {"into": task.into, "rounding": task.rounding, "residual_rank": task.residual_rank, "base": task.base}
     odd = [f"{name}={value!r}" for name, value in asked.items() if value not in ("same", "nearest", 0, "dequantized")]
-    shared = [path for path, layer in layers.items() if sharding_of(layer.base_layer) is not None]
+    found = {path: sharding_of(layer.base_layer) for path, layer in layers.items()}
+    shared = {path: how for path, how in found.items() if how is not None and how.size > 1}
+    if task.dtype is not None and all(how.mesh is None for how in shared.values()):  # dense parts of the same
+        odd = [each for each in odd if not each.startswith("into=")]
     if odd and shared:
         raise MergeError(
-            f"{shared[0]}: expected a merge into the same storage, to the nearest codes, of a layer that several "
-            f"processes share, found {', '.join(odd)}; leave that out, or save the adapter and merge it in one process "
-            "(qlora-kit merge)"
+            f"{next(iter(shared))}: expected a merge into the same storage, to the nearest codes, of a layer that "
+            f"several processes share, found {', '.join(odd)}; leave that out, or save the adapter and merge it in one "
+            "process (qlora-kit merge)"
         )
 
 

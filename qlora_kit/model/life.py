@@ -17,6 +17,8 @@ from ..injection.biases import bias_parameters
 from ..injection.engine import QUICK_STARTS, Plan, Request, Start, inject_, request_for
 from ..injection.heads import saved_names
 from ..injection.left_out import warn_of_left_out
+from ..injection.megatron.opening import opened_parts
+from ..injection.megatron.settings import follow_settings
 from ..injection.targets import shortest_names
 from ..injection.ties import warn_of_ties
 from ..layers import RESERVED, AdapterLayer
@@ -31,6 +33,12 @@ from .base_files import guard_methods_, record_start_
 def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     """Inject another adapter, neither active nor trainable yet. See ``LoraModel.add_adapter``."""
     check_new(adapted, name, config)
+    follow_settings(config, adapted.root)
+    with opened_parts(adapted.root, config):
+        return _add_(adapted, name, config)
+
+
+def _add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     root, dtype = adapted.root, adapted.adapter_dtype
     at_full_size_(root)
     tree = Tree(root)

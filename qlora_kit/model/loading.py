@@ -21,6 +21,7 @@ from ..errors import TargetError, UnsupportedModuleError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, make_plan
 from ..injection.heads import without_new_head
+from ..injection.megatron.opening import opened_parts
 from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
 
@@ -226,7 +227,8 @@ def load_(
     if name in adapted.configs:
         fill_(adapted, name, stored, check_base=check_base, any_size=any_size)
         return
-    add(name, config_for(adapted.root, stored.config, stored.state, trainable=trainable))
+    with opened_parts(adapted.root, stored.config):
+        add(name, config_for(adapted.root, stored.config, stored.state, trainable=trainable))
     try:
         fill_(adapted, name, stored, check_base=check_base, any_size=any_size)
     except BaseException:

@@ -32,7 +32,7 @@ from .combining import add_weighted_adapter
 from .hub import push_to_hub
 from .keywords import as_names, check_save_keywords
 from .life import add_, delete_, take_out_, train_
-from .loading import AdapterContents, config_for, fill_, load_, record_, resumed_
+from .loading import AdapterContents, config_for, fill_, load_, opened_parts, record_, resumed_
 from .merge_aware import set_merge_aware
 from .of_transformers import dequantize, resize_token_embeddings
 from .proxy import ModelProxy, check_model
@@ -234,7 +234,7 @@ class LoraModel(ModelProxy):
         check_model(model, "LoraModel.from_pretrained(model, folder)")
         stored = AdapterContents.read(model_id, allow_pickle=allow_pickle, check_finite=check_finite)
         config = stored.config if config is None else config
-        with uncollected():
+        with uncollected(), opened_parts(model, config):
             injected = config_for(model, config, stored.state, trainable=is_trainable)
             lora = cls(model, injected, adapter_name, adapter_dtype=adapter_dtype)
             try:

@@ -10,10 +10,11 @@ All that chooses, saves, loads or merges modules asks here. Nothing here knows w
 
 from .expressions import Expression
 from .suffixes import Patterns, Suffixes, ends_with, pattern_value
-from .tree import StandIn, Tree, base_of, canonical, chain, every_module, module_at, slot, unwrapped
+from .tree import Closed, StandIn, Tree, base_of, canonical, chain, every_module, module_at, slot, unwrapped
 from .variants import Variants
 
 __all__ = [
+    "Closed",
     "Expression",
     "Patterns",
     "StandIn",

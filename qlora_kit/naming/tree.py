@@ -27,7 +27,14 @@ T = TypeVar("T")
 _HELD_AS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
-class StandIn(nn.Module):
+class Closed(nn.Module):
+    """A module whose children are how it computes, and none of the user's modules: only ``parts`` are entered."""
+
+    #: Names of children that are modules to be chosen by their paths.
+    parts: tuple[str, ...] = ()
+
+
+class StandIn(Closed):
     """A module that took another's place in the tree and stands for it under its name; one may stand for another."""
 
     #: The attribute that holds what it stands for.
@@ -192,7 +199,6 @@ class Tree:
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     module = unwrapped(module)
     yield path, module
-    if not isinstance(module, StandIn):
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from _walk(child, f"{path}.{name}" if path else name)
+    for name, child in module._modules.items():
+        if child is not None and (not isinstance(module, Closed) or name in module.parts):
+            yield from _walk(child, f"{path}.{name}" if path else name)

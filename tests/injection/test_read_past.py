@@ -185,6 +185,27 @@ def test_a_forward_on_the_instance_counts() -> None:
     assert found(model) == {"fc": "v"}
 
 
+def typed(module: Any, *, strict: bool = True) -> Any:
+    if strict and not isinstance(module, nn.Module):
+        raise TypeError
+    return module
+
+
+def test_a_function_that_gives_its_argument_back_is_seen_through() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return typed(self.out)(typed(self.qkv)(x) * self.qkv.weight.sum())
+
+        def clip_after_a_step(self) -> None:
+            self.out.weight.data.clamp_(-1, 1)
+
+    assert found(Attention()) == {"qkv": "vc"}  # and what clips weights computes nothing
+
+
 def test_code_without_source_is_no_error() -> None:
     scope: dict[str, Any] = {"nn": nn}
     exec("class Bare(nn.Module):\n    def forward(self, x):\n        return x @ self.fc.weight", scope)

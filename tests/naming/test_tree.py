@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel
 from qlora_kit import LoraConfig, apply_lora
 from qlora_kit.injection.engine import Injection, swap_
 from qlora_kit.layers import AdapterLayer
-from qlora_kit.naming import Tree, base_of, canonical, module_at, slot
+from qlora_kit.naming import Closed, Tree, base_of, canonical, module_at, slot
 
 
 class Block(nn.Module):
@@ -141,3 +141,21 @@ def test_a_stand_in_at_one_of_its_base_s_places_is_at_that_alone() -> None:
         assert tree.first(own) == own
         assert tree.modules[other] is base
         assert sorted(tree.paths_of(base)) == sorted([own, other])
+
+
+class Opened(Closed):
+    """Computes by a child of its own, and has a part."""
+
+    parts = ("half",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.half = nn.Linear(4, 4), nn.Linear(4, 2)
+
+
+def test_of_a_closed_module_parts_alone_have_paths() -> None:
+    model = nn.ModuleDict({"a": Opened(), "b": nn.Linear(4, 4)})
+    assert list(Tree(model).modules) == ["", "a", "a.half", "b"]
+    lora = apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert sorted(lora.adapter_layers()) == ["a.half", "b"]
+    assert module_at(model, "a.half") is lora.adapter_layers()["a.half"]

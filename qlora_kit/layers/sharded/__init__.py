@@ -11,4 +11,5 @@
 - ``linear``: linear layers, sharded by columns or rows, whatever library did it and however the weight is stored
 - ``embedding``: tables, by words or by width
 - ``dtensor``: the layers that torch's ``parallelize_module`` and transformers' ``tp_plan`` make
+- ``megatron/``: Megatron's and TransformerEngine's, whose types are known by their names
 """

@@ -143,9 +143,13 @@ class _ReduceToPieces(torch.autograd.Function):
         return _GatherForParts.apply(grads[0], ctx.dim, ctx.group, ctx.size), None, None
 
 
+#: The group of this process and nobody else, which libraries that know of one make no group for.
+ALONE: Any = "alone"
+
+
 def alone(group: Any) -> bool:
     """Whether there is nobody to tell."""
-    return not dist.is_initialized() or dist.get_world_size(group) == 1
+    return group is ALONE or not dist.is_initialized() or dist.get_world_size(group) == 1
 
 
 def copy_to_group(x: Tensor, group: Any = None) -> Tensor:

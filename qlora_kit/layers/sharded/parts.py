@@ -23,13 +23,18 @@ def cut(sharding: Sharding, whole: Tensor, dim: int | None) -> Tensor:
     """This rank's part of ``whole`` along ``dim``, in memory of its own; all of it for None."""
     if dim is None or alone(sharding.group):
         return whole
-    return piece_of(whole, dim, sharding.group).clone(memory_format=torch.contiguous_format)
+    blocks = [piece_of(block, dim, sharding.group) for block in whole.chunk(sharding.pieces, dim)]
+    return torch.cat(blocks, dim) if len(blocks) > 1 else blocks[0].clone(memory_format=torch.contiguous_format)
 
 
 def gathered(sharding: Sharding, part: Tensor, dim: int | None, size: int | None = None) -> Tensor:
     """All ranks' parts along ``dim``, ``size`` in all, on every rank; without gradients."""
     part = local(part).detach()
-    return part if dim is None or alone(sharding.group) else joined(part, dim, sharding.group, size)
+    if dim is None or alone(sharding.group):
+        return part
+    if sharding.pieces > 1:
+        return torch.cat([joined(block, dim, sharding.group) for block in part.chunk(sharding.pieces, dim)], dim)
+    return joined(part, dim, sharding.group, size)
 
 
 def agreed(sharding: Sharding, whole: Tensor) -> Tensor:

@@ -43,7 +43,10 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
+from ...codecs import on_demand
+from ...codecs.registry import load_on_demand
 from ...errors import AdapterError, UnsupportedModuleError
+from .collectives import alone
 
 Kind = Literal["column", "row"]
 Form = Literal["whole", "features", "sequence"]
@@ -62,12 +65,14 @@ class Sharding:
     Attributes:
         kind: along which dimension of (out, in) the matrix is cut.
         shape: (out, in) of the whole matrix.
-        group: the processes that share it; None is the default group of all.
+        group: the processes that share it; None is the default group of all, ``ALONE`` this process.
         takes, gives: the forms of input and output.
         sequence_dim: the dimension of tokens in both, where one of the forms is "sequence".
         mesh: a one-dimensional ``DeviceMesh`` over ``group``: factors are then DTensors on it, which torch's
             optimizers, clipping and checkpoints understand. None: they are plain tensors of the rank's part.
         local_output: with a mesh, whether the output is a plain tensor and no DTensor.
+        pieces: of how many blocks of the whole each rank has a piece, one after the other: two where gate and up are
+            one linear, of which each rank has some of both.
     """
 
     kind: Kind
@@ -78,6 +83,7 @@ class Sharding:
     sequence_dim: int = 1
     mesh: Any = None
     local_output: bool = True
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         if (self.takes, self.gives) not in _PASSAGES[self.kind]:
@@ -91,12 +97,12 @@ class Sharding:
     @property
     def size(self) -> int:
         """How many processes share the layer."""
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+        return 1 if alone(self.group) else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
         """This process's place among them."""
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
+        return 0 if alone(self.group) else dist.get_rank(self.group)
 
     @property
     def dim(self) -> int:
@@ -114,6 +120,8 @@ class Sharding:
 
 Finder = Callable[[Any], Sharding | None]
 _finders: dict[type[nn.Module], Finder] = {}
+# The nearest along each type's method resolution order, once it was looked for.
+_found: dict[type[nn.Module], Finder | None] = {}
 
 
 def register_sharding(*types: type[nn.Module]) -> Callable[[Finder], Finder]:
@@ -122,6 +130,7 @@ def register_sharding(*types: type[nn.Module]) -> Callable[[Finder], Finder]:
     def register(finder: Finder) -> Finder:
         for kind in types:
             _finders[kind] = finder
+        _found.clear()
         return finder
 
     return register
@@ -136,7 +145,11 @@ def sharding_of(module: nn.Module) -> Sharding | None:
     own = vars(module).get("sharding")
     if isinstance(own, Sharding):
         return own
-    finder = next((_finders[base] for base in type(module).__mro__ if base in _finders), None)
+    kind = type(module)
+    if kind not in _found:
+        load_on_demand(kind, on_demand)
+        _found[kind] = next((_finders[base] for base in kind.__mro__ if base in _finders), None)
+    finder = _found[kind]
     return None if finder is None else finder(module)
 
 

@@ -111,7 +111,7 @@ def check_can_be_cut(sharding: Sharding, quant_type: str, blocksize: int | None,
             f"{where}: expected scales that can be cut where the weight is, found double quantization, which keeps "
             f"{SCALES_BLOCKSIZE} of them together, less the mean of all; pass double_quant=False"
         )
-    first = -(-sharding.shape[sharding.dim] // sharding.size)  # columns or rows of a part
+    first = -(-sharding.shape[sharding.dim] // sharding.size) // sharding.pieces  # columns or rows of a piece
     run = first if kind == "row" else first * in_features  # weights that lie side by side in it
     if run % length or (kind == "row" and in_features % length):
         fits = [size for size in (256, 128, 64, 32, 16, 8) if run % size == 0 and in_features % size == 0]
@@ -171,4 +171,8 @@ def _of_scales(scales: Tensor, quantized: Quantized, codes: Tensor, sharding: Sh
     if per_row and sharding.shape[1] % (length or sharding.shape[1]) == 0:
         grid = scales.view(-1, per_row)
         return (gathered(sharding, grid, 0, size) if gather else cut(sharding, grid, 0)).reshape(-1)
-    return gathered(sharding, scales, 0) if gather else cut(sharding, scales.view(sharding.size, -1), 0).reshape(-1)
+    return (
+        gathered(sharding, scales, 0)
+        if gather
+        else cut(sharding, scales.view(sharding.size * sharding.pieces, -1), 0).reshape(-1)
+    )

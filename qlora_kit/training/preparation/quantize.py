@@ -121,13 +121,9 @@ def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
 
 
 def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = False) -> nn.Module:
-    """A module that computes with ``quantized`` in the place of ``base``, a linear layer or ``Conv1D``, however that is
-    stored; with ``packed`` one of ours, whatever the type."""
-    linear = _as_linear(base)
-    holding = _holding(linear, quantized, packed)
-    if not isinstance(base, nn.Linear):
-        holding.source_cls = type(base)  # as transformers marks its own; who makes it dense again has to know
-    return holding
+    """A module that computes with ``quantized`` in the place of ``base``, a linear layer, ``Conv1D`` or sharded linear,
+    however that is stored; with ``packed`` one of ours, whatever the type."""
+    return codec_for(base).housed(base, _holding(_as_linear(base), quantized, packed))
 
 
 def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
@@ -139,8 +135,8 @@ def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
 
 
 def _as_linear(base: nn.Module) -> nn.Linear:
-    """The base, or an ``nn.Linear`` of its sizes, bias, dtype and device in its place: over the same storage for
-    transformers' ``Conv1D``, without any for a base that is quantized."""
+    """The base, or an ``nn.Linear`` of its sizes, bias, dtype and device in its place: over the same storage where that
+    is dense, without any for a base that is quantized."""
     codec = codec_for(base)
     quantized = codec.quantizer(base) is not None
     base = local_view(base) if is_tensor_parallel(base) else base
@@ -152,7 +148,7 @@ def _as_linear(base: nn.Module) -> nn.Linear:
     if quantized:
         weight = torch.zeros((), dtype=codec.compute_dtype(base), device=codec.device(base)).expand(linear.weight.shape)
     else:
-        weight = base.weight.t()  # type: ignore[operator]
+        weight = codec.matrix_of(base.weight)  # type: ignore[arg-type]
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = bias  # type: ignore[assignment]
     return linear.train(base.training)
