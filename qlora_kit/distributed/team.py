@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoints.pipeline import in_order
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 #: Seconds without a sign of another process after which it is taken to be gone.
 PATIENCE = 300.0
-_LONGEST_PAUSE = 0.05
+_MOMENT = timedelta(seconds=0.5)
 _FAILED = "failed"
 
 
@@ -127,20 +128,28 @@ class Processes(Team):
 
     def _wait(self, key: str, *, take: bool = False) -> bytes:
         """The value of ``key`` once it is there, while the others live; ``take`` it away then."""
-        pause, looked = 0.001, time.monotonic()
+        looked = time.monotonic()
         with self._lost():
-            while not self._store.check([key]):
+            while not self._is_there(key):
                 if self._store.check([_FAILED]):
                     raise self._failed()
                 if time.monotonic() - looked > min(1.0, self.patience / 4):
                     looked = time.monotonic()
                     self._look_for_signs()
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
             value = self._store.get(key)
             if take:
                 self._store.delete_key(key)
         return bytes(value)
+
+    def _is_there(self, key: str) -> bool:
+        """Whether ``key`` is in the store, or comes there in a moment: signals are heard no later."""
+        import torch.distributed as dist
+
+        try:
+            self._store.wait([key], _MOMENT)
+        except dist.DistStoreError:
+            return False
+        return True
 
     def _look_for_signs(self) -> None:
         now, gone = time.monotonic(), []
@@ -287,7 +296,9 @@ class Processes(Team):
                     return
                 yield order[number]
 
-        own = in_order(taken(), lambda k: read(items[k]), lambda k, found: work(items[k], found), workers)
+        # To have taken one more while others have nothing to do is no help.
+        ahead = len(items) > 4 * self.size * workers
+        own = in_order(taken(), lambda k: read(items[k]), lambda k, found: work(items[k], found), workers, ahead=ahead)
         try:
             for k, value in own:
                 with self._lost():

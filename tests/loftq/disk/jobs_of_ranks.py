@@ -1,0 +1,134 @@
+"""What the ranks do in the tests of ``loftq init`` on several processes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from calibrated_runs import calibrated
+from disk_models import config
+from small_models import gpt2, mixtral, targets, tiny_llama, tokens
+
+import loftq.disk.replacements as replacements
+from loftq.bits.budget import Budget
+from loftq.disk.stream import stream
+from loftq.disk.task import Task
+from loftq.inputs.groups import stages
+from loftq.inputs.moments import counted_statistics
+from loftq.starts.report import Report
+from qlora_kit.distributed.joining import joined
+from qlora_kit.distributed.team import ALONE, Team
+from qlora_kit.errors import ProcessesError
+
+SHARD = 20_000
+MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral}
+
+
+def tasks(source: Path, out: Path) -> dict[str, Task]:
+    """A task of each kind, by its name, with its output in ``out``."""
+    kinds: dict[str, dict[str, Any]] = {
+        "loftq": {"lora": config(2)},
+        "qera": {"lora": calibrated("qera")},
+        "aligned": {"lora": calibrated("aligned", targets=["embed_tokens", "q_proj", "v_proj", "down_proj"])},
+        "aligned, activations in files": {"lora": calibrated("aligned", bits=3), "activation_bytes": 1},
+        "budget": {"lora": config(4), "budget": Budget(2.5)},
+        "budget on text": {"lora": calibrated("aligned", bits=4), "budget": Budget(3)},
+    }
+    return {name: Task(source, out / name, shard_bytes=SHARD, **kind) for name, kind in kinds.items()}
+
+
+def by_all(source: Path, out: Path) -> dict[str, Any]:
+    """Each task by all ranks; the reports' rows, and which layers this rank has started."""
+    found: dict[str, Any] = {}
+    Report.plot = lambda *_: None  # type: ignore[method-assign, assignment]
+    start_of, own = replacements.start_of, list[str]()
+
+    def noting(request: Any, *others: Any) -> Any:
+        own.append(request.path)
+        return start_of(request, *others)
+
+    replacements.start_of = noting
+    with joined() as team:
+        for name, task in tasks(source, out).items():
+            own.clear()
+            report = stream(task, team=team)
+            found[name] = {"rows": rows_of(report), "started": list(own)}
+        again = stream(replace(tasks(source, out)["qera"]), team=team)
+        found["again"] = rows_of(again)
+    return found
+
+
+def rows_of(report: Report) -> list[dict[str, Any]]:
+    return [{**vars(row), "seconds": 0} for row in report.layers]
+
+
+def seen_of(make: Any, team: Team = ALONE, *, count: int = 3, **options: Any) -> dict[str, Any]:
+    """Statistics of a small model's modules, stage by stage, each with a change for those after it to see."""
+    model, found = make(), dict[str, Any]()
+    for stage in stages(model, tokens(count, padded=True), targets(model), team=team, **options):
+        for path, seen in stage.seen().items():
+            half = None if seen.half is None else (seen.half.statistics, seen.half.cross)
+            found[path] = (seen.statistics, seen.cross, half, seen.tokens)
+            if options.get("sequential"):
+                weight: Any = model.get_submodule(path).weight
+                change = (0.1 * weight).detach().float()
+                rotated = type(model.get_submodule(path)).__name__ in ("Conv1D", "Embedding")
+                stage.replaced[path] = change.T if rotated else change
+    return found
+
+
+def seen_by_all() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with joined() as team:
+        for name, make in MODELS.items():
+            for sequential in (False, True):
+                found[name, sequential] = seen_of(make, team, sequential=sequential)
+            model = make()
+            found[name, "at once"] = counted_statistics(model, tokens(5), targets(model), team=team)
+        found["one batch"] = seen_of(tiny_llama, team, count=1, sequential=True)
+    return found
+
+
+def values_go_around() -> dict[str, Any]:
+    """Small values and tensors, from either rank, and a sum in order."""
+
+    with joined() as team:
+        halves = torch.arange(4.0).bfloat16() if team.rank == 1 else None
+        found: dict[str, Any] = {"from 1": team.from_rank(halves, 1), "all": team.gathered(team.rank)}
+        found["sum"] = team.summed(5, lambda number: 10 * number + team.rank, _Numbers()).numbers
+        shared = team.shared(list(range(6)), str, lambda item, read: (read, team.rank), size=lambda item: item)
+        found["shared"] = list(shared)
+    return found
+
+
+class _Numbers:
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def take(self, part: int) -> None:
+        self.numbers.append(part)
+
+
+def one_fails(kind: str) -> str:
+    """Rank 1 raises, hangs or dies while rank 0 waits for it; what rank 0 hears, and after how long."""
+    began = time.monotonic()
+    try:
+        with joined(patience=2) as team:
+            if team.rank == 1:
+                if kind == "raises":
+                    raise ValueError("rank one's own words")
+                if kind == "hangs":
+                    team._over.set()  # no more signs of it
+                    time.sleep(8)
+                    return "hung"
+            team.barrier()
+            team.barrier()
+    except (ProcessesError, ValueError) as error:
+        return f"{type(error).__name__} after {time.monotonic() - began:.0f} s, {error}"
+    return "nothing"
