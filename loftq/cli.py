@@ -16,10 +16,12 @@ from qlora_kit.config.lora import LoftQConfig, LoraConfig
 from qlora_kit.distributed.team import PATIENCE
 from qlora_kit.errors import ConfigError
 
+_GO_ON = "what is finished is kept: the same command goes on from there"
+
 app = command_group(
     "loftq",
     "Quantize a model and start its adapters together, a tensor at a time, from folder to folder.",
-    resumed={"init": "what is finished is kept: the same command goes on from there"},
+    resumed={"init": _GO_ON},
 )
 # Panels of the help of ``init``. Each has columns as wide as its own options need: in one panel the longest option
 # leaves the others no room for their names at 80 columns.
@@ -158,7 +160,7 @@ def init(
                 adapter_aware=adapter_aware,
             ),
         )
-        with joined(patience) as team:
+        with joined(patience, go_on=_GO_ON) as team:
             devices = devices_for(device, team)
             task = Task(
                 Path(team.from_rank(str(locate(model)) if team.leads else "")),  # fetched from the Hub once

@@ -96,8 +96,9 @@ def stream(task: Task, *, progress: Progress | None = None, team: Team = ALONE) 
                 check_disk(task.out, expected_bytes(checkpoint, task.loftq))
         books = None
         if journal is not None:
-            books = _Books(Writers(task, checkpoint, journal), journal, checkpoint, progress)
+            books = _Books(task, checkpoint, journal, progress)
             opened.enter_context(closing(books.writers))
+            books.tell_finished()
         finished = team.from_rank(None if books is None else books.finished) or set()
         left = [unit for unit in checkpoint.units if unit.name not in finished]
         bench = Bench(task, checkpoint, Ahead(task, checkpoint), team, Devices(task))
@@ -120,12 +121,15 @@ class _Books:
         finished: the units that an earlier run has written.
     """
 
-    def __init__(self, writers: Writers, journal: Journal, checkpoint: Checkpoint, progress: Progress | None) -> None:
-        self.writers, self.journal = writers, journal
+    def __init__(self, task: Task, checkpoint: Checkpoint, journal: Journal, progress: Progress | None) -> None:
+        self.finished = finished_units(checkpoint, journal)
+        self.writers, self.journal, self.checkpoint = Writers(task, checkpoint, journal), journal, checkpoint
         self._tell = progress or (lambda unit, weights: None)
         self._weights = sum(unit.numel for unit in checkpoint.units)
-        self.finished = finished_units(checkpoint, journal)
-        for unit in checkpoint.units:
+
+    def tell_finished(self) -> None:
+        """Tell of what an earlier run has written."""
+        for unit in self.checkpoint.units:
             if unit.name in self.finished:
                 self._tell(unit, self._weights)
 

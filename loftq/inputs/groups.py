@@ -129,7 +129,7 @@ def stages(
         stops, repeated = _scouted(model, batches, paths)
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         share = limit // (2 if sequential else 1)
-        own = {"limit": share, "folder": room, "numbers": team.numbers(len(batches))}
+        own: dict[str, Any] = {"limit": share, "folder": room, "numbers": team.numbers(len(batches))}
         walk = stack.enter_context(Walk(model, batches, stops, **own))
         other = stack.enter_context(Walk(model, batches, stops, **own)) if sequential else None
         done: set[str] = set()

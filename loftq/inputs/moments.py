@@ -238,9 +238,11 @@ def gather(
     """
     paths = list(paths)
     for shared in (True, False):
-        collector = in_turn(
-            team, count, through, lambda apart, shared=shared: Collector(paths, shared=shared, apart=apart, **options)
-        )
+
+        def make(apart: bool, shared: bool = shared) -> Collector:
+            return Collector(paths, shared=shared, apart=apart, **options)
+
+        collector = in_turn(team, count, through, make)
         if not collector.broken:
             break
     return collector

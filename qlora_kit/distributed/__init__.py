@@ -2,4 +2,8 @@
 
 The engines are torch's, DeepSpeed's and accelerate's own; nothing here trains. It works on ``LoraModel`` from above,
 and nothing below may know it.
+
+- ``team``: processes that share one piece of work: values, ordered sums, and no endless waiting
+- ``joining``: the team that torchrun started a process into
+- ``parcels``: a value with tensors on its way from one process to another
 """

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from calibrated_runs import calibrated
 from disk_models import config
 from small_models import gpt2, mixtral, targets, tiny_llama, tokens
@@ -24,7 +22,6 @@ from loftq.inputs.moments import counted_statistics
 from loftq.starts.report import Report
 from qlora_kit.distributed.joining import joined
 from qlora_kit.distributed.team import ALONE, Team
-from qlora_kit.errors import ProcessesError
 
 SHARD = 20_000
 MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral}
@@ -93,42 +90,3 @@ def seen_by_all() -> dict[str, Any]:
             found[name, "at once"] = counted_statistics(model, tokens(5), targets(model), team=team)
         found["one batch"] = seen_of(tiny_llama, team, count=1, sequential=True)
     return found
-
-
-def values_go_around() -> dict[str, Any]:
-    """Small values and tensors, from either rank, and a sum in order."""
-
-    with joined() as team:
-        halves = torch.arange(4.0).bfloat16() if team.rank == 1 else None
-        found: dict[str, Any] = {"from 1": team.from_rank(halves, 1), "all": team.gathered(team.rank)}
-        found["sum"] = team.summed(5, lambda number: 10 * number + team.rank, _Numbers()).numbers
-        shared = team.shared(list(range(6)), str, lambda item, read: (read, team.rank), size=lambda item: item)
-        found["shared"] = list(shared)
-    return found
-
-
-class _Numbers:
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-
-    def take(self, part: int) -> None:
-        self.numbers.append(part)
-
-
-def one_fails(kind: str) -> str:
-    """Rank 1 raises, hangs or dies while rank 0 waits for it; what rank 0 hears, and after how long."""
-    began = time.monotonic()
-    try:
-        with joined(patience=2) as team:
-            if team.rank == 1:
-                if kind == "raises":
-                    raise ValueError("rank one's own words")
-                if kind == "hangs":
-                    team._over.set()  # no more signs of it
-                    time.sleep(8)
-                    return "hung"
-            team.barrier()
-            team.barrier()
-    except (ProcessesError, ValueError) as error:
-        return f"{type(error).__name__} after {time.monotonic() - began:.0f} s, {error}"
-    return "nothing"
