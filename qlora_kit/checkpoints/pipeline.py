@@ -23,8 +23,8 @@ def in_order(
     """``work(unit, read(unit))`` of each unit, in their order.
 
     One thread reads and ``workers`` work, while the caller has the result before. At most ``workers + 1`` units are
-    underway, and no more than ``workers`` without ``ahead``, where units are taken one by one from what others take from
-    too. An error of either ends the generator there; closing it early abandons what is underway.
+    underway, and no more than ``workers`` without ``ahead``, for units that others take from too. An error of either
+    ends the generator there; closing it early abandons what is underway.
     """
     waiting: deque[tuple[Unit, Future[Made]]] = deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
