@@ -12,6 +12,7 @@ from .empty import Empty, make_empty
 from .optimizers import is_paged, state_bytes
 from .settings import Settings
 from .step import can_chunk, trace_step
+from .world import on_each
 
 _PARTS = {
     "activations": "activations, kept for the backward",
@@ -23,7 +24,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run holds at its peak.
+    """What a run holds at its peak, on each of its GPUs.
 
     Attributes:
         parts: bytes by what they are for; those of weights are there all the time.
@@ -106,6 +107,8 @@ class Estimator:
         else:
             held = {_PARTS[kind]: count for kind, count in held.items()}
         parts = {name: count for name, count in {**parts, **held}.items() if count}
+        if settings.world_size > 1:
+            parts = on_each(parts, empty, settings)
         trained = sum(parameter.numel() for parameter in empty.trained)
         return Estimate(parts, moment, empty.preparing, paged, trained, assumed)
 
@@ -129,4 +132,4 @@ class Estimator:
 
 def _of_model(settings: Settings) -> Settings:
     """Of ``settings`` what the model is made by."""
-    return settings.but(seq=1, batch=1, accumulation=1, optimizer="sgd", chunked_loss=False)
+    return settings.but(seq=1, batch=1, accumulation=1, optimizer="sgd", chunked_loss=False, world_size=1, engine="ddp")

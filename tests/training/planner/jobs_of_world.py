@@ -1,0 +1,117 @@
+"""What the ranks do in the tests of plans for several GPUs: a step by an engine, with its bytes counted."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import torch.distributed as dist
+from measured import tensors_of
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from qlora_kit import LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training, quantize_
+from qlora_kit.training.planner.world import blocks_of
+
+RANK, SEQ, BATCH = 8, 32, 2
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank would send by ring algorithms, from the collectives that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = dist.get_world_size()
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.bytes["weights"] += (size - 1) * args[1].nbytes
+        elif func is torch.ops.c10d._reduce_scatter_base_.default:
+            self.bytes["gradients"] += (size - 1) * args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def adapted(folder: Path, bits: int) -> LoraModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    if bits < 16:
+        prepare_model_for_kbit_training(quantize_(model, bits), use_gradient_checkpointing=False)
+    return apply_lora(model, LoraConfig(r=RANK, target_modules="all-linear")).train()
+
+
+def step_by(engine: str, folder: Path, bits: int) -> dict[str, Any]:
+    """A step of AdamW; bytes that this rank holds by what for, and those that it has sent."""
+    torch.manual_seed(0)
+    lora = adapted(folder, bits)
+    words = torch.randint(16, 64, (BATCH, SEQ), generator=torch.Generator().manual_seed(dist.get_rank()))
+    sent, run = Sent(), lora
+    if engine == "fsdp2":
+        for block in blocks_of(lora):
+            fully_shard(block)
+        fully_shard(lora.model)
+    elif engine == "ddp":
+        run: Any = DistributedDataParallel(lora)
+
+        def counting(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            size = dist.get_world_size()
+            sent.bytes["gradients"] += 2 * (size - 1) * bucket.buffer().nbytes // size
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+        counting.__annotations__ = {}  # torch refuses those that are text
+        run.register_comm_hook(None, counting)
+    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    with sent:
+        run(input_ids=words, labels=words, use_cache=False).loss.backward()
+    optimizer.step()
+    held = {id(local(tensor)): local(tensor) for tensor in tensors_of(lora)}
+    states = [local(value) for state in optimizer.state.values() for value in state.values() if value.dim()]
+    return {
+        "sharded": sum(isinstance(parameter, DTensor) for parameter in lora.parameters()),
+        "weights": storages(held.values()),
+        "gradients": storages(local(parameter.grad) for parameter in trained),
+        "states": storages(states),
+        "sent": dict(sent.bytes),
+    }
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def storages(tensors: Any) -> int:
+    """Bytes of what ``tensors`` lie in, once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def by_tensor_parallelism(folder: Path, bits: int) -> dict[str, Any]:
+    """What a rank keeps of weights that are cut as the model's plan says before they are quantized."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    styles = {"q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel, "o": RowwiseParallel}
+    styles |= {"gate": ColwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
+    plan = {
+        name: styles[name.rpartition(".")[2].partition("_")[0]]()
+        for name, module in model.named_modules()
+        if name.endswith("_proj") and isinstance(module, nn.Linear)
+    }
+    parallelize_module(model, mesh, plan)
+    return {"weights": storages(local(p) for p in model.parameters()), "sharded": len(plan)}
+
+
+def steps(folder: Path, kinds: list[tuple[str, int]]) -> dict[tuple[str, int], Any]:
+    found = {(engine, bits): step_by(engine, folder, bits) for engine, bits in kinds}
+    return {**found, ("tp", 16): by_tensor_parallelism(folder, 16)}
