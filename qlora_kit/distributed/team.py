@@ -107,12 +107,15 @@ class Processes(Team):
         store: gives a connection to the store, one of its own to each thread.
         rank, size: which process this is, of how many.
         patience: see ``PATIENCE``.
+
+    Attributes:
+        sent: bytes of tensors that this process has handed to another, or to all others at once.
     """
 
     def __init__(self, store: Callable[[], Any], rank: int, size: int, patience: float) -> None:
         self.rank, self.size, self.patience = rank, size, patience
         self._store = store()
-        self._turn = 0
+        self._turn = self.sent = 0
         self._signs: dict[int, tuple[bytes, float]] = {}
         self._over = threading.Event()
         self._on_its_way: tuple[Any, ...] = ()
@@ -220,6 +223,7 @@ class Processes(Team):
         key = self._next()
         if self.rank == source:
             head, tensors = taken_apart(value)
+            self.sent += sum(tensor.nbytes for tensor in tensors)
             self._store.set(key, head)
             if tensors:
                 for other in range(self.size):
@@ -262,6 +266,7 @@ class Processes(Team):
             del part
             if number + 1 < count:
                 head, tensors = taken_apart(total)
+                self.sent += sum(tensor.nbytes for tensor in tensors)
                 with self._lost():
                     self._store.set(f"{key}/{number + 1}", head)
                     # What is sent stays as it is until it has arrived, which is before the total comes back.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .depth import extended, peak_of, stack_of
@@ -95,6 +95,9 @@ class Estimator:
 
     def _estimate(self, settings: Settings) -> Estimate:
         empty = self.empty(settings)
+        if settings.world_size > 1:
+            alone = self(settings.but(world_size=1, engine="ddp"))
+            return replace(alone, parts=on_each(alone.parts, empty, settings))
         held, moment, assumed = self._held(empty, settings)
         states = state_bytes(settings.optimizer, empty.trained)
         paged = states if is_paged(settings.optimizer) else 0
@@ -107,8 +110,6 @@ class Estimator:
         else:
             held = {_PARTS[kind]: count for kind, count in held.items()}
         parts = {name: count for name, count in {**parts, **held}.items() if count}
-        if settings.world_size > 1:
-            parts = on_each(parts, empty, settings)
         trained = sum(parameter.numel() for parameter in empty.trained)
         return Estimate(parts, moment, empty.preparing, paged, trained, assumed)
 

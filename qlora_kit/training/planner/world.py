@@ -192,13 +192,26 @@ def traffic(empty: Empty, settings: Settings) -> dict[str, int]:
 
 
 def _traffic_of_tp(empty: Empty, settings: Settings) -> int:
-    """A block's outputs are added up twice in a forward (attention and feed-forward), and the gradients of its inputs
-    twice in a backward; recomputed blocks go through the forward again. All of hidden size."""
-    hidden = getattr(_base(empty).config, "hidden_size", 0)
-    passes = 3 if settings.checkpointing else 2
+    """By the model's plan, as transformers carries it out: outputs of what is cut by rows, of embeddings too, are added
+    up in a forward, and gradients of inputs of what is cut by columns in a backward, for each linear by itself; the
+    outputs of a head are gathered. Recomputed blocks go through the forward again. Of the adapters' thin products,
+    whose rank is a small part of these widths, nothing is counted."""
+    base, size = _base(empty), settings.world_size
+    kind_of, inside = _plan_of(base), {id(module) for block in blocks_of(base) for module in block.modules()}
+    numbers = 0.0
+    for name, module in base.named_modules():
+        codec, kind = registered_codec(module), kind_of(f"{name}.weight")
+        if kind is None or codec is None or "weight" not in module._parameters or ".lora_" in name:
+            continue
+        out_features, in_features = codec.shape(module)
+        if codec.name == "embedding":
+            numbers += 2 * min(out_features, in_features)
+        elif "row" in kind:
+            numbers += 2 * out_features * (2 if settings.checkpointing and id(module) in inside else 1)
+        else:
+            numbers += 2 * in_features + (out_features if "gather" in kind else 0)
     tokens = settings.batch * settings.seq * settings.accumulation
-    size = len(blocks_of(empty.model)) * 2 * passes * tokens * hidden * settings.compute_dtype.itemsize
-    return int(2 * (settings.world_size - 1) / settings.world_size * size)
+    return int((size - 1) / size * numbers * tokens * settings.compute_dtype.itemsize)
 
 
 def _base(empty: Empty) -> Any:
@@ -231,8 +244,12 @@ def _flat(size: int) -> Callable[[Held], int]:
     return lambda one: -(-one.tensor.numel() // size) * one.tensor.element_size()
 
 
-def _cut_by_plan(model: Any) -> Callable[[str], bool]:
-    """Whether tensor parallelism cuts a parameter of that name, by the model's own plan."""
+def _plan_of(model: Any) -> Callable[[str], str | None]:
+    """How the model's own plan cuts the module that a parameter of that name is of: "colwise", say.
+
+    Raises:
+        ConfigError: there is no plan.
+    """
     plan = {**(getattr(model.config, "base_model_tp_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
     kinds = {name: str(kind) for name, kind in plan.items() if "wise" in str(kind) or "embed" in str(kind)}
     if not kinds:
@@ -240,16 +257,18 @@ def _cut_by_plan(model: Any) -> Callable[[str], bool]:
             f"engine: expected a model that transformers has a plan of tensor parallelism for, found "
             f"{type(model).__name__}, for which it has none; pass engine='fsdp2'"
         )
+    return lambda name: next((kind for pattern, kind in kinds.items() if _names(pattern, name)), None)
+
+
+def _cut_by_plan(model: Any) -> Callable[[str], bool]:
+    """Whether tensor parallelism cuts a parameter of that name."""
+    kind_of = _plan_of(model)
 
     def cut(name: str) -> bool:
-        kind = next((kind for pattern, kind in kinds.items() if _names(pattern, name)), None)
-        if kind is None:
-            return False
-        if "lora_A" in name or "lora_embedding_A" in name:
-            return "row" in kind
-        if "lora_B" in name or "lora_embedding_B" in name:
-            return "col" in kind
-        return True
+        kind = kind_of(name)
+        if kind is None or "lora_A" in name or "lora_embedding_A" in name:
+            return kind is not None and "row" in kind
+        return "col" in kind if "lora_B" in name or "lora_embedding_B" in name else True
 
     return cut
 

@@ -21,7 +21,7 @@ from loftq.inputs.groups import stages
 from loftq.inputs.moments import counted_statistics
 from loftq.starts.report import Report
 from qlora_kit.distributed.joining import joined
-from qlora_kit.distributed.team import ALONE, Team
+from qlora_kit.distributed.team import ALONE, Processes, Team
 
 SHARD = 20_000
 MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral}
@@ -83,9 +83,12 @@ def seen_of(make: Any, team: Team = ALONE, *, count: int = 3, **options: Any) ->
 def seen_by_all() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with joined() as team:
+        assert isinstance(team, Processes)
         for name, make in MODELS.items():
             for sequential in (False, True):
+                before = team.sent
                 found[name, sequential] = seen_of(make, team, sequential=sequential)
+                found[name, sequential, "sent"] = team.sent - before
             model = make()
             found[name, "at once"] = counted_statistics(model, tokens(5), targets(model), team=team)
         found["one batch"] = seen_of(tiny_llama, team, count=1, sequential=True)

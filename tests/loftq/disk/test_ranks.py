@@ -77,6 +77,17 @@ def test_moments_of_one_batch_for_two_processes(seen: list[Any]) -> None:
         assert_same(rank["one batch"], expected)
 
 
+@pytest.mark.parametrize(("sequential", "matrices"), [(False, 1), (True, 4)])
+def test_what_goes_from_one_to_the_next(sequential: bool, matrices: int, seen: list[Any]) -> None:
+    """A float32 matrix of inputs by inputs for each distinct input, or four where the quantized model is seen too, and
+    the tokens' frequencies: after each of the three batches to the next, and in the end to all."""
+    expected = 0
+    for path, (moments, *_) in seen[0]["llama", sequential].items():
+        if path.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj"):  # they share their input
+            expected += 3 * moments.nbytes * (matrices if moments.dim() == 2 else 1)
+    assert sum(rank["llama", sequential, "sent"] for rank in seen) == expected
+
+
 def assert_same(found: Any, expected: Any) -> None:
     """Bit for bit, through dictionaries and tuples."""
     assert type(found) is type(expected)

@@ -12,12 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import torch.distributed as dist
 from measured import tensors_of
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training, quantize_
 from qlora_kit.training.planner.world import blocks_of
@@ -36,6 +37,10 @@ class Sent(TorchDispatchMode):
         size = dist.get_world_size()
         if func is torch.ops.c10d._allgather_base_.default:
             self.bytes["weights"] += (size - 1) * args[1].nbytes
+        elif func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.bytes["activations"] += (size - 1) * args[0].nbytes
+        elif func is torch.ops._c10d_functional.all_reduce.default:
+            self.bytes["activations"] += 2 * (size - 1) * args[0].nbytes // size
         elif func is torch.ops.c10d._reduce_scatter_base_.default:
             self.bytes["gradients"] += (size - 1) * args[0].nbytes
         return func(*args, **(kwargs or {}))
@@ -94,24 +99,18 @@ def storages(tensors: Any) -> int:
     return sum(found.values())
 
 
-def by_tensor_parallelism(folder: Path, bits: int) -> dict[str, Any]:
-    """What a rank keeps of weights that are cut as the model's plan says before they are quantized."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    styles = {"q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel, "o": RowwiseParallel}
-    styles |= {"gate": ColwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
-    plan = {
-        name: styles[name.rpartition(".")[2].partition("_")[0]]()
-        for name, module in model.named_modules()
-        if name.endswith("_proj") and isinstance(module, nn.Linear)
-    }
-    parallelize_module(model, mesh, plan)
-    return {"weights": storages(local(p) for p in model.parameters()), "sharded": len(plan)}
+def by_tensor_parallelism(folder: Path) -> dict[str, Any]:
+    """What a rank keeps of a model that transformers cuts by the model's own plan, and what it sends in a step."""
+    by_plan = DistributedConfig(tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=by_plan)
+    sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+    held = storages(local(tensor) for tensor in tensors_of(model))
+    words = torch.randint(16, 64, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
+    with Sent() as sent:
+        model(input_ids=words, labels=words, use_cache=False).loss.backward()
+    return {"weights": held, "sharded": sharded, "sent": dict(sent.bytes)}
 
 
 def steps(folder: Path, kinds: list[tuple[str, int]]) -> dict[tuple[str, int], Any]:
     found = {(engine, bits): step_by(engine, folder, bits) for engine, bits in kinds}
-    return {**found, ("tp", 16): by_tensor_parallelism(folder, 16)}
+    return {**found, ("tp", 16): by_tensor_parallelism(folder)}

@@ -53,3 +53,15 @@ def test_what_a_gpu_sends(engine: str, bits: int, folder: Path, measured: list[A
         assert rank[engine, bits]["sent"].keys() == expected.keys()
         for what, count in expected.items():
             assert rank[engine, bits]["sent"][what] == pytest.approx(count, rel=NEAR), what
+
+
+def test_a_model_that_is_cut(folder: Path, measured: list[Any]) -> None:
+    size = {"rank": jobs.RANK, "seq": jobs.SEQ, "batch": jobs.BATCH}
+    settings = Settings(bits=16, world_size=2, engine="tp", checkpointing=False, **size)
+    estimator = Estimator(folder)
+    parts, expected = estimator(settings).parts, traffic(estimator.empty(settings), settings)
+    for rank in measured:
+        found = rank["tp", 16]
+        assert found["sharded"] > 0
+        assert parts["frozen weights"] + parts["buffers"] == pytest.approx(found["weights"], rel=NEAR)
+        assert found["sent"] == pytest.approx(expected, rel=NEAR)
