@@ -1,12 +1,12 @@
 """How much sooner is ``loftq init`` done by two processes than by one?
 
 The whole command, on a Llama that is made for it: reading, computing, writing, and what starting a process takes, which
-both have to wait for. One thread a process. Wall time, in medians of repetitions in turn, since processes wait for each
-other; beside it the processor time of all processes together, which other work on the machine doesn't change much. The
-two outputs are compared byte by byte.
+both have to wait for. One thread a process. Wall time, in medians of repetitions in turn; where other work is on the
+machine it says little, and beside it is the processor time of the busiest process, which is the least that the wall
+time would be without that. The two outputs are compared byte by byte.
 
 Run: python benchmarks/loftq_ranks.py [--repeats 5] [--processes 2] [--hidden 1024] [--layers 4]
-On 2 cores; other work on the machine falsifies the wall time, and its load is printed.
+The machine's load is printed before and after.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
 WORDS = 2000
+AS_RANK = "--as-rank"
 
 
 def make_model(folder: Path, hidden: int, layers: int) -> None:
@@ -46,17 +46,30 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
 
 
-def timed(processes: int, arguments: list[str]) -> tuple[float, float]:
-    """Seconds of the wall and of the processors that the command takes."""
-    start = ["-m", "loftq"]
+def timed(processes: int, arguments: list[str], room: Path) -> tuple[float, float, float]:
+    """Seconds of the wall that the command takes, of the busiest process's processor, and of all of theirs together."""
+    for file in room.glob("*.seconds"):
+        file.unlink()
+    start = [__file__, AS_RANK, str(room)]
     if processes > 1:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *start]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    began = time.perf_counter()
     run = subprocess.run([sys.executable, *start, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
-    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall = time.perf_counter() - began
     if run.returncode:
         raise SystemExit(run.stderr)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    spent = [float(file.read_text()) for file in room.glob("*.seconds")]
+    return wall, max(spent), sum(spent)
+
+
+def as_rank(room: str, *arguments: str) -> None:
+    """One process of the command, which leaves its seconds in ``room``."""
+    from loftq.cli import app
+
+    try:
+        app(list(arguments))
+    finally:
+        (Path(room) / f"{os.environ.get('RANK', 0)}.seconds").write_text(str(time.process_time()))
 
 
 def tensors_of(folder: Path) -> list[bytes]:
@@ -74,33 +87,32 @@ def main() -> None:
     counts = (1, options.processes)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPUs, one thread a process")
     print(f"load before: {os.getloadavg()[0]:.1f}\n")
-    print("| method | processes | wall s, median (all) | sooner | processor s | the same bytes |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    print("| method | processes | wall s | sooner | processor s, busiest | less | of all | the same bytes |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     with tempfile.TemporaryDirectory() as room:
         source = Path(room) / "source"
         make_model(source, options.hidden, options.layers)
         for method in options.methods.split(","):
-            found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+            found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in counts}
             for repeat in range(options.repeats):
                 for count in counts:
                     out = Path(room) / f"{method}-{repeat}-{count}"
                     text = [] if method == "loftq" else ["--calibration-rows", "16", "--calibration-tokens", "256"]
                     task = ["--model", str(source), "--out", str(out), "--bits", "2", "--method", method, *text]
-                    found[count].append(timed(count, ["init", *task, "--device", "cpu", "--rank", "16"]))
+                    task = ["init", *task, "--device", "cpu", "--rank", "16"]
+                    found[count].append(timed(count, task, Path(room)))
             one, several = (Path(room) / f"{method}-0-{count}" for count in counts)
-            same = tensors_of(one) == tensors_of(several)
-            alone = statistics.median(wall for wall, _ in found[1])
+            same = "yes" if tensors_of(one) == tensors_of(several) else "NO"
+            medians = {count: [statistics.median(part) for part in zip(*found[count], strict=True)] for count in counts}
             for count in counts:
-                wall = statistics.median(wall for wall, _ in found[count])
-                spent = statistics.median(spent for _, spent in found[count])
-                each = ", ".join(f"{wall:.1f}" for wall, _ in found[count])
+                wall, busiest, together = medians[count]
                 print(
-                    f"| {method} | {count} | {wall:.1f} ({each}) | {alone / wall:.2f} | {spent:.1f} | "
-                    f"{'yes' if same else 'NO'} |",
+                    f"| {method} | {count} | {wall:.1f} | {medians[1][0] / wall:.2f} | {busiest:.1f} | "
+                    f"{medians[1][1] / busiest:.2f} | {together:.1f} | {same} |",
                     flush=True,
                 )
     print(f"\nload after: {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(*sys.argv[2:]) if sys.argv[1:2] == [AS_RANK] else main()

@@ -15,7 +15,7 @@ from qlora_kit.training.planner.settings import Settings
 from qlora_kit.training.planner.world import traffic
 
 pytestmark = pytest.mark.slow
-KINDS = [("fsdp2", 16), ("fsdp2", 4), ("fsdp2", 2), ("ddp", 16), ("ddp", 4)]
+KINDS = [("fsdp2", 16), ("fsdp2", 4), ("fsdp2", 2), ("ddp", 16), ("ddp", 4), ("ddp", 2)]
 # Pieces are filled up to whole rows, and tables of a few numbers aren't in a plan.
 NEAR = 0.1
 
