@@ -65,6 +65,8 @@ class Ahead:
         try:
             with path.open("rb") as file:
                 room = int.from_bytes(file.read(8), "little")
+                if room > path.stat().st_size:
+                    raise ValueError("no header")
                 line = json.loads(json.loads(file.read(room))["__metadata__"]["line"])
             check_line(line)
             wrong = odd(unit, line, path)

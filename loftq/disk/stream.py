@@ -74,8 +74,9 @@ def stream(task: Task, *, progress: Progress | None = None, team: Team = ALONE) 
     # What was asked for is with the text that the model settled on, and without the bits that are still to be chosen.
     loftq = replace(asked.loftq, method=task.loftq.method, calibration=task.loftq.calibration)
     asked = replace(asked, lora=replace(asked.lora, loftq_config=loftq))
+    copies = 1 if team.size == 1 else 2  # what is finished before its turn lies there twice for a while
     if team.leads:
-        check_disk(task.out, expected_bytes(checkpoint, task.loftq))
+        check_disk(task.out, copies * expected_bytes(checkpoint, task.loftq))
     check_budget(task, checkpoint)
     calibrated = task.outputs or needs_of(task.loftq.chosen_method).statistics is not None
     batches = calibration_batches(task.loftq, checkpoint.model, task.source) if calibrated else []
@@ -93,7 +94,7 @@ def stream(task: Task, *, progress: Progress | None = None, team: Team = ALONE) 
             checkpoint = Checkpoint(task.source, task.lora)  # ranks may differ now
             checkpoint.lowered = {} if task.budget.ranks else before
             if team.leads:
-                check_disk(task.out, expected_bytes(checkpoint, task.loftq))
+                check_disk(task.out, copies * expected_bytes(checkpoint, task.loftq))
         books = None
         if journal is not None:
             books = _Books(task, checkpoint, journal, progress)

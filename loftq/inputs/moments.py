@@ -45,7 +45,7 @@ class Moments:
     def take(self, part: Moments) -> None:
         """Take in the summands of ``part`` one after the other: the sum is the one of all rows given to this."""
         for new, count in part._summands or ():
-            self._take(new.clone() if self._sum is None else new, count)
+            self._take(new.clone() if self._sum is None else new.to(self._sum.device), count)
 
     def add(self, rows: Tensor, others: Tensor | None = None, *, part: Moments | None = None) -> None:
         """Take in ``rows`` (n, in) as x, and ``others`` as y (default: the same); and ``part`` takes them in too."""

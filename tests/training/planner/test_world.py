@@ -7,9 +7,14 @@ from typing import Any
 
 import jobs_of_world as jobs
 import pytest
+from folders import config_folder
 from processes import in_processes
+from typer.testing import CliRunner
 from zoo import ZOO
 
+from qlora_kit.cli import app
+from qlora_kit.errors import ConfigError
+from qlora_kit.training.planner import plan_memory
 from qlora_kit.training.planner.estimate import Estimator
 from qlora_kit.training.planner.settings import Settings
 from qlora_kit.training.planner.world import traffic
@@ -65,3 +70,58 @@ def test_a_model_that_is_cut(folder: Path, measured: list[Any]) -> None:
         assert found["sharded"] > 0
         assert parts["frozen weights"] + parts["buffers"] == pytest.approx(found["weights"], rel=NEAR)
         assert found["sent"] == pytest.approx(expected, rel=NEAR)
+
+
+def test_more_gpus_hold_less_each(folder: Path) -> None:
+    size = {"rank": 4, "seq": 64}
+    alone = plan_memory(folder, **size)
+    assert alone.traffic == {}
+    for engine in ("fsdp2", "zero3", "tp"):
+        two, eight = (plan_memory(folder, world_size=count, engine=engine, **size) for count in (2, 8))
+        weights = [plan.estimate.parts["frozen weights"] for plan in (two, eight)]
+        # DeepSpeed keeps what is as small as this model's weights whole.
+        assert weights[0] > weights[1] or (engine == "zero3" and weights[0] == weights[1])
+        assert sum(eight.traffic.values()) > sum(two.traffic.values())
+        assert two.to_dict()["traffic"] == two.traffic
+        assert f"on 8 GPUs by {engine}" in str(eight)
+        assert "each of the 8 GPUs sends" in str(eight)
+    ddp = plan_memory(folder, world_size=8, engine="ddp", **size)
+    assert ddp.estimate.parts["frozen weights"] > two.estimate.parts["frozen weights"], (
+        "which is of the last engine, tp"
+    )
+
+
+def test_only_what_is_cut_before_it_is_quantized_has_its_scales_cut(folder: Path) -> None:
+    parts = {
+        engine: plan_memory(folder, rank=4, seq=64, world_size=2, engine=engine).estimate.parts["k-bit scales"]
+        for engine in ("ddp", "fsdp2", "zero3", "tp")
+    }
+    assert parts["ddp"] == parts["fsdp2"] == parts["zero3"]
+    assert parts["tp"] == pytest.approx(parts["ddp"] / 2, rel=0.01)
+
+
+def test_sharing_out_is_offered_where_it_saves(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, "llama", layers=16)
+    size = {"rank": 4, "seq": 64, "bits": 16, "chunked_loss": True, "optimizer": "sgd"}
+    ddp = plan_memory(folder, world_size=8, **size)
+    tight = plan_memory(folder, world_size=8, memory=ddp.total - 1 + 3 * 2**28, **size)
+    offered = next(change for change in tight.changes if "engine" in change.options)
+    assert offered.options == {"engine": "fsdp2"}
+    assert offered.total == plan_memory(folder, world_size=8, engine="fsdp2", **size).total
+
+
+def test_what_cannot_be_shared_out(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine: expected one of .*found 'fsdp'; did you mean 'fsdp2'"):
+        plan_memory(folder, engine="fsdp")
+    with pytest.raises(ConfigError, match="world_size: expected an integer of at least 1, found 0"):
+        plan_memory(folder, world_size=0)
+    bert = config_folder(tmp_path, "bert")
+    with pytest.raises(ConfigError, match=r"engine: expected a model that transformers has a plan of .*engine='fsdp2'"):
+        plan_memory(bert, rank=4, seq=64, world_size=2, engine="tp")
+
+
+def test_the_command(folder: Path) -> None:
+    words = f"plan --model {folder} --rank 4 --seq 64 --world-size 4 --engine zero3".split()
+    outcome = CliRunner().invoke(app, words)
+    assert outcome.exit_code == 0, outcome.output
+    assert "each of the 4 GPUs sends" in outcome.output
