@@ -129,7 +129,10 @@ def init(
         "shard_bytes": "GB shard_size",
         "activation_bytes": "activations",
     }
-    with in_words_of("loftq init", context, Task, LoraConfig, LoftQConfig, Budget, **renamed) as words:
+    with (
+        in_words_of("loftq init", context, Task, LoraConfig, LoftQConfig, Budget, **renamed) as words,
+        joined(patience, go_on=_GO_ON) as team,
+    ):
         if allocation not in ("milp", "first-layers"):
             raise ConfigError(
                 f"--allocation: expected milp or first-layers, found {allocation!r}; leave it out for milp"
@@ -160,25 +163,25 @@ def init(
                 adapter_aware=adapter_aware,
             ),
         )
-        with joined(patience, go_on=_GO_ON) as team:
-            devices = devices_for(device, team)
-            task = Task(
-                Path(team.from_rank(str(locate(model)) if team.leads else "")),  # fetched from the Hub once
-                out,
-                lora,
-                gigabytes(shard_size, "--shard-size"),
-                devices[0],
-                workers,
-                outputs=calibration not in (None, "none"),
-                budget=budget,
-                activation_bytes=parse_bytes(activations, "--activations"),
-                devices=devices,
-            )
-            with bar() if team.leads else nullcontext() as progress:
-                report = stream(task, progress=progress, team=team)
-        if not team.leads:
-            return
-        typer.echo(words(str(report)))
+        devices = devices_for(device, team)
+        task = Task(
+            Path(team.from_rank(str(locate(model)) if team.leads else "")),  # fetched from the Hub once
+            out,
+            lora,
+            gigabytes(shard_size, "--shard-size"),
+            devices[0],
+            workers,
+            outputs=calibration not in (None, "none"),
+            budget=budget,
+            activation_bytes=parse_bytes(activations, "--activations"),
+            devices=devices,
+        )
+        with bar() if team.leads else nullcontext() as progress:
+            report = stream(task, progress=progress, team=team)
+        if team.leads:
+            typer.echo(words(str(report)))
+    if not team.leads:
+        return
     less = f"; {len(report.lowered)} layers have a smaller rank, see above" if report.lowered else ""
     warning = f"; {report.alarm}" if report.alarm else ""
     typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}{less}{warning}")

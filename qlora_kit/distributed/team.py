@@ -31,7 +31,8 @@ T = TypeVar("T")
 #: Seconds without a sign of another process after which it is taken to be gone.
 PATIENCE = 300.0
 _MOMENT = timedelta(seconds=0.5)
-_FAILED = "failed"
+# Keys of what is said once, and seconds that others wait for process 0 to have heard of an error.
+_FAILED, _PARTED, _PARTING = "failed", "parted", 10.0
 
 
 class Growing(Protocol):
@@ -186,11 +187,21 @@ class Processes(Team):
         with suppress(Exception):
             self._store.compare_set(_FAILED, "", f"{self.rank} {text}")
 
+    def part(self) -> None:
+        """Leave after an error: process 0 first, so that it says why before torchrun ends it for another's exit."""
+        with suppress(Exception):
+            if self.leads:
+                self._store.set(_PARTED, b"")
+            else:
+                self._store.wait([_PARTED], timedelta(seconds=min(self.patience, _PARTING)))
+                time.sleep(0.5)
+
     def reason(self) -> str | None:
         """What a process that failed has said; None if none did."""
         with suppress(Exception):
             if self._store.check([_FAILED]):
-                return bytes(self._store.get(_FAILED)).decode().partition(" ")[2]
+                rank, _, text = bytes(self._store.get(_FAILED)).decode().partition(" ")
+                return f"process {rank} of {self.size}: {text}"
         return None
 
     def _failed(self) -> ProcessesError:

@@ -53,7 +53,7 @@ def test_each_item_is_worked_on_once_and_comes_in_order(around: list[dict[str, A
 @pytest.mark.slow
 def test_nobody_waits_for_one_that_is_lost() -> None:
     first, second = in_processes(jobs.one_is_lost, size=SIZE)
-    assert first["failed"] == "ProcessesError: OSError: rank one's own words; go on so"
+    assert first["failed"] == "ProcessesError: process 1 of 2: OSError: rank one's own words; go on so"
     assert second["failed"] == "OSError: rank one's own words"
     assert first["gone"] == "process 1 of 2: expected a sign of it, found none for 2 s"
     assert first["spokesman"]

@@ -19,6 +19,8 @@ from loftq.disk.ahead import PATTERN
 from loftq.disk.task import WORK_FOLDER
 
 pytestmark = pytest.mark.slow
+# Seconds: on a busy machine starting two processes takes a minute.
+PATIENCE = 300
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -61,13 +63,13 @@ class Started:
         return [found[rank] for rank in sorted(found)]
 
     def wait_for(self, there: Callable[[], bool]) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE
         while not there() and self.run.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         assert self.run.poll() is None, self.text()
 
     def ended(self) -> int:
-        return self.run.wait(120)
+        return self.run.wait(PATIENCE)
 
     def text(self) -> str:
         return self.printed.read_text()
@@ -130,11 +132,20 @@ def test_stopped_by_its_user(source: Path, whole: dict[str, bytes], tmp_path: Pa
     assert contents(out) == whole
 
 
-def test_a_mistake_is_said_once(source: Path, tmp_path: Path) -> None:
-    started = Started(tmp_path, *arguments(source, tmp_path / "out", "--targets", "no_proj"))
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        (["--method", "nothing"], "--method"),
+        pytest.param(["--targets", "no_proj"], "no_proj", marks=pytest.mark.engines),
+    ],
+)
+def test_a_mistake_is_said_once(mistake: list[str], named: str, source: Path, tmp_path: Path) -> None:
+    """Of the options, or of what they are about."""
+    started = Started(tmp_path, *arguments(source, tmp_path / "out", *mistake))
     assert started.ended() == 1
     text = started.text()
-    assert text.count("loftq init: ") == 1, text
-    assert "no_proj" in text
+    said = [line for line in text.splitlines() if line.startswith("loftq init: ")]
+    assert len(said) == 1, text
+    assert named in said[0]
     assert text.count("Traceback") == 1, "torchrun's own"
     assert not (tmp_path / "out").exists()
