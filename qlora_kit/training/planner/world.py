@@ -9,8 +9,9 @@ weight was cut before it was quantized.
 - ``fsdp2``: ``fully_shard`` of each block and of the whole: each parameter, its gradient and its optimizer states cut
   along their first dimension. A block's parameters are gathered while it computes, and the next one's meanwhile; what
   lies outside of blocks (embeddings, head) stays gathered from the forward to the end of the backward.
-- ``zero2``: gradients and optimizer states shared out, and a bucket for what goes around; parameters are whole.
-- ``zero3``: parameters too, but for those under ``PERSISTENT`` numbers, which DeepSpeed keeps whole.
+- ``zero2``: gradients and optimizer states shared out, with the copy of the trained parameters that is stepped, and a
+  bucket for what goes around; parameters are whole.
+- ``zero3``: parameters too; those up to ``PERSISTENT`` numbers DeepSpeed keeps whole beside.
 - ``tp``: the linears of transformers' own plan cut by columns or rows before they are quantized, scales with them, and
   the adapter's factor on that side; all GPUs work at the same rows. Activations are counted whole: what a block keeps
   between is less, which isn't counted off.
@@ -33,9 +34,11 @@ from ...errors import ConfigError
 from .empty import Empty
 from .settings import Settings
 
-#: Numbers up to which DeepSpeed keeps a parameter whole (``stage3_param_persistence_threshold``), and of a bucket.
-PERSISTENT, _BUCKET = 100_000, 500_000_000
-GATHERED, BUCKETS = "weights gathered while they are used", "gradients on their way"
+#: Numbers up to which DeepSpeed keeps a parameter whole (``stage3_param_persistence_threshold``), and those of a bucket
+#: (``reduce_bucket_size``), whatever the model's size; both unless it is told otherwise.
+PERSISTENT, BUCKET = 100_000, 500_000_000
+GATHERED, ON_THE_WAY = "weights gathered while they are used", "gradients on their way"
+STEPPED = "adapters, the copy that is stepped"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Sharing:
         of_states: the part of a trained parameter's gradient and optimizer states that a GPU has, in bytes of these.
         gathered: further bytes while computing.
         on_the_way: bytes of gradients on their way, beside their own place.
+        stepped: whether the optimizer has a copy of what it steps.
     """
 
     size: int
@@ -106,6 +110,7 @@ class Sharing:
     of_states: Callable[[Held], int]
     gathered: int = 0
     on_the_way: int = 0
+    stepped: bool = False
 
 
 def sharing_of(model: nn.Module, settings: Settings, held: list[Held]) -> Sharing:
@@ -124,15 +129,13 @@ def sharing_of(model: nn.Module, settings: Settings, held: list[Held]) -> Sharin
         return Sharing(size, share, _whole_beside, share, root + 2 * largest, max(grads, default=trained))
     if settings.engine in ("zero2", "zero3"):
         flat = _flat(size)
-        bucket = min(trained, _BUCKET * 4)
+        bucket = BUCKET * max((one.tensor.element_size() for one in held if one.trained), default=4)
         if settings.engine == "zero2":
-            return Sharing(size, _whole, _whole_beside, flat, 0, bucket)
-
-        def kept(one: Held) -> int:
-            return one.nbytes if one.tensor.numel() <= PERSISTENT else flat(one)
-
-        live = [sum(one.nbytes - kept(one) for one in held if one.block == n) for n in [None, *_numbers(held)]]
-        return Sharing(size, kept, _whole_beside, flat, 2 * max(live, default=0), bucket)
+            return Sharing(size, _whole, _whole_beside, flat, 0, bucket, stepped=True)
+        persistent = [one for one in held if one.tensor.numel() <= PERSISTENT]
+        live = [sum(one.nbytes for one in held if one.block == n) for n in [None, *_numbers(held)]]
+        gathered = 2 * max(live, default=0) + sum(one.nbytes for one in persistent)
+        return Sharing(size, flat, _whole_beside, flat, gathered, bucket, stepped=True)
     if settings.engine == "tp":
         cut = _cut_by_plan(model)
 
@@ -158,7 +161,8 @@ def on_each(parts: dict[str, int], empty: Empty, settings: Settings) -> dict[str
         "k-bit scales": own_beside,
         "buffers": not_parameters,
         GATHERED: sharing.gathered,
-        BUCKETS: sharing.on_the_way,
+        ON_THE_WAY: sharing.on_the_way,
+        STEPPED: own if sharing.stepped else 0,
     }
     for kind, count in parts.items():
         if kind not in weights:

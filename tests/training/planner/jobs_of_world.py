@@ -111,6 +111,33 @@ def by_tensor_parallelism(folder: Path) -> dict[str, Any]:
     return {"weights": held, "sharded": sharded, "sent": dict(sent.bytes)}
 
 
+def step_by_zero(stage: int, folder: Path) -> dict[str, int]:
+    """A step by DeepSpeed as it is unless told otherwise; what this rank holds of parameters, and for the optimizer."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    lora = apply_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), LoraConfig(r=RANK)).train()
+    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 4096},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(trained)
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=lora, model_parameters=trained, optimizer=optimizer, config=settings
+    )
+    words = torch.randint(16, 64, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
+    engine.backward(engine(input_ids=words, labels=words, use_cache=False).loss)
+    engine.step()
+    kept = [p.ds_tensor if stage == 3 else p for p in lora.parameters()]
+    states = [
+        v for state in optimizer.optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.dim()
+    ]
+    return {"weights": sum(tensor.nbytes for tensor in kept), "states": sum(tensor.nbytes for tensor in states)}
+
+
 def steps(folder: Path, kinds: list[tuple[str, int]]) -> dict[tuple[str, int], Any]:
     found = {(engine, bits): step_by(engine, folder, bits) for engine, bits in kinds}
     return {**found, ("tp", 16): by_tensor_parallelism(folder)}
