@@ -80,6 +80,12 @@ def seen_of(make: Any, team: Team = ALONE, *, count: int = 3, **options: Any) ->
     return found
 
 
+def seen_at_once(make: Any, team: Team = ALONE) -> dict[str, Any]:
+    """Statistics and counts of all of a small model's modules in one pass."""
+    model = make()
+    return counted_statistics(model, tokens(5, padded=True), targets(model), team=team)
+
+
 def seen_by_all() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with joined() as team:
@@ -89,7 +95,6 @@ def seen_by_all() -> dict[str, Any]:
                 before = team.sent
                 found[name, sequential] = seen_of(make, team, sequential=sequential)
                 found[name, sequential, "sent"] = team.sent - before
-            model = make()
-            found[name, "at once"] = counted_statistics(model, tokens(5), targets(model), team=team)
+            found[name, "at once"] = seen_at_once(make, team)
         found["one batch"] = seen_of(tiny_llama, team, count=1, sequential=True)
     return found

@@ -71,6 +71,13 @@ def test_moments_are_those_of_one_process_bit_for_bit(name: str, sequential: boo
         assert_same(rank[name, sequential], expected)
 
 
+@pytest.mark.parametrize("name", jobs.MODELS)
+def test_so_they_are_of_all_modules_at_once(name: str, seen: list[Any]) -> None:
+    expected = jobs.seen_at_once(jobs.MODELS[name])
+    for rank in seen:
+        assert_same(rank[name, "at once"], expected)
+
+
 def test_moments_of_one_batch_for_two_processes(seen: list[Any]) -> None:
     expected = jobs.seen_of(jobs.MODELS["llama"], count=1, sequential=True)
     for rank in seen:
