@@ -103,6 +103,7 @@ def test_a_process_that_dies(source: Path, whole: dict[str, bytes], tmp_path: Pa
     assert contents(out) == whole
 
 
+@pytest.mark.engines
 def test_two_go_on_with_what_one_began(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     loftq_killed(out, 6, *arguments(source, out))
