@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,12 +13,15 @@ from qlora_kit.cli.numbers import gigabytes, parse_bytes, size_or_word, whole_nu
 from qlora_kit.codecs.codebooks import STORED_TYPES
 from qlora_kit.config.loftq import AUTO
 from qlora_kit.config.lora import LoftQConfig, LoraConfig
+from qlora_kit.distributed.team import PATIENCE
 from qlora_kit.errors import ConfigError
+
+_GO_ON = "what is finished is kept: the same command goes on from there"
 
 app = command_group(
     "loftq",
     "Quantize a model and start its adapters together, a tensor at a time, from folder to folder.",
-    resumed={"init": "what is finished is kept: the same command goes on from there"},
+    resumed={"init": _GO_ON},
 )
 # Panels of the help of ``init``. Each has columns as wide as its own options need: in one panel the longest option
 # leaves the others no room for their names at 80 columns.
@@ -89,17 +93,27 @@ def init(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, rich_help_panel=_RUN, help="Of the decomposition's random start.")] = 0,
     device: Annotated[
-        str, typer.Option(rich_help_panel=_RUN, help="cpu, cuda, or auto: cuda if there is one.")
+        str, typer.Option(rich_help_panel=_RUN, help="cpu, cuda, or auto: all GPUs, or the CPU if there is none.")
     ] = "auto",
     workers: Annotated[
         int, typer.Option(min=1, rich_help_panel=_RUN, help="Tensors worked on at a time; more take more memory.")
     ] = 1,
+    patience: Annotated[
+        float,
+        typer.Option(min=1, rich_help_panel=_RUN, help="Under torchrun: seconds without a sign of another process."),
+    ] = PATIENCE,
     shard_size: Annotated[float, typer.Option(min=0.001, rich_help_panel=_RUN, help="GB a shard of the output.")] = 5.0,
 ) -> None:
-    """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on."""
+    """Quantize MODEL into OUT, with OUT/loftq_init as its adapter. Stopped anywhere, the same command goes on.
+
+    Several processes of a machine, or of machines with one file system, share the work, to the same bytes:
+    torchrun --nproc-per-node=8 -m loftq init ...
+    """
     from qlora_kit.checkpoints.model_folder import locate
+    from qlora_kit.distributed.joining import joined
 
     from .bits.budget import Budget
+    from .disk.devices import devices_for
     from .disk.progress import bar
     from .disk.stream import Task, stream
 
@@ -115,7 +129,10 @@ def init(
         "shard_bytes": "GB shard_size",
         "activation_bytes": "activations",
     }
-    with in_words_of("loftq init", context, Task, LoraConfig, LoftQConfig, Budget, **renamed) as words:
+    with (
+        in_words_of("loftq init", context, Task, LoraConfig, LoftQConfig, Budget, **renamed) as words,
+        joined(patience, go_on=_GO_ON) as team,
+    ):
         if allocation not in ("milp", "first-layers"):
             raise ConfigError(
                 f"--allocation: expected milp or first-layers, found {allocation!r}; leave it out for milp"
@@ -146,20 +163,25 @@ def init(
                 adapter_aware=adapter_aware,
             ),
         )
+        devices = devices_for(device, team)
         task = Task(
-            locate(model),
+            Path(team.from_rank(str(locate(model)) if team.leads else "")),  # fetched from the Hub once
             out,
             lora,
             gigabytes(shard_size, "--shard-size"),
-            _device(device),
+            devices[0],
             workers,
             outputs=calibration not in (None, "none"),
             budget=budget,
             activation_bytes=parse_bytes(activations, "--activations"),
+            devices=devices,
         )
-        with bar() as progress:
-            report = stream(task, progress=progress)
-        typer.echo(words(str(report)))
+        with bar() if team.leads else nullcontext() as progress:
+            report = stream(task, progress=progress, team=team)
+        if team.leads:
+            typer.echo(words(str(report)))
+    if not team.leads:
+        return
     less = f"; {len(report.lowered)} layers have a smaller rank, see above" if report.lowered else ""
     warning = f"; {report.alarm}" if report.alarm else ""
     typer.echo(f"wrote {out}, a model for from_pretrained, and its adapter {out / 'loftq_init'}{less}{warning}")
@@ -193,11 +215,3 @@ def verify(
 def _bits(quant_type: str | None) -> int:
     """Of that type; 4 where none or no type is named."""
     return int(quant_type[-1]) if quant_type in STORED_TYPES else 4
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

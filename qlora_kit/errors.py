@@ -42,6 +42,18 @@ class MergeError(QLoRAKitError, ValueError):
     """A merge can't be carried out; the model is as it was."""
 
 
+class ProcessesError(QLoRAKitError, RuntimeError):
+    """Another process of a run of several has failed, is gone, or gives no sign.
+
+    Attributes:
+        spokesman: whether this process is the one that says so, of those that are left.
+    """
+
+    def __init__(self, message: str, *, spokesman: bool = False) -> None:
+        super().__init__(message)
+        self.spokesman = spokesman
+
+
 class LeftOutWarning(UserWarning):
     """A choice of modules that sounds like all of the model leaves much of it without an adapter."""
 

@@ -6,6 +6,9 @@ goes, and how a run that is cut off goes on. Nothing here may depend on the whol
 - ``task``: what is asked for, and what each stored tensor becomes
 - ``checkpoint``: what is to be done, from config and headers
 - ``stream``: the run
+- ``ahead``: units that are finished before it is their turn to be written
+- ``devices``: where they are worked on
+- ``lines``: what is noted of a finished one
 - ``chosen_bits``: bits under a budget, measured module by module and then chosen
 - ``calibration``: text through the model, whose weights stay in their shards
 - ``kept_weights``: a block's, read once while it is computed many times

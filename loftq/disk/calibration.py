@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from qlora_kit.checkpoints.model_folder import plainly
+from qlora_kit.distributed.team import ALONE, Team
 
 from ..inputs.groups import Stage, stages
 from ..methods.registry import needs_of
@@ -30,12 +31,14 @@ def streamed_stages(
     *,
     wanted: bool = True,
     measuring: bool = False,
+    team: Team = ALONE,
 ) -> Iterator[Iterable[Stage]]:
     """The stages of ``checkpoint``'s targeted modules, see ``groups.stages``; none if they aren't ``wanted``.
 
     Args:
         folder: for activations and offloaded weights; what is put there is gone after the block.
         measuring: full statistics of the original model, whatever the task's method works from.
+        team: shares the batches.
     """
     if not wanted:
         yield ()
@@ -51,6 +54,7 @@ def streamed_stages(
             limit=task.activation_bytes,
             folder=folder,
             staying=keep_weights_(model, task.activation_bytes).staying,
+            team=team,
         )
         with closing(walk):
             yield walk

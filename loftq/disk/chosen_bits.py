@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_kit.checkpoints.journal import Journal
+from qlora_kit.distributed.team import ALONE, Team
 
 from ..bits.allocation import costs_of, decide, measured, undecided
 from ..bits.budget import check_possible
@@ -17,8 +19,9 @@ from ..inputs.groups import Seen
 from ..methods.registry import needs_of
 from .calibration import streamed_stages
 from .checkpoint import Checkpoint
+from .devices import Devices
 from .resumed import noted_choices
-from .task import Task
+from .task import WORK_FOLDER, Task
 
 
 def provisional(task: Task) -> Task:
@@ -43,10 +46,17 @@ def check_budget(task: Task, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Sequence[Mapping[str, Any]]) -> Task:
+def allocated(
+    task: Task,
+    checkpoint: Checkpoint,
+    journal: Journal | None,
+    batches: Sequence[Mapping[str, Any]],
+    team: Team = ALONE,
+) -> Task:
     """``task`` with the bits (and ranks) that its budget allows; going on from what ``journal`` has of it.
 
     Args:
+        journal: of the process that leads ``team``, which shares the measuring; the others have none.
         batches: of calibration, where the method looks at the inputs.
 
     Raises:
@@ -56,32 +66,42 @@ def allocated(task: Task, checkpoint: Checkpoint, journal: Journal, batches: Seq
         return task
     units = {unit.entry.path: unit for unit in checkpoint.units if unit.entry is not None}
     entries = {entry.path: entry for entry in checkpoint.plan.entries}
-    budget = task.budget
+    budget, devices = task.budget, Devices(task)
+    known = set(team.from_rank(None if journal is None else list(journal.measured)) or ())
 
-    def measure(path: str, seen: Seen | None) -> None:
-        request = checkpoint.request(entries[path], task.lora)
-        tensor = checkpoint.reader.tensor(units[path].name)
-        request.base._parameters["weight"] = nn.Parameter(tensor.to(task.device), requires_grad=False)
-        found = measured(request.codec.read(request.base), request, task.loftq, budget, seen)
-        journal.note(path, [asdict(choice) for choice in found])
+    def measure(paths: list[str], seen: Mapping[str, Seen]) -> None:
+        def read(path: str) -> Tensor:
+            return checkpoint.reader.tensor(units[path].name)
 
-    wanted = needs_of(task.loftq.chosen_method).statistics is not None and bool(
-        entries.keys() - journal.measured.keys()
-    )
-    with streamed_stages(task, checkpoint, journal.folder, batches, wanted=wanted, measuring=True) as walk:
+        def work(path: str, tensor: Tensor) -> list[dict[str, Any]]:
+            request = checkpoint.request(entries[path], task.lora)
+            with devices.one() as device, torch.no_grad():
+                request.base._parameters["weight"] = nn.Parameter(tensor.to(device), requires_grad=False)
+                found = measured(request.codec.read(request.base), request, task.loftq, budget, seen.get(path))
+            return [asdict(choice) for choice in found]
+
+        size = {path: units[path].numel for path in paths}
+        with closing(team.shared(paths, read, work, size=size.__getitem__, workers=task.underway)) as results:
+            for path, found in results:
+                assert journal is not None
+                journal.note(path, found)
+        known.update(paths)
+
+    wanted = needs_of(task.loftq.chosen_method).statistics is not None and bool(entries.keys() - known)
+    folder = task.out / WORK_FOLDER
+    with streamed_stages(task, checkpoint, folder, batches, wanted=wanted, measuring=True, team=team) as walk:
         for stage in walk:
-            for path in stage.paths:
-                if path not in journal.measured:
-                    measure(path, stage.seen().get(path))
-    for path in entries:
-        if path not in journal.measured:
-            measure(path, None)
+            if todo := [path for path in stage.paths if path not in known]:
+                measure(todo, stage.seen())
+    measure([path for path in entries if path not in known], {})
+    if journal is None:
+        return replace(task, lora=team.from_rank(task.lora))
     choices = {
         path: noted_choices(journal, entry, costs_of(checkpoint.request(entry, task.lora), task.loftq, budget))
         for path, entry in entries.items()
     }
     found = decide(task.lora, choices, _sizes(checkpoint), budget, _fixed(checkpoint), checkpoint.plan.entries)
-    return replace(task, lora=found.config)
+    return replace(task, lora=team.from_rank(found.config))
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:

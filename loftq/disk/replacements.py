@@ -3,7 +3,9 @@ looks at the inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from qlora_kit.adapter_files.backbone import codes_digest
 from qlora_kit.adapter_files.folder import PREFIX
 from qlora_kit.checkpoints.pipeline import in_order
 from qlora_kit.codecs import codec_for
+from qlora_kit.distributed.team import Team
 from qlora_kit.initializers import Start
 from qlora_kit.injection.engine import PlanEntry
 
@@ -20,57 +23,130 @@ from ..inputs.groups import Seen
 from ..methods.registry import needs_of
 from ..starts.kept_dense import plain_start
 from ..starts.one_module import start_of
+from .ahead import Ahead
 from .calibration import streamed_stages
 from .checkpoint import Checkpoint, StoredTensor
+from .devices import Devices
 from .output import adapter_names
 from .task import Replacement, Task
-from .writers import Writers
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What units are worked on with.
+
+    Attributes:
+        ahead: units that lie ready.
+        team: shares the work.
+        devices: take turns.
+    """
+
+    task: Task
+    checkpoint: Checkpoint
+    ahead: Ahead
+    team: Team
+    devices: Devices
+
+    def read(self, unit: StoredTensor) -> Tensor | None:
+        """``unit``'s tensor; None of one that lies ready."""
+        return None if self.ahead.has(unit) else self.checkpoint.reader.tensor(unit.name)
+
+    def make(self, unit: StoredTensor, tensor: Tensor | None, seen: Mapping[str, Seen]) -> Replacement:
+        if tensor is None:
+            return self.ahead.take(unit)
+        known = None if unit.entry is None else seen.get(unit.entry.path)
+        with self.devices.one() as device:
+            return replacement_of(replace(self.task, device=device), self.checkpoint, unit, tensor, known)
 
 
 def in_forward_order(
-    task: Task,
-    checkpoint: Checkpoint,
+    bench: Bench,
     units: list[StoredTensor],
-    writers: Writers,
     batches: Sequence[Mapping[str, Any]],
+    change: Callable[[PlanEntry], Tensor | None],
 ) -> Generator[tuple[StoredTensor, Replacement]]:
-    """Each unit's result: calibrated ones block by block as a forward comes to them, then all others.
+    """Each unit's result: calibrated ones block by block as a forward comes to them, then all others; on the process
+    that leads.
 
     The model's own weights stay in its shards; each module reads its own while it computes. After an interruption
     the text runs through the finished blocks again, without statistics being taken of them.
+
+    Args:
+        change: D = Q + sBA - W of a module that was written in an earlier run; asked on the process that leads.
     """
-    needs = needs_of(task.loftq.chosen_method)
+    task, checkpoint, team = bench.task, bench.checkpoint, bench.team
+    sequential = needs_of(task.loftq.chosen_method).sequential
     waiting = {unit.entry.path: unit for unit in units if unit.entry is not None}
     entries = {entry.path: entry for entry in checkpoint.plan.entries}
-    with streamed_stages(task, checkpoint, writers.work, batches, wanted=bool(waiting)) as walk:
+    with streamed_stages(task, checkpoint, bench.ahead.folder, batches, wanted=bool(waiting), team=team) as walk:
         for stage in walk:
             now = [waiting.pop(path) for path in stage.paths if path in waiting]
-            finished = set(stage.paths) - {unit.entry.path for unit in now if unit.entry is not None}
-            for unit, made in computed(task, checkpoint, now, stage.seen() if now else {}):
+            own = {unit.entry.path: unit for unit in now if unit.entry is not None}
+            seen = stage.seen() if now else {}
+            if team.size > 1:
+                for _ in _started(bench, now, seen):
+                    pass
+                if sequential:
+                    team.barrier()  # all of them lie ready, and do until all have read them
+                    stage.replaced.update({path: bench.ahead.change(unit) for path, unit in own.items()})
+                    team.barrier()
+            for unit, made in computed(bench, now, seen) if team.leads else ():
                 if made.change is not None and unit.entry is not None:
                     stage.replaced[unit.entry.path] = made.change
+                elif sequential and team.size == 1 and unit.entry is not None:  # it lay ready
+                    stage.replaced[unit.entry.path] = bench.ahead.change(unit)
                 yield unit, made
-            for path in sorted(finished) if needs.sequential else ():
-                stage.replaced[path] = writers.change(checkpoint, entries[path])
+            for path in sorted(set(stage.paths) - own.keys()) if sequential else ():
+                found = team.from_rank(change(entries[path]))
+                assert found is not None
+                stage.replaced[path] = found
             if not waiting:
                 break
     rest = [unit for unit in units if unit.entry is None or unit.entry.path in waiting]
-    yield from computed(task, checkpoint, rest)
+    yield from together(bench, rest)
+
+
+def together(bench: Bench, units: list[StoredTensor]) -> Generator[tuple[StoredTensor, Replacement]]:
+    """Each unit's result in order, on the process that leads: quantized ones are shared, the largest first, and what is
+    copied is read when its turn comes."""
+    if bench.team.size == 1:
+        yield from computed(bench, units)
+        return
+    started = _started(bench, units, {})
+    with closing(started):
+        for unit in units if bench.team.leads else ():
+            for ready in started if unit.entry is not None and not bench.ahead.has(unit) else ():
+                if ready is unit:
+                    break
+            yield unit, bench.make(unit, bench.read(unit), {})
+        for _ in started:
+            pass
+
+
+def _started(bench: Bench, units: Sequence[StoredTensor], seen: Mapping[str, Seen]) -> Generator[StoredTensor]:
+    """Have those of ``units`` that are quantized lie ready, each made by one process; on that which leads, each of them
+    as it does."""
+    ready = bench.team.from_rank([unit.name for unit in units if bench.ahead.has(unit)])
+    todo = [unit for unit in units if unit.entry is not None and unit.name not in ready]
+
+    def work(unit: StoredTensor, tensor: Tensor | None) -> None:
+        bench.ahead.put(unit, bench.make(unit, tensor, seen))
+
+    shared = bench.team.shared(todo, bench.read, work, size=lambda unit: unit.numel, workers=bench.task.underway)
+    with closing(shared):
+        for unit, _ in shared:
+            yield unit
 
 
 def computed(
-    task: Task, checkpoint: Checkpoint, units: list[StoredTensor], seen: Mapping[str, Seen] | None = None
+    bench: Bench, units: Sequence[StoredTensor], seen: Mapping[str, Seen] | None = None
 ) -> Generator[tuple[StoredTensor, Replacement]]:
-    """Each unit's result, in order: one tensor is read ahead while ``workers`` are computed."""
+    """Each unit's result, in order: one tensor is read ahead while as many are computed as there are workers."""
 
-    def read(unit: StoredTensor) -> Tensor:
-        return checkpoint.reader.tensor(unit.name)
+    def work(unit: StoredTensor, tensor: Tensor | None) -> Replacement:
+        return bench.make(unit, tensor, seen or {})
 
-    def work(unit: StoredTensor, tensor: Tensor) -> Replacement:
-        known = None if unit.entry is None or seen is None else seen.get(unit.entry.path)
-        return replacement_of(task, checkpoint, unit, tensor, known)
-
-    return in_order(units, read, work, task.workers)
+    return in_order(units, bench.read, work, bench.task.underway)
 
 
 @torch.no_grad()

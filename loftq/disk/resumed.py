@@ -33,8 +33,8 @@ def finished_units(checkpoint: Checkpoint, journal: Journal) -> set[str]:
     finished = journal.finished(unit.name for unit in checkpoint.units)
     units = {unit.name: unit for unit in checkpoint.units}
     for line in journal.done:
-        if odd := _odd(units[line["unit"]], line, journal.path):
-            raise journal.damaged(f"of {line['unit']!r} it says {odd}")
+        if wrong := odd(units[line["unit"]], line, journal.path):
+            raise journal.damaged(f"of {line['unit']!r} it says {wrong}")
     return finished
 
 
@@ -72,7 +72,7 @@ def noted_choices(journal: Journal, entry: PlanEntry, possible: Iterable[Choice]
     return found
 
 
-def _odd(unit: StoredTensor, line: Mapping[str, Any], path: Path) -> str:
+def odd(unit: StoredTensor, line: Mapping[str, Any], path: Path) -> str:
     """What is wrong with a line of ``unit``; empty if nothing."""
     adapted, row = unit.entry or unit.kept, line["row"]
     if (row is not None) != (unit.entry is not None) or ("digest" not in line):

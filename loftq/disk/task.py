@@ -28,7 +28,8 @@ class Task:
         lora: targets, rank, alpha, and in ``loftq_config`` how to quantize.
         shard_bytes: a shard of the output is closed once it holds this much.
         device: where to compute.
-        workers: tensors that are worked on at a time.
+        devices: more of that kind, which take turns, a tensor each at a time; none for ``device`` alone.
+        workers: tensors that are worked on at a time, on each device.
         outputs: calibrate, to report output errors, where the method itself doesn't ask for it.
         budget: of bits or memory, by which each module's bits are chosen first; None takes those of ``lora``.
         activation_bytes: what activations between blocks may take of memory while calibrating; more goes to files. One
@@ -44,6 +45,12 @@ class Task:
     outputs: bool = False
     budget: Budget | None = None
     activation_bytes: int = 2 << 30
+    devices: tuple[str, ...] = ()
+
+    @property
+    def underway(self) -> int:
+        """Tensors that are worked on at a time."""
+        return self.workers * max(1, len(self.devices))
 
     @property
     def loftq(self) -> LoftQConfig:

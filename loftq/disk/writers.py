@@ -6,31 +6,29 @@ import dataclasses
 import json
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from qlora_kit.adapter_files.backbone import METADATA_KEY, combine
 from qlora_kit.adapter_files.card import About, about_start, write_card
-from qlora_kit.adapter_files.folder import PREFIX, WEIGHTS_NAME
+from qlora_kit.adapter_files.folder import WEIGHTS_NAME
 from qlora_kit.checkpoints.checksums import checksums_in
 from qlora_kit.checkpoints.files import write_text_atomically
 from qlora_kit.checkpoints.growing_file import GrowingFile, header_room, read_appended
 from qlora_kit.checkpoints.growing_model import GrowingModel, clear, place
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.checkpoints.model_folder import other_files, read_settings
-from qlora_kit.checkpoints.quantized_tensors import weight_of
 from qlora_kit.checkpoints.records import read_record
 from qlora_kit.config.lora import CONFIG_NAME
 from qlora_kit.injection.engine import PlanEntry
 from qlora_kit.injection.targets import shortest_names
-from qlora_kit.lowrank import delta
 
 from ..starts.report import LayerReport, Report
 from .checkpoint import Checkpoint, StoredTensor
 from .checks import ADAPTER, ADAPTER_FOLDER, CONFIGS, MODEL, config_checksum
-from .output import adapter_keys, adapter_names, base_names, quantization_config
+from .lines import change_of, line_of
+from .output import adapter_keys, base_names, quantization_config
 from .resumed import check_bytes
 from .task import WORK_FOLDER, Replacement, Task
 
@@ -61,24 +59,18 @@ class Writers:
         adapter = {name: self.adapter.append(name, tensor) for name, tensor in made.adapter.items()}
         if adapter:
             self.adapter.sync()
-        row = None if made.row is None else asdict(made.row)
-        path = None if (adapted := unit.entry or unit.kept) is None else adapted.path
-        return {"unit": unit.name, **base, "adapter": adapter, "path": path, "digest": made.digest, "row": row}
+        return line_of(unit, made, base, adapter)
 
     def change(self, checkpoint: Checkpoint, entry: PlanEntry) -> Tensor:
         """Q + sBA - W, float32 (out, in), of a module that was finished in an earlier run."""
         line = next(line for line in self.journal.done if line["row"] and line["row"]["path"] == entry.path)
-        stem = line["unit"].removesuffix("weight")
         part = self.model.part(line["shard"])
-        tensors = {
-            name.removeprefix(stem): read_appended(part, self.model.room, found) for name, found in line["base"].items()
+        base = {name: read_appended(part, self.model.room, found) for name, found in line["base"].items()}
+        adapter = {
+            name: read_appended(self.adapter.path, self.adapter.room, found) for name, found in line["adapter"].items()
         }
-        module, codec = checkpoint.filled_module(entry, checkpoint.reader.tensor(line["unit"]))
-        kind = line["row"]["quant_type"]
-        stored = weight_of(tensors, codec.shape(module), kind, asdict(self.task.loftq), f"{part}: {stem}")
-        names = [PREFIX + name for name in adapter_names(entry)]
-        A, B = (read_appended(self.adapter.path, self.adapter.room, line["adapter"][name]) for name in names)
-        return stored.add_(delta(A, B, self.task.lora.scaling_of(entry.rank, entry.alpha))).sub_(codec.read(module))
+        made = Replacement(base, adapter, row=read_record(LayerReport, line["row"], self.journal.path))
+        return change_of(self.task, checkpoint, entry, line["unit"], made)
 
     def finish(self, checkpoint: Checkpoint) -> Report:
         """Put everything in its place, config.json last; run again after a kill, it ends the same."""

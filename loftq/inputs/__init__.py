@@ -8,5 +8,6 @@ moments are for, and what becomes of a layer, must not be known here; who asks s
 - ``moments``: E[x x^T] of chosen modules from one pass
 - ``walk``: a model's forward, stopped at chosen modules
 - ``arguments``: of a module, so that it can be called again with the same
+- ``pairs``: of one module in two models at once
 - ``groups``: moments for one group of modules after the other, in the order of the forward
 """

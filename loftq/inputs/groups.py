@@ -26,12 +26,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_kit.distributed.team import ALONE, Team
 from qlora_kit.naming import base_of, module_at
 
 from ..methods.factors import Factors
 from ..methods.halves import Half
 from .caches import uncached
-from .moments import Collector, Moments, counted_statistics, gather, inputs_of, rows_of, vocabularies, watchable
+from .moments import (
+    Collector,
+    counted_statistics,
+    gather,
+    in_turn,
+    inputs_of,
+    rows_of,
+    vocabularies,
+    watchable,
+)
+from .pairs import Pairs
 from .walk import Enough, Run, Walk, stops_for
 
 
@@ -95,6 +106,7 @@ def stages(
     limit: int = 1 << 30,
     folder: Path | None = None,
     staying: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    team: Team = ALONE,
 ) -> Generator[Stage]:
     """The modules at ``paths`` in the order in which a forward comes to them; those that it never does don't come.
 
@@ -105,6 +117,8 @@ def stages(
         limit: bytes of activations between blocks that stay in memory; more goes to files.
         folder: for those files; None is the system's folder for temporary ones.
         staying: a context in which the module at that path is computed many times, and nothing else is.
+        team: shares the batches: each process has the model and walks with its own, and all come to the same stages at
+            the same time, to ask for what is seen there, or not to, and to fill in the same replacements.
 
     Raises:
         ConfigError: an input isn't finite; names the module. A batch brings a cache along.
@@ -115,25 +129,25 @@ def stages(
         stops, repeated = _scouted(model, batches, paths)
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         share = limit // (2 if sequential else 1)
-        walk = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room))
-        other = stack.enter_context(Walk(model, batches, stops, limit=share, folder=room)) if sequential else None
+        own: dict[str, Any] = {"limit": share, "folder": room, "numbers": team.numbers(len(batches))}
+        walk = stack.enter_context(Walk(model, batches, stops, **own))
+        other = stack.enter_context(Walk(model, batches, stops, **own)) if sequential else None
         done: set[str] = set()
-        while len(done) < len(stops) and (place := walk.here()) is not None:
-            stop, runs = place
+        while len(done) < len(stops) and (place := _first(walk, team)) is not None:
+            first, stop = place
+            runs = {run.index: run for run in walk.runs_at(stop)}
             done.add(stop)
             for each in (other, walk):  # the later wrapped the module's forward around the earlier's
                 if each is not None:
                     each.arrive(stop)
             last = len(done) == len(stops)
             with staying(stop):
-                if other is None:
-                    yield from _plainly(walk, runs, stops[stop], diagonal, widths, last=last)
-                else:
-                    yield from _in_turns(walk, other, runs, stops[stop], widths, last=last)
+                here = _Here(team, len(batches), first, walk, runs, stops[stop], widths, last)
+                yield from _plainly(here, diagonal) if other is None else _in_turns(here, other)
     if repeated:
 
         def collect() -> dict[str, Seen]:
-            return _all_seen(counted_statistics(model, batches, repeated, diagonal=diagonal))
+            return _all_seen(counted_statistics(model, batches, repeated, diagonal=diagonal, team=team))
 
         yield from _turn(Stage(repeated, _collect=collect))
 
@@ -177,114 +191,123 @@ def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:
     return {path: Seen(mean, None, count, shared[id(mean)]) for path, (mean, count) in means.items()}
 
 
-def _plainly(
-    walk: Walk, runs: list[Run], paths: list[str], diagonal: bool, widths: Mapping[str, int], *, last: bool
-) -> Iterator[Stage]:
-    """One stage of the modules at ``paths``; the pass that collects is the one that the runs go on from, unless this
-    is the ``last``."""
+@dataclass(frozen=True)
+class _Here:
+    """Where the walk stands.
 
-    def through(collector: Collector) -> None:
-        with inputs_of(walk.model, paths, collector):
-            for run in runs:
+    Attributes:
+        count: of all batches, whoever's.
+        first: the number of the first that stands here.
+        runs: of this process that stand here, by number.
+        paths: of the modules to be looked at.
+        last: no run has to go on from here.
+    """
+
+    team: Team
+    count: int
+    first: int
+    walk: Walk
+    runs: dict[int, Run]
+    paths: list[str]
+    widths: Mapping[str, int]
+    last: bool
+
+
+def _first(walk: Walk, team: Team) -> tuple[int, str] | None:
+    """The first of all processes' unfinished runs, and where it stands."""
+    here = walk.here()
+    places = team.gathered(None if here is None else (here[1][0].index, here[0]))
+    return min((place for place in places if place is not None), default=None)
+
+
+def _plainly(here: _Here, diagonal: bool) -> Iterator[Stage]:
+    """One stage of all modules; the pass that collects is the one that the runs go on from."""
+    walk, runs = here.walk, here.runs
+
+    def through(number: int, collector: Collector) -> None:
+        if (run := runs.get(number)) is not None:
+            with inputs_of(walk.model, here.paths, collector):
                 collector.begin(run.mask)
-                run.forward(keep=not last)
+                run.forward(keep=not here.last)
                 collector.end()
 
     def collect() -> dict[str, Seen]:
-        return _all_seen(gather(through, paths, diagonal=diagonal, widths=widths).means())
+        found = gather(through, here.count, here.paths, team=here.team, diagonal=diagonal, widths=here.widths)
+        return _all_seen(found.means())
 
-    yield from _turn(Stage(paths, _collect=collect))
-    for run in () if last else runs:
+    yield from _turn(Stage(here.paths, _collect=collect))
+    for run in () if here.last else runs.values():
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
 
 
-def _in_turns(
-    walk: Walk, other: Walk, runs: list[Run], paths: list[str], widths: Mapping[str, int], *, last: bool
-) -> Iterator[Stage]:
-    """A stage for each group of ``paths`` that shares an input; ``other`` walks through the model as it becomes."""
-    twins = {run.index: other.runs[run.index] for run in runs}
-    groups, once = _groups(walk, runs, paths, widths, keep=not last)
+def _in_turns(here: _Here, other: Walk) -> Iterator[Stage]:
+    """A stage for each group of modules that shares an input; ``other`` walks through the model as it becomes."""
+    walk, runs, widths = here.walk, here.runs, here.widths
+    twins = {run.index: run for run in other.runs}
+    groups, once = _groups(here)
     replaced: dict[str, Tensor] = {}
     for leader, group in groups.items():
 
         def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
-            def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-                for run in runs:
+            def through(number: int, pairs: Pairs) -> None:
+                if (run := runs.get(number)) is not None:
                     x = _input(walk, run, leader, {}, leader in once)
-                    yield _input(other, twins[run.index], leader, replaced, leader in once), x
+                    pairs.add(number, _input(other, twins[number], leader, replaced, leader in once), x)
 
-            seen = _paired(pairs(), leader, widths.get(leader), shared=len(group) > 1)
+            pairs = in_turn(here.team, here.count, through, lambda apart: Pairs(widths.get(leader), apart=apart))
+            seen = _seen_of(pairs, leader, shared=len(group) > 1)
             return {} if seen is None else dict.fromkeys(group, seen)
 
         stage = Stage(group, _collect=collect)
         yield from _turn(stage)
         replaced.update(stage.replaced)
-    for run in () if last else runs:
+    for run in () if here.last else runs.values():
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
         with _changed(other.model, replaced):
             output = twins[run.index].forward()
         other.go_on(twins[run.index], output)
 
 
-def _paired(
-    pairs: Iterable[tuple[list[Tensor], list[Tensor]]], path: str, width: int | None, *, shared: bool
-) -> Seen | None:
-    """What is known of the inputs of the module at ``path``, given batch by batch and call by call, those of the model
-    as it becomes with the original's; None if no token came. Memory: two matrices, and two for every other batch.
-
-    Args:
-        width: of the vocabulary, where the inputs are tokens.
-        shared: with other modules.
-    """
-    own, cross, paired = Moments(diagonal=width is not None), Moments(), width is None
-    halves = Moments(), Moments()
-    for number, (seen, x) in enumerate(pairs):
-        half, half_cross = halves if paired and number % 2 == 0 else (None, None)
-        for mine in seen:
-            if width is None:
-                own.add(mine, part=half)
-            else:
-                own.add_tokens(mine, width)
-        # A router may send other tokens here than it used to.
-        paired = paired and [len(rows) for rows in seen] == [len(rows) for rows in x]
-        for mine, its in zip(seen, x, strict=True) if paired else ():
-            cross.add(its, mine, part=half_cross)
+def _seen_of(pairs: Pairs, path: str, *, shared: bool) -> Seen | None:
+    """What is known of the inputs of the module at ``path``, ``shared`` with others; None if no token came."""
+    own = pairs.own
     mean = own.matrix(path)
     if mean is None:
         return None
-    both = cross.matrix(path) if paired else None
+    both = pairs.cross.matrix(path) if pairs.paired else None
     factors = Factors() if shared else None
-    part, part_cross = (moments.matrix(path) for moments in halves)
-    if both is None or part is None or part_cross is None or halves[0].count == own.count:
+    part, part_cross = pairs.half.matrix(path), pairs.half_cross.matrix(path)
+    if both is None or part is None or part_cross is None or pairs.half.count == own.count:
         return Seen(mean, both, own.count, factors)
-    return Seen(mean, both, own.count, factors, Half(part, part_cross, halves[0].count / own.count))
+    return Seen(mean, both, own.count, factors, Half(part, part_cross, pairs.half.count / own.count))
 
 
-def _groups(
-    walk: Walk, runs: list[Run], paths: list[str], widths: Mapping[str, int], *, keep: bool
-) -> tuple[dict[str, list[str]], set[str]]:
-    """The modules at ``paths`` by the first that is given the same input, in the order of the forward; and those that
-    no run calls more than once. The outputs are kept, where they fit, if the runs are to go on from them."""
-    once, collector = set(paths), Collector(paths, diagonal=True, widths=widths)
-    for number, run in enumerate(runs):
+def _groups(here: _Here) -> tuple[dict[str, list[str]], set[str]]:
+    """The modules by the first that is given the same input, in the order of the forward; and those that no run calls
+    more than once. The outputs are kept, where they fit, if the runs are to go on from them."""
+    walk, paths = here.walk, here.paths
+    once, collector = set(paths), Collector(paths, diagonal=True, widths=here.widths)
+    for number, run in here.runs.items():
         calls: Counter[str] = Counter()
 
         def receive(path: str, value: Any, number: int = number, calls: Counter[str] = calls) -> None:
             calls[path] += 1
-            if number == 0:
+            if number == here.first:
                 collector(path, value)
 
         collector.begin(run.mask)
         with inputs_of(walk.model, paths, receive):
             output = run.forward()
-        run.kept = output if keep and walk.has_room(output) else None
+        run.kept = output if not here.last and walk.has_room(output) else None
         collector.end()
         once -= {path for path, count in calls.items() if count > 1}
+    once = set.intersection(*here.team.gathered(once))
+    leaders = here.team.from_rank(collector.leaders, here.first % here.team.size)
     groups: dict[str, list[str]] = {}
-    for path, leader in collector.leaders.items():
+    for path, leader in leaders.items():
         groups.setdefault(leader, []).append(path)
     # A module that the first batch doesn't reach, an expert say, comes last and alone.
-    groups.update({path: [path] for path in paths if path not in collector.leaders})
+    groups.update({path: [path] for path in paths if path not in leaders})
     return groups, once
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.distributed.team import ALONE, Growing, Team
 from qlora_kit.errors import ConfigError
 from qlora_kit.merging.agreement import evaluating
 from qlora_kit.naming import base_of, module_at
@@ -23,18 +24,28 @@ from .caches import cacheless, uncached
 
 # Gets a module's path and what it is called with.
 Receiver = Callable[[str, Any], None]
+G = TypeVar("G", bound=Growing)
 
 
 class Moments:
     """A growing mean of x y^T over rows; ``matrix()`` is (in, in), or (in,) of the diagonal alone.
 
+    Args:
+        apart: don't add up: another will ``take`` the summands, to add them to what came before.
+
     Attributes:
         count: rows so far.
     """
 
-    def __init__(self, *, diagonal: bool = False) -> None:
+    def __init__(self, *, diagonal: bool = False, apart: bool = False) -> None:
         self.diagonal, self.count = diagonal, 0
         self._sum: Tensor | None = None
+        self._summands: list[tuple[Tensor, int]] | None = [] if apart else None
+
+    def take(self, part: Moments) -> None:
+        """Take in the summands of ``part`` one after the other: the sum is the one of all rows given to this."""
+        for new, count in part._summands or ():
+            self._take(new.clone() if self._sum is None else new.to(self._sum.device), count)
 
     def add(self, rows: Tensor, others: Tensor | None = None, *, part: Moments | None = None) -> None:
         """Take in ``rows`` (n, in) as x, and ``others`` as y (default: the same); and ``part`` takes them in too."""
@@ -42,7 +53,7 @@ class Moments:
         others = rows if others is None else others.float()
         new = (rows * others).sum(0) if self.diagonal else rows.T @ others
         if part is not None:
-            part._take(new.clone() if part._sum is None else new, len(rows))
+            part._take(new.clone() if part._sum is None and part._summands is None else new, len(rows))
         self._take(new, len(rows))
 
     def add_tokens(self, ids: Tensor, vocabulary: int) -> None:
@@ -50,6 +61,9 @@ class Moments:
         self._take(torch.bincount(ids, minlength=vocabulary).float(), len(ids))
 
     def _take(self, new: Tensor, count: int) -> None:
+        if self._summands is not None:
+            self._summands.append((new, count))
+            return
         self._sum = new if self._sum is None else self._sum.add_(new)
         self.count += count
 
@@ -113,6 +127,7 @@ class Collector:
         diagonal: keep the diagonals alone.
         shared: modules given the same tensor share one matrix; turned off where sharing was seen to break.
         widths: vocabulary sizes of those that are embeddings.
+        apart: of one batch alone, for another to ``take``.
     """
 
     def __init__(
@@ -122,8 +137,9 @@ class Collector:
         diagonal: bool = False,
         shared: bool = True,
         widths: Mapping[str, int] | None = None,
+        apart: bool = False,
     ) -> None:
-        self.paths, self.diagonal, self.shared = list(paths), diagonal, shared
+        self.paths, self.diagonal, self.shared, self.apart = list(paths), diagonal, shared, apart
         self.widths = dict(widths or {})
         self.leaders: dict[str, str] = {}
         self.moments: dict[str, Moments] = {}
@@ -141,6 +157,17 @@ class Collector:
         """The forward is over."""
         self._distinct += len(self._seen)
         self._seen = []
+
+    def take(self, part: Collector) -> None:
+        """Take in the batch of ``part``, as if it had been given to this."""
+        for path, given in part._given.items():
+            self._given.setdefault(path, []).extend(self._distinct + number for number in given)
+        for path, leader in part.leaders.items():
+            self._moved |= self.leaders.setdefault(path, leader) != leader
+        for path, moments in part.moments.items():
+            self.moments.setdefault(path, Moments(diagonal=moments.diagonal)).take(moments)
+        self._moved |= part._moved
+        self._distinct += part._distinct
 
     @property
     def broken(self) -> bool:
@@ -160,7 +187,8 @@ class Collector:
         if self.leaders.setdefault(path, leader) != leader:
             self._moved = True
         if leader == path:
-            moments = self.moments.setdefault(path, Moments(diagonal=self.diagonal or path in self.widths))
+            diagonal = self.diagonal or path in self.widths
+            moments = self.moments.setdefault(path, Moments(diagonal=diagonal, apart=self.apart))
             rows = rows_of(value, self.mask)
             if path in self.widths:
                 moments.add_tokens(rows, self.widths[path])
@@ -178,16 +206,43 @@ class Collector:
         return {path: (mean, count) for path, (mean, count) in found.items() if mean is not None}
 
 
-def gather(collect: Callable[[Collector], None], paths: Iterable[str], **options: Any) -> Collector:
-    """A collector of ``paths`` to which ``collect`` has handed the inputs; a second time where sharing broke.
+def in_turn(team: Team, count: int, through: Callable[[int, G], None], make: Callable[[bool], G]) -> G:
+    """What ``through(i, it)`` has given to one that ``make`` makes, for each batch i in their order.
+
+    In a team each process does its own batches, and the sums go from one to the next: they are those of one process.
 
     Args:
-        collect: hands all inputs over, and may be called again.
+        make: told whether it is of a single batch, for another to take.
+    """
+    if team.size == 1:
+        whole = make(False)
+        for number in range(count):
+            through(number, whole)
+        return whole
+
+    def part(number: int) -> G:
+        through(number, one := make(True))
+        return one
+
+    return team.summed(count, part, make(False))
+
+
+def gather(
+    through: Callable[[int, Collector], None], count: int, paths: Iterable[str], *, team: Team = ALONE, **options: Any
+) -> Collector:
+    """A collector of ``paths`` to which ``through`` has handed the inputs; a second time where sharing broke.
+
+    Args:
+        through: hands the inputs of one of the ``count`` batches over, and may be called again.
         options: of the ``Collector``.
     """
     paths = list(paths)
     for shared in (True, False):
-        collect(collector := Collector(paths, shared=shared, **options))
+
+        def make(apart: bool, shared: bool = shared) -> Collector:
+            return Collector(paths, shared=shared, apart=apart, **options)
+
+        collector = in_turn(team, count, through, make)
         if not collector.broken:
             break
     return collector
@@ -217,21 +272,26 @@ def collect_statistics(
 
 
 def counted_statistics(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], paths: Iterable[str], *, diagonal: bool = False
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    paths: Iterable[str],
+    *,
+    diagonal: bool = False,
+    team: Team = ALONE,
 ) -> dict[str, tuple[Tensor, int]]:
-    """``collect_statistics``, and of how many inputs each mean is."""
+    """``collect_statistics``, and of how many inputs each mean is; on every process of a ``team``, which shares the
+    batches."""
     paths, batches = list(paths), [uncached(model, batch) for batch in batches]
     widths = vocabularies(model, paths)
 
-    def collect(collector: Collector) -> None:
+    def through(number: int, collector: Collector) -> None:
         with inputs_of(model, paths, collector):
-            for batch in batches:
-                collector.begin(batch.get("attention_mask"))
-                model(**batch)
-                collector.end()
+            collector.begin(batches[number].get("attention_mask"))
+            model(**batches[number])
+            collector.end()
 
     with watchable(model):
-        return gather(collect, paths, diagonal=diagonal, widths=widths).means()
+        return gather(through, len(batches), paths, team=team, diagonal=diagonal, widths=widths).means()
 
 
 def vocabularies(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:

@@ -50,6 +50,7 @@ class Run:
     """One batch on its way through the model.
 
     Attributes:
+        index: the batch's number.
         at: path of the module that it stands at, None once it is through.
         kept: that module's output, if it was to be kept until the run goes on.
     """
@@ -197,17 +198,26 @@ class Walk:
         model: in evaluation mode; called as ``model(**batch)``.
         stops: paths of modules of which none contains another.
         limit: bytes of activations that stay in memory while runs stand still; the rest goes to ``folder``.
+        numbers: of the batches that are walked with, the runs' ``index``; None for all.
     """
 
     _count = 0
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], stops: Iterable[str], *, limit: int, folder: Path
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        stops: Iterable[str],
+        *,
+        limit: int,
+        folder: Path,
+        numbers: Iterable[int] | None = None,
     ) -> None:
         Walk._count += 1
         self.number = Walk._count
         self.model, self.stops, self.limit, self.folder = model, list(stops), limit, folder
-        self.runs = [Run(self, batch, index) for index, batch in enumerate(batches)]
+        wanted = None if numbers is None else set(numbers)
+        self.runs = [Run(self, b, index) for index, b in enumerate(batches) if wanted is None or index in wanted]
         # What calls have in common, by id, see ``Copies``.
         kept = [*model.modules(), *model.parameters(), *configs_of(model)]
         self.shared = {id(value): value for value in kept}
@@ -236,7 +246,11 @@ class Walk:
     def here(self) -> tuple[str, list[Run]] | None:
         """The module where the first of the unfinished runs stands, and all runs that stand there."""
         path = next((run.at for run in self.runs if run.at is not None), None)
-        return None if path is None else (path, [run for run in self.runs if run.at == path])
+        return None if path is None else (path, self.runs_at(path))
+
+    def runs_at(self, path: str) -> list[Run]:
+        """All runs that stand at that module."""
+        return [run for run in self.runs if run.at == path]
 
     def go_on(self, run: Run, output: Any) -> None:
         """Resume one run; it stops at the next module that hasn't been passed."""

@@ -29,6 +29,7 @@ class Journal:
         task: options and source, JSON values; a journal begun for another task is refused.
         work_folder: the hidden folder's name.
         earlier: defaults of options in earlier releases, where they are None now: their runs are gone on with.
+        beside: a pattern of files in that folder that hold finished work too, which isn't noted here yet.
 
     Attributes:
         done: the lines of finished units, in their order.
@@ -46,7 +47,9 @@ class Journal:
         work_folder: str,
         *,
         earlier: Mapping[str, Any] | None = None,
+        beside: str | None = None,
     ) -> None:
+        self._beside = beside
         self.folder = out / work_folder
         self.path = self.folder / "journal.jsonl"
         head = json.loads(json.dumps({"version": _VERSION, **task}))
@@ -63,7 +66,7 @@ class Journal:
             raise unwritable(out, error) from error
         try:
             lines, whole = self._read()
-            if len(lines) == 1 and lines[0] != head:
+            if len(lines) == 1 and lines[0] != head and not self._has_more():
                 lines, whole = [], 0  # nothing was finished for that other task
             if lines:
                 _check_same(lines[0], head, out, earlier or {})
@@ -115,10 +118,14 @@ class Journal:
         """Let others go on from here; a run that has finished nothing leaves nothing."""
         self._file.close()
         self._lock.close()
-        if not self.done and not self.measured:
+        if not self.done and not self.measured and not self._has_more():
             shutil.rmtree(self.folder, ignore_errors=True)
             if self._out is not None and self._out.is_dir() and not any(self._out.iterdir()):
                 self._out.rmdir()
+
+    def _has_more(self) -> bool:
+        """Whether finished work lies beside the journal."""
+        return self._beside is not None and any(self.folder.glob(self._beside))
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """The whole lines, and where they end: a last line without its newline was being written at the kill."""

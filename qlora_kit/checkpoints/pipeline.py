@@ -13,12 +13,18 @@ Made = TypeVar("Made")
 
 
 def in_order(
-    units: Iterable[Unit], read: Callable[[Unit], Read], work: Callable[[Unit, Read], Made], workers: int = 1
+    units: Iterable[Unit],
+    read: Callable[[Unit], Read],
+    work: Callable[[Unit, Read], Made],
+    workers: int = 1,
+    *,
+    ahead: bool = True,
 ) -> Generator[tuple[Unit, Made]]:
     """``work(unit, read(unit))`` of each unit, in their order.
 
     One thread reads and ``workers`` work, while the caller has the result before. At most ``workers + 1`` units are
-    underway. An error of either ends the generator there; closing it early abandons what is underway.
+    underway, and no more than ``workers`` without ``ahead``, for units that others take from too. An error of either
+    ends the generator there; closing it early abandons what is underway.
     """
     waiting: deque[tuple[Unit, Future[Made]]] = deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as pool:
@@ -28,11 +34,11 @@ def in_order(
 
         try:
             for unit in units:
-                if len(waiting) > workers:
+                waiting.append((unit, pool.submit(done, unit, reader.submit(read, unit))))
+                if len(waiting) >= workers + ahead:
                     first, future = waiting.popleft()
                     yield first, future.result()
                     del future
-                waiting.append((unit, pool.submit(done, unit, reader.submit(read, unit))))
             while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()

@@ -265,6 +265,8 @@ def plan(
     ] = None,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant/--single-quant", help="Scales in 8 bits.")] = False,
+    world_size: Annotated[int, typer.Option(help="GPUs that share the run; the plan is of one.")] = 1,
+    engine: Annotated[str, typer.Option(help="How they do: ddp, fsdp2, zero2, zero3 or tp.")] = "ddp",
     compare: Annotated[bool, typer.Option("--compare", help="The peak at every number of bits too.")] = False,
     json: Annotated[Optional[Path], typer.Option(help="Write the plan to this file too.")] = None,  # noqa: UP045
 ) -> None:
@@ -293,6 +295,8 @@ def plan(
             quant_type=quant_type,
             blocksize=blocksize,
             double_quant=double_quant,
+            world_size=world_size,
+            engine=engine,
         )
         typer.echo(words(str(found)))
         if json is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -85,12 +86,20 @@ def in_words_of(
     try:
         yield words
     except QLoRAKitError as error:
-        say_error(f"{command}: {words(str(error))}")
+        say_error(f"{command}: {words(str(error))}", anyway=getattr(error, "spokesman", False))
         raise typer.Exit(1) from error
 
 
-def say_error(text: str) -> None:
-    """Print ``text`` to stderr; what a name of unknown origin would do to a terminal is shown, not done."""
+def leads() -> bool:
+    """Whether this process speaks for all that torchrun started with it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say_error(text: str, *, anyway: bool = False) -> None:
+    """Print ``text`` to stderr; what a name of unknown origin would do to a terminal is shown, not done. Of several
+    processes the first speaks, or another that has to (``anyway``)."""
+    if not (anyway or leads()):
+        return
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     typer.secho(shown, err=True, fg=typer.colors.RED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from tiny_llama import llama
 from torch import Tensor
 
 import loftq
+from loftq.disk.stream import stream
+from loftq.disk.task import Task
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora
 from qlora_kit.codecs import codec_for
 
@@ -50,6 +53,19 @@ def test_a_model(bits: int) -> None:
     for path, error in expected.items():
         assert found[path] == pytest.approx(error, rel=RELATIVE), path
     assert {p.device.type for p in gpu.parameters()} == {DEVICE}
+
+
+def test_a_stored_model_on_several_places_of_it(tmp_path: Path) -> None:
+    """Layers take turns on the devices that they are spread over."""
+    llama().save_pretrained(tmp_path / "source")
+    settings = LoftQConfig(loftq_bits=2, loftq_iter=3, method="loftq")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="loftq", loftq_config=settings)
+    cpu = stream(Task(tmp_path / "source", tmp_path / "cpu", config))
+    places = (f"{DEVICE}:0", f"{DEVICE}:{max(torch.cuda.device_count(), 1) - 1}")
+    found = stream(Task(tmp_path / "source", tmp_path / "gpu", config, device=places[0], devices=places))
+    assert [row.path for row in found.layers] == [row.path for row in cpu.layers]
+    for row, expected in zip(found.layers, cpu.layers, strict=True):
+        assert row.error == pytest.approx(expected.error, rel=RELATIVE), row.path
 
 
 def is_linear(module: torch.nn.Module) -> bool:

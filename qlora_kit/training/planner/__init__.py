@@ -12,6 +12,7 @@ It knows nothing of training itself: it makes the calls that a user makes, on te
 - ``depth``: a deep model's step from two shallow ones
 - ``optimizers``: what they keep of each parameter
 - ``estimate``: the peak, part by part
+- ``world``: of several GPUs, what each holds and sends
 - ``search``: the largest sequence and batch that fit, and what to change
 - ``report``: ``MemoryPlan``, a table and plain data
 """

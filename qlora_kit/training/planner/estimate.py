@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .depth import extended, peak_of, stack_of
@@ -12,6 +12,7 @@ from .empty import Empty, make_empty
 from .optimizers import is_paged, state_bytes
 from .settings import Settings
 from .step import can_chunk, trace_step
+from .world import on_each
 
 _PARTS = {
     "activations": "activations, kept for the backward",
@@ -23,7 +24,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run holds at its peak.
+    """What a run holds at its peak, on each of its GPUs.
 
     Attributes:
         parts: bytes by what they are for; those of weights are there all the time.
@@ -94,6 +95,9 @@ class Estimator:
 
     def _estimate(self, settings: Settings) -> Estimate:
         empty = self.empty(settings)
+        if settings.world_size > 1:
+            alone = self(settings.but(world_size=1, engine="ddp"))
+            return replace(alone, parts=on_each(alone.parts, empty, settings))
         held, moment, assumed = self._held(empty, settings)
         states = state_bytes(settings.optimizer, empty.trained)
         paged = states if is_paged(settings.optimizer) else 0
@@ -129,4 +133,4 @@ class Estimator:
 
 def _of_model(settings: Settings) -> Settings:
     """Of ``settings`` what the model is made by."""
-    return settings.but(seq=1, batch=1, accumulation=1, optimizer="sgd", chunked_loss=False)
+    return settings.but(seq=1, batch=1, accumulation=1, optimizer="sgd", chunked_loss=False, world_size=1, engine="ddp")

@@ -11,6 +11,7 @@ from .estimate import Estimator
 from .report import MemoryPlan
 from .search import changes, cheapest, largest_batch, longest_sequence
 from .settings import BITS, Settings
+from .world import traffic
 
 
 def plan_memory(
@@ -34,8 +35,8 @@ def plan_memory(
         settings: see ``Settings``: bits, rank, seq, batch, targets, dtype, optimizer, checkpointing, ...
 
     Returns:
-        Bytes by part at the peak. With a card also whether that fits, the longest sequence and the largest batch that
-        do, and where it doesn't what to change.
+        Bytes by part at the peak, on each of ``world_size`` GPUs. With a card also whether that fits, the longest
+        sequence and the largest batch that do, and where it doesn't what to change.
 
     Raises:
         ConfigError: a setting that can't work, a card that isn't known, a model whose forward looks at values.
@@ -67,7 +68,8 @@ def plan_memory(
         if estimate.total > card.usable:
             found["changes"] = changes(estimator, asked, card.usable)
             found["way"], found["then"] = cheapest(estimator, asked, card.usable, found["changes"])
-    return MemoryPlan(str(model), asked, estimate, card, notes=tuple(notes), **found)
+    sent = traffic(estimator.empty(asked), asked)
+    return MemoryPlan(str(model), asked, estimate, card, notes=tuple(notes), traffic=sent, **found)
 
 
 def _at(settings: Settings, bits: int) -> Settings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class MemoryPlan:
         changes: where it doesn't fit what would take memory off, each alone, what costs the training least first.
         way: of these what makes the run fit, and ``then`` the peak with it.
         notes: what is to be known besides.
+        traffic: of several GPUs, bytes that each sends in a step of the optimizer, by what for.
     """
 
     model: str
@@ -42,6 +43,7 @@ class MemoryPlan:
     way: tuple[Change, ...] = ()
     then: int = 0
     notes: tuple[str, ...] = ()
+    traffic: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -73,6 +75,7 @@ class MemoryPlan:
             "way": [dict(change.options) for change in self.way],
             "then": self.then,
             "notes": list(self.notes),
+            "traffic": dict(self.traffic),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -81,6 +84,9 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.settings}", *_parts(self.estimate)]
+        if self.traffic:
+            sent = " and ".join(f"{_size(count)} of {what}" for what, count in self.traffic.items())
+            lines.append(f"each of the {self.settings.world_size} GPUs sends {sent} a step")
         if self.by_bits:
             lines += ["", f"bits  {'peak':>10}"] + [
                 f"{bits:>4}  {_in_gib(total)}" for bits, total in self.by_bits.items()

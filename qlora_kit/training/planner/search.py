@@ -141,6 +141,8 @@ def _offered(estimator: Estimator, settings: Settings) -> Iterator[tuple[dict[st
         yield {"optimizer": f"{settings.optimizer}-8bit"}, "optimizer states in 8 bits"
     if not settings.checkpointing and estimator.empty(settings.but(checkpointing=True)).checkpoints:
         yield {"checkpointing": True}, "activations computed twice: a third more time"
+    if settings.world_size > 1 and settings.engine in ("ddp", "zero2"):
+        yield {"engine": "fsdp2"}, "weights shared out among the GPUs, gathered block by block"
     if settings.batch > 1:
         half = settings.batch // 2
         steps = settings.accumulation * -(-settings.batch // half)

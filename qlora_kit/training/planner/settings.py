@@ -14,6 +14,8 @@ from .optimizers import OPTIMIZERS
 #: Of the weights that adapters stand on; at 16 they stay as they are.
 BITS = (16, 8, 4, 3, 2)
 DTYPES = ("bfloat16", "float16", "float32")
+#: Ways to share a run out among GPUs, see ``world``.
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "tp")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Settings:
         optimizer: of ``optimizers.OPTIMIZERS``.
         checkpointing: recompute the layers' activations in the backward pass.
         chunked_loss: compute the loss a few tokens at a time, so that the logits of all are never there.
+        world_size: GPUs that share the run; the plan is of one of them.
+        engine: of ``ENGINES``, by which they do. Each works at a batch of its own, but for "tp", where all work at one.
         attention: "sdpa", torch's fused kernels, or "eager", which keeps a matrix of tokens by tokens for each head.
 
     Raises:
@@ -53,15 +57,18 @@ class Settings:
     quant_type: str | None = None
     blocksize: int | None = 64
     double_quant: bool = False
+    world_size: int = 1
+    engine: str = "ddp"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise failure("bits", f"one of {list(BITS)}", self.bits, "pass bits=4")
-        for name in ("rank", "seq", "batch", "accumulation"):
+        for name in ("rank", "seq", "batch", "accumulation", "world_size"):
             check_int(name, getattr(self, name), 1, f"pass {name}={getattr(type(self), name)}")
         check_choice("dtype", self.dtype, DTYPES, "pass dtype='bfloat16'")
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES, "pass adapter_dtype='float32'")
         check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS), "pass optimizer='adamw'")
+        check_choice("engine", self.engine, ENGINES, "pass engine='fsdp2'")
         check_choice("attention", self.attention, ("sdpa", "eager"), "pass attention='sdpa'")
         for name in ("checkpointing", "chunked_loss", "double_quant"):
             check_bool(name, getattr(self, name))
@@ -88,6 +95,7 @@ class Settings:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         extras = [f"{self.attention} attention", self.optimizer]
         extras += ["checkpointing"] * self.checkpointing + ["chunked loss"] * self.chunked_loss
+        extras += [f"on {self.world_size} GPUs by {self.engine}"] * (self.world_size > 1)
         return (
             f"{self.bits} bits ({self.storage}), rank {self.rank} on {targets}, {self.batch} x {self.seq:,} tokens in "
             f"{self.dtype}: {', '.join(extras)}"

@@ -130,7 +130,7 @@ def test_a_run_that_finished_nothing_binds_its_folder_to_nothing(folder: Path, t
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loftq.disk.stream.computed", stop)
+        patch.setattr("loftq.disk.stream.together", stop)
         with pytest.raises(KeyboardInterrupt):
             stream(task)
     assert not task.out.exists()
