@@ -21,7 +21,7 @@ PACKAGES = ("qlora_kit", "loftq")
 FLOORS = """
 errors compat.neighbours
 codecs naming
-checkpoints lowrank
+checkpoints lowrank shards
 config layers
 injection hf_quantizer
 initializers algebra training.preparation training

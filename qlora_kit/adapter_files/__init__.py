@@ -7,6 +7,7 @@ computes, it must never ask.
 - ``slots``: which tensors of a model are an adapter's, and what its file calls each
 - ``words``: tables of words that go along, where some were added
 - ``tensors``: an adapter's tensors between a model and its file
+- ``gathering``: those tensors made whole, or refused where they are pieces
 - ``card``: the README.md beside it
 - ``beside``: what goes beside the weights when a model saves them
 - ``backbone``: the fingerprint of the quantized base that a start belongs to

@@ -24,6 +24,7 @@ from ..layers.rescaled import at_full_size_
 from ..merging.aware import make_aware_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
+from ..shards import engine_of
 from ..training.preparation.trainers import leave_training_
 from .base_files import guard_methods_, record_start_
 
@@ -32,6 +33,11 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     """Inject another adapter, neither active nor trainable yet. See ``LoraModel.add_adapter``."""
     check_new(adapted, name, config)
     root, dtype = adapted.root, adapted.adapter_dtype
+    if (engine := engine_of(root)) is not None:
+        raise AdapterError(
+            f"adapter {name!r}: expected a model with whole weights to add it to, found one that {engine} has sharded, "
+            "which wouldn't shard or reduce it; add every adapter before the model is sharded"
+        )
     at_full_size_(root)
     tree = Tree(root)
     twin = _made_by(adapted, config)

@@ -26,6 +26,7 @@ from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
+from ..shards import is_sharded, is_writer
 from ..training.preparation.kbit import count_parameters
 from ..training.preparation.trainers import marks_of
 from .combining import add_weighted_adapter
@@ -191,6 +192,7 @@ class LoraModel(ModelProxy):
         A Trainer's call (``is_main_process`` or ``state_dict=None``) also writes ``model.safetensors``, to resume from.
         ``save_embedding_layers`` says whether the base's tables of words go along (PEFT's argument): "auto" where the
         model has other words than its base, or the adapter has branches on them; True or False in any case.
+        Of a sharded model every rank has to call this; the first writes, or who says ``is_main_process``.
         """
         check_save_keywords(others)
         if push_to_hub:
@@ -202,11 +204,13 @@ class LoraModel(ModelProxy):
                 "save_pretrained: expected at least one adapter to save, found none, as they are merged, unloaded or "
                 "deleted; a merged model is saved by report.model.save_pretrained(folder), with report = merge(lora)"
             )
-        if is_main_process is not False:
-            for_trainer = is_main_process is not None or state_dict is None
-            given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
-            options: Any = {"resume_copy": for_trainer, "save_embedding_layers": save_embedding_layers}
-            save_adapter(self.adapted, Path(save_directory), selected_adapters, state_dict=given, **options)
+        given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
+        sharded = any(map(is_sharded, self.parameters()))
+        writes = (not sharded or is_writer()) if is_main_process is None else is_main_process
+        if writes or (sharded and given is None):
+            options: Any = {"state_dict": given, "save_embedding_layers": save_embedding_layers, "writes": writes}
+            options["resume_copy"] = is_main_process is not None or state_dict is None
+            save_adapter(self.adapted, Path(save_directory), selected_adapters, **options)
 
     push_to_hub = push_to_hub
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import registered_codec, shielded_storage
-from ..compat.neighbours.passing import blank, loaded, standing_for
+from ..compat.neighbours.passing import blank, in_place_of, loaded, standing_for
 from ..config.checks import check_model
 from ..errors import AdapterError, CodecError
 from ..injection.ties import end_tables
@@ -118,6 +118,11 @@ class ModelProxy(nn.Module):
         passes = transformers is not None and isinstance(model, transformers.PreTrainedModel)
         own, theirs = type(model) if passes else type(self), loaded("peft", "PeftModel")
         return own if theirs is None else standing_for(own, theirs)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        # FSDP2 puts a class of its own before the one that it was shown; here it goes before the wrapper's.
+        object.__dict__["__class__"].__set__(self, in_place_of(kind, self.__class__, type(self)))
 
     def __setattr__(self, attribute: str, value: Any) -> None:
         super().__setattr__(self.held_under if attribute == "model" else attribute, value)
