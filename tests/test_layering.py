@@ -21,7 +21,7 @@ PACKAGES = ("qlora_kit", "loftq")
 FLOORS = """
 errors compat.neighbours
 codecs naming
-checkpoints lowrank shards
+checkpoints lowrank
 config layers
 injection hf_quantizer
 initializers algebra training.preparation training

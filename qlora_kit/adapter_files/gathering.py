@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..codecs.shards import is_sharded, meet, ranks_of, whole, whole_shape
 from ..errors import StorageError
-from ..shards import is_sharded, meet, ranks_of, whole, whole_shape
 from .slots import Slot
 
 

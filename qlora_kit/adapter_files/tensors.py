@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs.shards import fill_, meet, own_part, ranks_of, whole_shape
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.stacks import why_no_branch
 from ..injection.ties import words_of
 from ..naming import Tree, canonical
-from ..shards import fill_, meet, own_part, ranks_of, whole_shape
 from .backbone import METADATA_KEY
 from .beside import about, say_what_others_misread, stored_config
-from .gathering import check_gatherable, checked, gathered
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
+from .gathering import check_gatherable, checked, gathered
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store
 

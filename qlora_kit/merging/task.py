@@ -16,11 +16,11 @@ from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import STORED_TYPES
 from ..codecs.finite import all_finite
 from ..codecs.quantized import Quantizer
+from ..codecs.shards import engine_of
 from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
 from ..layers import AdapterLayer, ModulesToSave
-from ..shards import engine_of
 from .requantize import WAYS, target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter_files.backbone import fingerprint
+from ..codecs.shards import engine_of
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..initializers import planned, prepared
@@ -24,7 +25,6 @@ from ..layers.rescaled import at_full_size_
 from ..merging.aware import make_aware_
 from ..merging.in_place import unmerge_
 from ..naming import Tree, canonical
-from ..shards import engine_of
 from ..training.preparation.trainers import leave_training_
 from .base_files import guard_methods_, record_start_
 

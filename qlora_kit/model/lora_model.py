@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter_files.folder import PREFIX
 from ..adapter_files.tensors import load_resume_state_, save_adapter
 from ..codecs import protect_storage_
+from ..codecs.shards import is_sharded, is_writer
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
@@ -26,7 +27,6 @@ from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
-from ..shards import is_sharded, is_writer
 from ..training.preparation.kbit import count_parameters
 from ..training.preparation.trainers import marks_of
 from .combining import add_weighted_adapter

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import StorageError
+from ..errors import StorageError
 
 _meetings = 0
 
@@ -57,7 +57,7 @@ def engine_of(module: nn.Module) -> str | None:
 
 def own_part(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that is in this process's memory; ``tensor`` itself where it isn't sharded."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
@@ -75,7 +75,7 @@ def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
 def whole(tensor: Tensor) -> Tensor:
     """``tensor`` as one process has it; a collective where it is sharded, so call ``meet`` first."""
     if is_dtensor(tensor):
-        return tensor.detach().full_tensor()  # type: ignore[attr-defined,no-any-return]
+        return tensor.detach().full_tensor()  # type: ignore[attr-defined]
     if is_partitioned(tensor):
         with _deepspeed().zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
@@ -86,10 +86,10 @@ def whole(tensor: Tensor) -> Tensor:
 def fill_(tensor: Tensor, value: Tensor) -> None:
     """Write ``value``, which every process has whole, into ``tensor``: into each process's part of it."""
     if is_partitioned(tensor):
-        if getattr(tensor, "_z3_optimizer", None) is not None and tensor.requires_grad:
-            _deepspeed().utils.safe_set_full_fp32_param(tensor, value.float())  # the optimizer's copy too
         with _deepspeed().zero.GatheredParameters([tensor], modifier_rank=0):
             tensor.copy_(value)
+        if (held := getattr(tensor, "_z3_optimizer", None)) is not None and tensor.requires_grad:
+            held.set_local_hp_param(partition_of(tensor, value), tensor)  # the optimizer's own copy
     elif is_dtensor(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -98,6 +98,17 @@ def fill_(tensor: Tensor, value: Tensor) -> None:
         own_part(tensor).copy_(own_part(distribute_tensor(value, mesh, placements, src_data_rank=None)))
     else:
         tensor.copy_(value)
+        if getattr(tensor, "_hp_mapping", None) is not None:  # ZeRO-2, whose optimizer has its own copy
+            tensor.set_full_hp_param(tensor.detach().float())  # type: ignore[attr-defined]
+
+
+def partition_of(parameter: Any, value: Tensor) -> Tensor:
+    """This process's part of ``value``, as ZeRO-3 cuts ``parameter``: flat, zeros where the last part is short."""
+    size = parameter.ds_tensor.ds_numel
+    flat = value.flatten().float()
+    rank = dist.get_rank(getattr(parameter, "ds_process_group", None))
+    own = flat[rank * size : (rank + 1) * size]
+    return torch.cat([own, own.new_zeros(size - own.numel())]).to(parameter.ds_tensor.device)
 
 
 def meet(ranks: Sequence[int], what: str) -> None:
@@ -110,7 +121,7 @@ def meet(ranks: Sequence[int], what: str) -> None:
     if len(ranks) < 2:
         return
     store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    names = {rank: f"qlora_kit.shards/{_meetings}/{'-'.join(map(str, ranks))}/{rank}" for rank in ranks}
+    names = {rank: f"qlora_kit.codecs.shards/{_meetings}/{'-'.join(map(str, ranks))}/{rank}" for rank in ranks}
     store.set(names[own], "here")
     try:
         store.wait(list(names.values()), _patience())
