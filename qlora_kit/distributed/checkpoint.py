@@ -121,7 +121,7 @@ def _stored_settings(path: Path, metadata: Mapping[str, str], optimizer: Any) ->
     found = json.loads(metadata.get("groups", "[]"))
     if metadata.get("optimizer") != _FORMAT or len(found) != len(optimizer.param_groups):
         raise StorageError(
-            f"{path}: expected the state of an optimizer with {len(optimizer.param_groups)} groups of parameters, found "
+            f"{path}: expected the state of an optimizer with {len(optimizer.param_groups)} groups, found "
             f"one with {len(found)}; make the optimizer as it was made then"
         )
     return [{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} for group in found]
@@ -129,7 +129,7 @@ def _stored_settings(path: Path, metadata: Mapping[str, str], optimizer: Any) ->
 
 def _check_new(folder: Path) -> None:
     if folder.exists():
-        raise StorageError(f"{folder}: expected a new folder, found one that is there; choose another, as step-100")
+        raise StorageError(f"{folder}: expected a new folder, found one that is there; choose another")
 
 
 def _agree(do: Callable[[], None]) -> None:

@@ -5,7 +5,8 @@ By hand it is ``deepspeed.initialize(model=lora, optimizer=..., config=...)``. B
 
 - dtypes stay as they are: DeepSpeed's own bf16 and fp16 modes would hold the adapters in half precision, and cast 4-bit
   codes that call themselves float32;
-- torch's optimizers are taken as they are, on CPUs too;
+- torch's optimizers are taken as they are, on CPUs too, and gradients: DeepSpeed clips them at a norm of 1 unless its
+  config says otherwise, as no other engine does;
 - under ZeRO-3 factors that lie in a container, whose module nobody calls, are registered with the layer that reads
   them; elsewhere DeepSpeed's hooks on every module gather what it holds, and so adapters compute in the plain form.
 """
@@ -77,7 +78,7 @@ def _settings(stage: int, config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"zero_optimization.stage: expected {stage}, as the engine 'zero{stage}' says, found {zero['stage']}"
         )
-    as_given = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    as_given = {"gradient_clipping": 0.0, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     return {"train_micro_batch_size_per_gpu": 1, **as_given, **config, "zero_optimization": zero}
 
 
