@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from qlora_kit import LoraModel
 from qlora_kit.distributed import Prepared, prepare
 
+#: An engine, a base and a case.
+Run = tuple[str, str, str]
 #: DeepSpeed otherwise keeps parameters of up to 100,000 elements whole, all there are here.
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
@@ -66,23 +68,18 @@ def kinds(run: Prepared) -> dict[str, Any]:
     }
 
 
-def runs(engine: str, cases: Sequence[tuple[str, str]], folder: str, options: dict[str, Any] | None = None) -> Any:
-    """For each (base, case): losses, gradients, what the engine is, and where rank 0 has saved the adapters."""
-    found: dict[tuple[str, str], Any] = {}
-    for kind, case in cases:
-        lora = adapted(kind, case, seed=3 + dist.get_rank() * (engine != "zero3"))  # the engine shares the first's
-        run = prepared(lora, engine, **(options or {}))
+def runs(cases: Sequence[Run], folder: str) -> dict[Run, Any]:
+    """For each (engine, base, case): losses, gradients, what the engine is, and the adapters as they were saved."""
+    found: dict[Run, Any] = {}
+    for engine, kind, case in cases:
+        # Each rank begins with adapters of its own, and the engine gives all of them the first one's.
+        lora = adapted(kind, case, seed=3 + dist.get_rank())
+        run = prepared(lora, engine)
         result = train(
-            run.model,
-            run.lora,
-            run.backward,
-            run.step,
-            gradient_of(engine),
-            share=share(),
-            evaluates="eval" in case,
+            run.model, run.lora, run.backward, run.step, gradient_of(engine), share=share(), evaluates="eval" in case
         )
         place = Path(folder) / f"{engine} {kind} {case}"
-        run.lora.save_pretrained(place / "adapter")
+        run.lora.save_pretrained(place)
         dist.barrier()
-        found[kind, case] = (*result, kinds(run), load_file(place / "adapter" / "adapter_model.safetensors"))
+        found[engine, kind, case] = (*result, kinds(run), load_file(place / "adapter_model.safetensors"))
     return found
