@@ -55,6 +55,14 @@ def engine_of(module: nn.Module) -> str | None:
     return "FSDP2" if managed and any(map(is_dtensor, parameters)) else None
 
 
+def to_pieces_(model: nn.Module) -> None:
+    """Have FSDP2 let go of what it has gathered: after an evaluation it leaves the outermost group whole, in parameters
+    that aren't the ones it keeps."""
+    for module in model.modules():
+        if hasattr(type(module), "_get_fsdp_state"):
+            module.reshard()  # type: ignore[operator]
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that is in this process's memory; ``tensor`` itself where it isn't sharded."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

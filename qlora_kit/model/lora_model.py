@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapter_files.folder import PREFIX
 from ..adapter_files.tensors import load_resume_state_, save_adapter
 from ..codecs import protect_storage_
-from ..codecs.shards import is_sharded, is_writer
+from ..codecs.shards import is_sharded, is_writer, to_pieces_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
@@ -204,6 +204,7 @@ class LoraModel(ModelProxy):
                 "save_pretrained: expected at least one adapter to save, found none, as they are merged, unloaded or "
                 "deleted; a merged model is saved by report.model.save_pretrained(folder), with report = merge(lora)"
             )
+        to_pieces_(self)
         given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
         sharded = any(map(is_sharded, self.parameters()))
         writes = (not sharded or is_writer()) if is_main_process is None else is_main_process
@@ -262,6 +263,7 @@ class LoraModel(ModelProxy):
     ) -> None:
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it; from a Trainer's
         checkpoint of several adapters, all that are in use come back (by one name it asks for its best checkpoint)."""
+        to_pieces_(self)
         new = adapter_name not in self.peft_config
         if resumed_(self.adapted, adapter_name, Path(model_id)):
             return
@@ -283,6 +285,7 @@ class LoraModel(ModelProxy):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; the state of a Trainer's checkpoint, or of an adapter's file, goes to its adapters, strictly."""
         if any(key.startswith(PREFIX) for key in state_dict):
+            to_pieces_(self)
             load_resume_state_(self.adapted, state_dict)
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)

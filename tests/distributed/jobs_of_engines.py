@@ -9,7 +9,6 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import torch
 import torch.distributed as dist
 from engine_models import adapted, of_parameter, optimizer, train, trained
 from safetensors.torch import load_file
@@ -75,11 +74,12 @@ def runs(cases: Sequence[Run], folder: str) -> dict[Run, Any]:
         # Each rank begins with adapters of its own, and the engine gives all of them the first one's.
         lora = adapted(kind, case, seed=3 + dist.get_rank())
         run = prepared(lora, engine)
+        about = kinds(run)
         result = train(
             run.model, run.lora, run.backward, run.step, gradient_of(engine), share=share(), evaluates="eval" in case
         )
         place = Path(folder) / f"{engine} {kind} {case}"
         run.lora.save_pretrained(place)
         dist.barrier()
-        found[engine, kind, case] = (*result, kinds(run), load_file(place / "adapter_model.safetensors"))
+        found[engine, kind, case] = (*result, about, load_file(place / "adapter_model.safetensors"))
     return found

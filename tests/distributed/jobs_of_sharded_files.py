@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import torch.distributed as dist
-from engine_models import adapted, batch, trained
-from jobs_of_engines import gradient_of, prepared, share
-from torch import Tensor
+from engine_models import adapted, batch
+from jobs_of_engines import prepared, share
 
-from qlora_kit import LoraConfig, apply_lora, merge
+from qlora_kit import LoraConfig, merge
 from qlora_kit.distributed import Prepared, load_checkpoint, save_checkpoint
 from qlora_kit.model import lora_model
+
+#: Seconds that ranks wait for each other.
+PATIENCE = 4
 
 
 def message_of(function: Callable[[], Any]) -> str:
@@ -50,7 +53,7 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     lora, rank = run.lora, dist.get_rank()
     lora.save_pretrained(place / "all")
     if rank == 1:  # which mustn't write anything
-        lora_model.Path = lambda _: (place / "a file" / "below it")  # type: ignore[assignment,misc]
+        lora_model.Path = lambda _: place / "a file" / "below it"  # type: ignore[assignment,misc]
         (place / "a file").write_text("")
     lora.save_pretrained(place / "first", is_main_process=rank == 0)
     lora.save_pretrained(place / "trainer", is_main_process=rank == 0, state_dict=None)
@@ -65,10 +68,18 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
         found["alone"] = message_of(lambda: lora.save_pretrained(place / "alone"))
     else:
         found["alone"] = ""
-    dist.barrier()
+        time.sleep(PATIENCE + 1)
     lora.save_pretrained(place / "after")  # nobody is out of step
     dist.barrier()
     found["losses"] = [step(run, i) for i in range(2)]
+    run.model.eval()
+    with torch.no_grad():
+        run.model(input_ids=batch(0))  # after which FSDP2 leaves the outermost group whole
+    run.model.train()
+    lora.load_adapter(place / "all", "default")
+    dist.barrier()
+    lora.save_pretrained(place / "loaded")
+    found["next"] = trains_and_saves(engine, kind, str(place / "step-3"), 3, 2)
     return found
 
 

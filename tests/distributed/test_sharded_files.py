@@ -26,7 +26,7 @@ KINDS = ["nf4"]
 
 @cache
 def found(engine: str, folder: Path) -> list[dict[str, Any]]:
-    return in_processes(jobs.saves, engine=engine, kind="nf4", folder=str(folder / engine), patience=10)
+    return in_processes(jobs.saves, engine=engine, kind="nf4", folder=str(folder / engine), patience=jobs.PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +49,19 @@ def test_the_files_are_those_of_one_process(engine: str, ranks: Any, folder: Pat
         files = jobs.files_of(folder / engine / way)
         files.pop("model.safetensors", None)
         assert files == expected, way
+    loaded = jobs.files_of(folder / engine / "loaded")  # after two steps, an evaluation, and the file loaded again
+    assert loaded["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
+    assert loaded["second/adapter_model.safetensors"] != expected["second/adapter_model.safetensors"]
     whole.save_pretrained(tmp_path / "trainer", is_main_process=True, state_dict=None)
     assert jobs.files_of(folder / engine / "trainer") == jobs.files_of(tmp_path / "trainer")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_half_an_adapter_is_refused(engine: str, ranks: Any, folder: Path) -> None:
-    for rank in ranks:
-        assert "missing or empty or in part" in rank["partial"]
-        assert "lora_A" in rank["partial"]
+    assert "missing or empty or in part" in ranks[0]["partial"]  # the others don't write, and needn't look
+    assert "lora_A" in ranks[0]["partial"]
     assert "expected all of the processes [0, 1] to call it" in ranks[0]["alone"]
-    assert "found that [1] didn't within 10 s" in ranks[0]["alone"]
+    assert "found that [1] didn't within 4 s" in ranks[0]["alone"]
     assert not (folder / engine / "partial").exists()
     assert not (folder / engine / "alone").exists()
 
@@ -76,8 +78,8 @@ def test_merging_and_adding_say_what_to_do(engine: str, ranks: Any, folder: Path
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_was_saved_merges_in_one_process(engine: str, ranks: Any, folder: Path) -> None:
-    whole = adapted("nf4", "copies")
-    report = merge(LoraModel.from_pretrained(whole.unload(), folder / engine / "all"), into="float32")
+    base = adapted("nf4", "biases").unload()
+    report = merge(LoraModel.from_pretrained(base, folder / engine / "all"), into="float32")
     own = adapted("nf4", CASE)
     own.set_adapter("default")
     expected = merge(own, into="float32")
@@ -106,7 +108,7 @@ def here(folder: Path, kind: str, steps: int, more: int) -> list[float]:
 
 ZERO = [pytest.mark.engines, without_deepspeed]
 SAVED = [
-    pytest.param("fsdp2", "nf4", ["ddp", "fsdp2"], marks=pytest.mark.slow),
+    pytest.param("fsdp2", "nf4", ["ddp", "fsdp2"], marks=pytest.mark.engines),
     pytest.param("ddp", "float32", ["fsdp2"], marks=pytest.mark.engines),
     pytest.param("fsdp2", "int8", ["fsdp2"], marks=pytest.mark.engines),
     pytest.param("fsdp2", "2-bit", ["fsdp2"], marks=pytest.mark.engines),
@@ -115,6 +117,11 @@ SAVED = [
     *(pytest.param("zero3", kind, ["zero3"], marks=ZERO) for kind in ("float32", "bf16", "int8", "2-bit")),
     *(pytest.param("zero2", kind, ["zero2"], marks=ZERO) for kind in ("float32", "bf16", "int8", "2-bit")),
 ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_process_goes_on(engine: str, ranks: Any, folder: Path) -> None:
+    assert here(folder / engine / "step-3", "nf4", 3, 2) == pytest.approx(ranks[0]["next"], abs=5e-6)
 
 
 @pytest.mark.parametrize(("engine", "kind", "others"), SAVED)
@@ -126,14 +133,14 @@ def test_it_goes_on_with_any_engine_and_number_of_processes(
     told = {"kind": kind, "folder": str(folder), "steps": 3, "more": 2}
     losses = in_processes(jobs.trains_and_saves, engine=engine, **told)[0]
     bound = 2e-3 if kind == "bf16" else 5e-6  # sums of other orders, as in test_engines
-    assert torch.tensor(losses) - torch.tensor(here(folder, kind, 3, 2)) == pytest.approx(torch.zeros(2), abs=bound)
+    assert here(folder, kind, 3, 2) == pytest.approx(losses, abs=bound)
     for other in others:
         size = 2 if other == "ddp" else 4
         resumed = in_processes(jobs.resumes, size=size, engine=other, early=other != "zero2", **told)[0]
         assert resumed == pytest.approx(losses, abs=bound), other
 
 
-@pytest.mark.parametrize("when", ["step", pytest.param("checkpoint", marks=pytest.mark.engines)])
+@pytest.mark.parametrize("when", [pytest.param("step", marks=pytest.mark.engines), "checkpoint"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_that_dies_loses_no_checkpoint(engine: str, when: str, tmp_path: Path) -> None:
     with pytest.raises(ProcessesError):
