@@ -5,11 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..codecs.shards import is_sharded, meet, ranks_of, whole, whole_shape
+from ..codecs.shards import is_sharded, is_writer, meet, ranks_of, to_pieces_, whole, whole_shape
 from ..errors import StorageError
 from .slots import Slot
+
+
+def roles(model: nn.Module, is_main_process: bool | None, *, gathered: bool) -> tuple[bool, bool]:
+    """Whether this process takes part in saving, and whether it writes: of a model in pieces the first does unless the
+    caller says who, and all take part unless the caller has gathered."""
+    to_pieces_(model)
+    sharded = any(map(is_sharded, model.parameters()))
+    writes = (not sharded or is_writer()) if is_main_process is None else is_main_process
+    return writes or (sharded and not gathered), writes
 
 
 def check_gatherable(adapter_name: str, slots: Sequence[Slot]) -> None:

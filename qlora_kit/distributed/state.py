@@ -46,7 +46,9 @@ def _keep(lora: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) ->
 def _complete(lora: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
     """Add the base as it is, which then loads onto itself."""
     own = _own_names(lora)
-    now = {**dict(lora.named_parameters(remove_duplicate=False)), **dict(lora.named_buffers(remove_duplicate=False))}
-    for name, tensor in now.items():
-        if canonical(name) not in own:
-            state.setdefault(prefix + name, tensor)
+    for path, module in lora.named_modules(remove_duplicate=False):
+        for name, tensor in (module._parameters | module._buffers).items():
+            name = f"{path}.{name}" if path else name
+            stored = tensor is not None and name.rpartition(".")[2] not in module._non_persistent_buffers_set
+            if stored and canonical(name) not in own:
+                state.setdefault(prefix + name, tensor)

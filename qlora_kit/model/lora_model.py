@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_files.folder import PREFIX
+from ..adapter_files.gathering import roles
 from ..adapter_files.tensors import load_resume_state_, save_adapter
 from ..codecs import protect_storage_
-from ..codecs.shards import is_sharded, is_writer, to_pieces_
+from ..codecs.shards import to_pieces_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
@@ -27,9 +28,9 @@ from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
-from ..training.preparation.kbit import count_parameters
 from ..training.preparation.trainers import marks_of
 from .combining import add_weighted_adapter
+from .counting import get_nb_trainable_parameters, print_trainable_parameters
 from .hub import push_to_hub
 from .keywords import as_names, check_save_keywords
 from .life import add_, delete_, take_out_, train_
@@ -204,11 +205,9 @@ class LoraModel(ModelProxy):
                 "save_pretrained: expected at least one adapter to save, found none, as they are merged, unloaded or "
                 "deleted; a merged model is saved by report.model.save_pretrained(folder), with report = merge(lora)"
             )
-        to_pieces_(self)
         given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
-        sharded = any(map(is_sharded, self.parameters()))
-        writes = (not sharded or is_writer()) if is_main_process is None else is_main_process
-        if writes or (sharded and given is None):
+        takes_part, writes = roles(self, is_main_process, gathered=given is not None)
+        if takes_part:
             options: Any = {"state_dict": given, "save_embedding_layers": save_embedding_layers, "writes": writes}
             options["resume_copy"] = is_main_process is not None or state_dict is None
             save_adapter(self.adapted, Path(save_directory), selected_adapters, **options)
@@ -331,16 +330,8 @@ class LoraModel(ModelProxy):
         tree = Tree(self.model)
         return list(tree.paths_of(tree.modules[path]))
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; a packed k-bit weight counts as the weights it holds."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
-
+    get_nb_trainable_parameters = get_nb_trainable_parameters
+    print_trainable_parameters = print_trainable_parameters
     dequantize = dequantize
     resize_token_embeddings = resize_token_embeddings
 
