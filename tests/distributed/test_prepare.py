@@ -21,6 +21,8 @@ from qlora_kit.distributed import leave_base_out_, load_checkpoint, prepare, rep
 from qlora_kit.distributed.ddp import stored_in_codes
 from qlora_kit.distributed.zero import partition
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def group() -> Iterator[None]:
@@ -81,7 +83,7 @@ def test_codes_that_a_policy_would_cast_are_refused() -> None:
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 def test_any_storage_will_do_where_none_casts_it(storage: torch.dtype) -> None:
-    lora, whole = coded(storage), None
+    lora = coded(storage)
     x = torch.randn(3, 64)
     whole = lora(x)
     policy = bf16_policy() if storage is not torch.float32 else MixedPrecisionPolicy()
@@ -248,7 +250,7 @@ def test_checkpoints_of_one_process(tmp_path: Path) -> None:
     assert (step(other, resumed, 1), step(other, resumed, 2)) == expected
     with pytest.raises(StorageError, match="expected a new folder, found one that is there"):
         save_checkpoint(tmp_path / "one", lora, stepped)
-    with pytest.raises(StorageError, match="expected a checkpoint, with optimizer.safetensors, found none"):
+    with pytest.raises(StorageError, match=r"expected a checkpoint, with optimizer\.safetensors"):
         load_checkpoint(tmp_path, lora, stepped)
     other.set_adapter("second")
     with pytest.raises(StorageError, match=r"on one side only .*choose the adapters that were trained"):
