@@ -57,7 +57,7 @@ def partition(
         options: further arguments of ``deepspeed.initialize``.
 
     Raises:
-        AdapterError: the config's mode would cast 4-bit codes.
+        AdapterError: the config's mode would cast 4-bit codes, or ZeRO-3 is to train adapters that are merge-aware.
         ConfigError: the config is of another stage.
         ImportError: DeepSpeed isn't installed.
     """
@@ -65,6 +65,8 @@ def partition(
     for mode, dtype in _MODES.items():
         if dict(settings.get(mode, {})).get("enabled") is True:
             _check_codes(lora, mode, dtype)
+    if stage == 3:
+        _check_none_rounds(lora)
     library = deepspeed()
     if stage == 3:
         register_factors_(lora, library)
@@ -88,6 +90,18 @@ def register_factors_(lora: LoraModel, library: Any) -> None:
         for container in layer.factor_names:
             for parameter in layer._modules[container]._parameters.values():  # type: ignore[union-attr]
                 library.zero.register_external_parameter(layer, parameter)
+
+
+def _check_none_rounds(lora: LoraModel) -> None:
+    """A layer that computes as it will be merged reads its whole weight before any module of it is called, which is
+    when ZeRO-3 gathers."""
+    for path, layer in lora.adapter_layers().items():
+        if layer.rounding_in_effect(layer.active_adapters) is not None:
+            raise AdapterError(
+                f"{path}: expected adapters that compute beside their base under ZeRO-3, found one that is trained for "
+                "its merge (merge_aware), which needs the whole weight; take 'fsdp2', 'zero2' or 'ddp', or call "
+                "set_merge_aware(False)"
+            )
 
 
 def _check_codes(lora: nn.Module, mode: str, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 ALL = [(engine, kind, "") for engine in ENGINES for kind in BASES] + [
     (engine, kind, case) for engine in ("ddp", "fsdp2", "zero3") for kind in ("float32", "nf4") for case in HARD
 ]
+ALL += [(engine, kind, "merge-aware") for engine in ("ddp", "fsdp2", "zero2") for kind in ("nf4", "2-bit")]
 without_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install --no-build-isolation '.[deepspeed]'"
 )

@@ -165,6 +165,9 @@ def test_what_prepare_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(base("float32"), "ddp")
     with pytest.raises(ConfigError, match="expected 3, as the engine 'zero3' says, found 2"):
         partition(lora, 3, optimizer(list(trained(lora).values())), {"zero_optimization": {"stage": 2}})
+    aware = adapted("nf4", "merge-aware")
+    with pytest.raises(AdapterError, match=r"q_proj: expected adapters that compute beside their base under ZeRO-3"):
+        partition(aware, 3, optimizer(list(trained(aware).values())))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ImportError, match=r"pip install 'qlora-kit\[deepspeed\]'"):
         partition(lora, 2, optimizer(list(trained(lora).values())))
