@@ -63,7 +63,8 @@ def _check_codes(
     if sharded and stays_whole(module, parameter):
         raise AdapterError(
             f"{name}: expected an int8 weight whole on every process, found it sharded, without its scales; name such "
-            "weights in fully_shard(..., ignored_params=...), as qlora_kit.distributed.prepare does, or use 4 bits"
+            "weights in fully_shard(..., ignored_params=...), as qlora_kit.distributed.prepare does (with accelerate: "
+            "FullyShardedDataParallelPlugin(..., ignored_modules=r'.*base_layer')), or use 4 bits"
         )
     coded = getattr(module, "quant_state", None) is not None and parameter is module.weight
     if coded and param_dtype not in (None, parameter.dtype) and parameter.is_floating_point():
