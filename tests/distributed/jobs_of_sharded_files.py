@@ -83,6 +83,24 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     return found
 
 
+def saves_and_merges(engine: str, kinds: list[str], folder: str) -> dict[str, Any]:
+    """For each base: saved as it began, a step, saved, and merged in each process; a message where that is refused, or
+    what the merged model computes."""
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        run = prepared(adapted(kind, "copies"), engine)
+        run.lora.save_pretrained(Path(folder) / kind / "begun", is_main_process=dist.get_rank() == 0)
+        step(run, 0)
+        run.lora.save_pretrained(Path(folder) / kind / "stepped", is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        merged: Any = []
+        found[kind] = message_of(lambda run=run, merged=merged: merged.append(merge(run.lora, into="float32").model))
+        if merged:
+            with torch.no_grad():
+                found[kind] = merged[0](input_ids=batch(0)).logits
+    return found
+
+
 def trains_and_saves(engine: str, kind: str, folder: str, steps: int, more: int) -> list[float]:
     run = prepared(adapted(kind, "copies"), engine)
     for i in range(steps):

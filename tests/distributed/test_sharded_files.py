@@ -9,7 +9,7 @@ from typing import Any
 import jobs_of_sharded_files as jobs
 import pytest
 import torch
-from engine_models import adapted, batch, optimizer, trained
+from engine_models import BASES, adapted, batch, optimizer, trained
 from processes import ProcessesError, in_processes
 from test_engines import without_deepspeed
 
@@ -85,6 +85,26 @@ def test_what_was_saved_merges_in_one_process(engine: str, ranks: Any, folder: P
     expected = merge(own, into="float32")
     with torch.no_grad():
         assert torch.equal(report.model(input_ids=batch(0)).logits, expected.model(input_ids=batch(0)).logits)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    "engine", ["ddp", "fsdp2", *(pytest.param(each, marks=without_deepspeed) for each in ("zero2", "zero3"))]
+)
+def test_every_base_is_saved_and_merged(engine: str, tmp_path: Path) -> None:
+    """In the processes themselves where each has the model whole, else by the saved adapter in one."""
+    ranks = in_processes(jobs.saves_and_merges, engine=engine, kinds=list(BASES), folder=str(tmp_path))
+    for kind in BASES:
+        adapted(kind, "copies").save_pretrained(tmp_path / "own", is_main_process=True)
+        assert jobs.files_of(tmp_path / kind / "begun") == jobs.files_of(tmp_path / "own"), kind
+        lora = LoraModel.from_pretrained(adapted(kind, "copies").unload(), tmp_path / kind / "stepped")
+        with torch.no_grad():
+            expected = merge(lora, into="float32").model(input_ids=batch(0)).logits
+        for rank in ranks:
+            if engine in ("fsdp2", "zero3"):
+                assert "sharded by" in rank[kind]
+            else:
+                assert torch.equal(rank[kind], expected), kind
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------
