@@ -63,9 +63,8 @@ def test_its_state_holds_the_adapters_alone(engine: str, kind: str, ranks: list[
         assert lora(input_ids=batch(0)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("nf4", marks=pytest.mark.slow), *(pytest.param(k, marks=pytest.mark.engines) for k in BASES)]
-)
+@pytest.mark.engines
+@pytest.mark.parametrize("kind", BASES)
 def test_the_trainer(kind: str, tmp_path: Path) -> None:
     ranks = in_processes(jobs.trainer, kind=kind, folder=str(tmp_path))
     assert all(rank["ddp"] for rank in ranks)
