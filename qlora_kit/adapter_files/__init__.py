@@ -8,6 +8,7 @@ computes, it must never ask.
 - ``words``: tables of words that go along, where some were added
 - ``parts``: factors of which each process holds a part, gathered for a file and cut from one
 - ``tensors``: an adapter's tensors between a model and its file
+- ``gathering``: those tensors made whole, or refused where they are pieces
 - ``card``: the README.md beside it
 - ``beside``: what goes beside the weights when a model saves them
 - ``backbone``: the fingerprint of the quantized base that a start belongs to

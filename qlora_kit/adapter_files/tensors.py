@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs.shards import fill_, meet, own_part, ranks_of, whole_shape
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.stacks import why_no_branch
@@ -37,6 +38,7 @@ from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
 from .beside import about, say_what_others_misread, stored_config
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
+from .gathering import check_gatherable, checked, gathered
 from .parts import own_parts, whole_parts
 from .slots import Slot, adapter_slots, buffer_slot, extra_tensors, table_slots
 from .words import stored_words, table_paths, tables_to_store
@@ -53,6 +55,8 @@ def adapter_state(
 ) -> dict[str, Tensor]:
     """The tensors of one adapter under the keys of its file: whole, contiguous copies on the CPU, dtypes kept.
 
+    Where an engine keeps them in pieces they are gathered, so every process has to call this.
+
     Args:
         model: a ``LoraModel``, or the ``Adapted`` that it holds.
         state_dict: the wrapper's full state dict as a Trainer gathered it from shards; the tensors are taken
@@ -62,21 +66,17 @@ def adapter_state(
 
     Raises:
         AdapterError: no adapter has this name.
-        StorageError: ``state_dict`` lacks tensors of the adapter, or holds empty shards of them.
+        StorageError: ``state_dict`` lacks tensors of the adapter, or holds shards of them; the model itself holds
+            shards, and can't gather them, or not every process came to it.
     """
     adapted = adapted_of(model)
     slots = _file_slots(adapted, adapter_name, save_embedding_layers)
     if state_dict is None:
-        return whole_parts(adapted, adapter_name, {slot.key: _copy(slot.tensor) for slot in slots})
+        check_gatherable(adapter_name, slots)
+        own = {slot.key: slot.tensor for slot in slots}
+        return whole_parts(adapted, adapter_name, gathered(adapter_name, own))
     given = {canonical(name): tensor for name, tensor in state_dict.items()}
-    found = {s.key: _given(given, s) for s in slots}
-    bad = [s.name for s in slots if (t := found[s.key]) is None or (t.numel() == 0 and s.tensor.numel() > 0)]
-    if bad:
-        raise StorageError(
-            f"state_dict: expected all tensors of adapter {adapter_name!r}, found {len(bad)} of {len(slots)} missing "
-            f"or empty ({bad[:3]}); gather the shards first, or pass no state_dict"
-        )
-    return {key: _copy(tensor) for key, tensor in found.items() if tensor is not None}
+    return gathered(adapter_name, checked(adapter_name, slots, {s.key: _given(given, s) for s in slots}))
 
 
 def _file_slots(adapted: Adapted, adapter_name: str, save: bool | str) -> list[Slot]:
@@ -169,9 +169,9 @@ def _matched(adapted: Adapted, adapter_name: str, state: Mapping[str, Tensor]) -
         pairs[key] = adapted.buffers.place(adapted.root, adapter_name, name), adapted.buffers.base[name]
     missing = [key for key in slots if key not in pairs]
     unfit = [
-        f"{key}: expected {tuple(old.shape)} {old.dtype}, found {tuple(new.shape)} {new.dtype}"
+        f"{key}: expected {tuple(whole_shape(old))} {old.dtype}, found {tuple(new.shape)} {new.dtype}"
         for key, (old, new) in pairs.items()
-        if old.shape != new.shape or old.is_floating_point() != new.is_floating_point() or new.is_complex()
+        if whole_shape(old) != new.shape or old.is_floating_point() != new.is_floating_point() or new.is_complex()
     ]
     if missing or unexpected or unfit:
         words = stored_words(tree, {key: value.shape for key, value in state.items()})
@@ -208,9 +208,10 @@ def _check_shared(adapter_name: str, pairs: Mapping[str, tuple[Tensor, Tensor]])
     """Refuse two values for one tensor of the model: that of tied weights, say, or of factors that are shared."""
     first: dict[int, str] = {}
     for key, (old, new) in pairs.items():
-        if old.is_meta or not old.numel():
+        part = own_part(old)
+        if part.is_meta or not part.numel():
             continue
-        other = first.setdefault(old.untyped_storage().data_ptr(), key)
+        other = first.setdefault(part.untyped_storage().data_ptr(), key)
         same = pairs[other][1]
         if other == key or pairs[other][0].numel() != old.numel():
             continue
@@ -226,8 +227,9 @@ def _check_shared(adapter_name: str, pairs: Mapping[str, tuple[Tensor, Tensor]])
 def _write_(pairs: list[tuple[Tensor, Tensor]]) -> None:
     # Transfers and casts may fail for want of memory, so all of them come before the first write.
     ready = [(old, new.to(device=old.device, dtype=old.dtype)) for old, new in pairs]
+    meet(ranks_of(old for old, _ in ready), "loading into a sharded model")
     for old, new in ready:
-        old.copy_(new)
+        fill_(old, new)
 
 
 def save_adapter(
@@ -238,6 +240,7 @@ def save_adapter(
     state_dict: Mapping[str, Tensor] | None = None,
     resume_copy: bool = False,
     save_embedding_layers: bool | str = "auto",
+    writes: bool = True,
 ) -> None:
     """Write adapters in PEFT's layout: "default" into ``directory``, others into subfolders of their names.
 
@@ -246,6 +249,7 @@ def save_adapter(
         state_dict, save_embedding_layers: see ``adapter_state``.
         resume_copy: write these adapters' tensors, all of them, as ``model.safetensors`` into ``directory`` too,
             where transformers' Trainer looks for what to resume from (``load_resume_state_``).
+        writes: whether this process writes; one that doesn't helps others to gather what they write.
 
     Raises:
         AdapterError: no adapter has this name.
@@ -257,6 +261,8 @@ def save_adapter(
     # All states are taken before the first write: an error here leaves every file as it was.
     save = save_embedding_layers
     states = {name: adapter_state(adapted, name, state_dict, save_embedding_layers=save) for name in names}
+    if not writes:
+        return
     folders = {name: _folder(directory, name) for name in names}
     if resume_copy:
         slots = [(name, slot) for name in names for slot in _file_slots(adapted, name, save)]
@@ -313,13 +319,6 @@ def _folder(directory: Path, adapter_name: str) -> Path:
             "rename the adapter, or remove the link"
         )
     return folder
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:  # there is nothing to copy, and what has no memory can be told by that
-        return tensor.detach()
-    whole = getattr(tensor, "full_tensor", None)  # a DTensor's shards are gathered
-    return (tensor if whole is None else whole()).detach().to("cpu", copy=True).contiguous()
 
 
 _CHECK = "Check that this is its base model, and that adapter_config.json (targets, ranks, modules) is its own."

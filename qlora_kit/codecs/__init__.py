@@ -22,6 +22,7 @@ and says whether it holds that module's matrix.
 - ``scratch``: memory for a dense weight that is multiplied with once
 - ``native``: the dtype to multiply in on a device
 - ``finite``: is every value of a tensor finite?
+- ``shards``: tensors that an engine keeps in pieces, one a process
 - ``autocast``: arithmetic on weights keeps its dtype within a forward's autocast
 """
 

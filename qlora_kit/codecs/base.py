@@ -35,6 +35,9 @@ class Codec:
     """
 
     name: ClassVar[str]
+    #: Whether ``module.weight`` may be cut into pieces and put together again by an engine that knows nothing but
+    #: tensors; not where the parameter object carries more than its values.
+    can_be_sharded: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         if "snapshot" in vars(cls) and "contents" not in vars(cls):  # a copy will do

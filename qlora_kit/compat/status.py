@@ -85,7 +85,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     layers = get_layer_status(model)
     wrapper = cast("LoraModel", model) if issubclass(type(model), LoraModel) else None
-    trainable, total = LoraModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type]
+    trainable, total = LoraModel.get_nb_trainable_parameters(model)
     available = sorted({name for layer in layers for name in layer.available_adapters})
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     merged_everywhere = all(set(merged) & set(s.available_adapters) <= set(s.merged_adapters) for s in layers)

@@ -16,6 +16,7 @@ from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import STORED_TYPES
 from ..codecs.finite import all_finite
 from ..codecs.quantized import Quantizer
+from ..codecs.shards import engine_of
 from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters
@@ -193,6 +194,12 @@ def original_folder(root: nn.Module, base: str, original: str | os.PathLike[str]
 def check_in_memory(layers: Mapping[str, AdapterLayer]) -> None:
     """Raise a MergeError unless the weights under ``layers``, by path, are there to be merged into."""
     for path, layer in layers.items():
+        if (engine := engine_of(layer)) is not None:
+            raise MergeError(
+                f"{path}: expected whole weights in this process, found them sharded by {engine}; save the adapter "
+                "(save_pretrained, on every rank) and merge it in one process: merge(LoraModel.from_pretrained(base, "
+                "folder)), or from files larger than memory with qlora-kit merge"
+            )
         if layer.codec.device(layer.base_layer).type == "meta":
             raise MergeError(
                 f"{path}: expected a weight in memory, found one on the meta device (offloaded, or never loaded); "

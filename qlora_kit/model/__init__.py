@@ -14,6 +14,7 @@ over that. Nothing below imports it; it must not hold state of its own, or walk 
 - ``base_files``: the base under its adapters, saved
 - ``combining``: adapters combined into a new one
 - ``loading``: a stored adapter onto a model
+- ``counting``: how many parameters it trains
 - ``hub``: adapters to the Hub
 """
 

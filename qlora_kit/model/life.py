@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter_files.backbone import fingerprint
+from ..codecs.shards import engine_of
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..initializers import planned, prepared
@@ -40,6 +41,11 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
 
 def _add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     root, dtype = adapted.root, adapted.adapter_dtype
+    if (engine := engine_of(root)) is not None:
+        raise AdapterError(
+            f"adapter {name!r}: expected a model with whole weights to add it to, found one that {engine} has sharded, "
+            "which wouldn't shard or reduce it; add every adapter before the model is sharded"
+        )
     at_full_size_(root)
     tree = Tree(root)
     twin = _made_by(adapted, config)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_files.folder import PREFIX
+from ..adapter_files.gathering import roles
 from ..adapter_files.tensors import load_resume_state_, save_adapter
 from ..codecs import protect_storage_
+from ..codecs.shards import to_pieces_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted
@@ -26,9 +28,9 @@ from ..layers import AdapterLayer, ModulesToSave
 from ..merging.in_memory import merge
 from ..merging.in_place import layers_to_merge, merge_in_place_, switch_off_, switch_on_, unmerge_
 from ..naming import Tree
-from ..training.preparation.kbit import count_parameters
 from ..training.preparation.trainers import marks_of
 from .combining import add_weighted_adapter
+from .counting import get_nb_trainable_parameters, print_trainable_parameters
 from .hub import push_to_hub
 from .keywords import as_names, check_save_keywords
 from .life import add_, delete_, take_out_, train_
@@ -191,6 +193,7 @@ class LoraModel(ModelProxy):
         A Trainer's call (``is_main_process`` or ``state_dict=None``) also writes ``model.safetensors``, to resume from.
         ``save_embedding_layers`` says whether the base's tables of words go along (PEFT's argument): "auto" where the
         model has other words than its base, or the adapter has branches on them; True or False in any case.
+        Of a sharded model every rank has to call this; the first writes, or who says ``is_main_process``.
         """
         check_save_keywords(others)
         if push_to_hub:
@@ -202,11 +205,12 @@ class LoraModel(ModelProxy):
                 "save_pretrained: expected at least one adapter to save, found none, as they are merged, unloaded or "
                 "deleted; a merged model is saved by report.model.save_pretrained(folder), with report = merge(lora)"
             )
-        if is_main_process is not False:
-            for_trainer = is_main_process is not None or state_dict is None
-            given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
-            options: Any = {"resume_copy": for_trainer, "save_embedding_layers": save_embedding_layers}
-            save_adapter(self.adapted, Path(save_directory), selected_adapters, state_dict=given, **options)
+        given = None if state_dict is _NOT_GIVEN else cast("Mapping[str, Tensor] | None", state_dict)
+        takes_part, writes = roles(self, is_main_process, gathered=given is not None)
+        if takes_part:
+            options: Any = {"state_dict": given, "save_embedding_layers": save_embedding_layers, "writes": writes}
+            options["resume_copy"] = is_main_process is not None or state_dict is None
+            save_adapter(self.adapted, Path(save_directory), selected_adapters, **options)
 
     push_to_hub = push_to_hub
 
@@ -258,6 +262,7 @@ class LoraModel(ModelProxy):
     ) -> None:
         """Add the adapter stored in folder ``model_id``, or overwrite the one of that name with it; from a Trainer's
         checkpoint of several adapters, all that are in use come back (by one name it asks for its best checkpoint)."""
+        to_pieces_(self)
         new = adapter_name not in self.peft_config
         if resumed_(self.adapted, adapter_name, Path(model_id)):
             return
@@ -279,6 +284,7 @@ class LoraModel(ModelProxy):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; the state of a Trainer's checkpoint, or of an adapter's file, goes to its adapters, strictly."""
         if any(key.startswith(PREFIX) for key in state_dict):
+            to_pieces_(self)
             load_resume_state_(self.adapted, state_dict)
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
@@ -324,16 +330,8 @@ class LoraModel(ModelProxy):
         tree = Tree(self.model)
         return list(tree.paths_of(tree.modules[path]))
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; a packed k-bit weight counts as the weights it holds."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
-
+    get_nb_trainable_parameters = get_nb_trainable_parameters
+    print_trainable_parameters = print_trainable_parameters
     dequantize = dequantize
     resize_token_embeddings = resize_token_embeddings
 

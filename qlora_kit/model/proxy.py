@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import registered_codec, shielded_storage
-from ..compat.neighbours.passing import blank, loaded, standing_for
+from ..compat.neighbours.passing import blank, in_place_of, loaded, standing_for
 from ..config.checks import check_model
 from ..errors import AdapterError, CodecError
 from ..injection.ties import end_tables
 from ..layers import AdapterLayer
+from ..training.preparation.sharding import check_sharded
 from ..training.preparation.trainers import drop_forwards_
 from .keywords import without_peft_keywords
 from .replaced import chain, decorated, settings_of
@@ -111,13 +112,20 @@ class ModelProxy(nn.Module):
                 "modules_to_save"
             )
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         transformers = sys.modules.get("transformers")
         model = self.__dict__.get("_modules", {}).get(type(self).held_under)
         passes = transformers is not None and isinstance(model, transformers.PreTrainedModel)
         own, theirs = type(model) if passes else type(self), loaded("peft", "PeftModel")
         return own if theirs is None else standing_for(own, theirs)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        own: Any = type(self)
+        # FSDP2 puts a class of its own before the one that it was shown; here it goes before the wrapper's.
+        object.__dict__["__class__"].__set__(self, in_place_of(kind, self.__class__, own))
+        check_sharded(self)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
         super().__setattr__(self.held_under if attribute == "model" else attribute, value)

@@ -30,6 +30,7 @@ class CodecInt8(DenseCodec):
     """
 
     name = "bnb-int8"
+    can_be_sharded = False  # the parameter holds the scales
 
     def reason_against(self, module: Any) -> str | None:
         return reason_against_computed(module) or self._reason_against_forward(module)
@@ -194,7 +195,8 @@ def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
     if scales is None:
         raise CodecError(
             f"{described(module)}: expected row scales in weight.SCB or state.SCB, found neither beside int8 codes; "
-            "load the checkpoint with its SCB entries, or quantize by moving a half-precision module to its device"
+            "load the checkpoint with its SCB entries, or quantize by moving a half-precision module to its device; "
+            "under fully_shard name these weights in ignored_params, as qlora_kit.distributed.prepare does"
         )
     codes: Tensor = module.weight.data
     return codes, scales.to(device=codes.device, dtype=torch.float32)

@@ -23,11 +23,27 @@ class _Standing(type):
     stands_for: tuple[type, ...]
 
     def mro(cls) -> list[type]:
+        if "stands_for" not in cls.__dict__:  # a subclass that another library makes of one
+            return super().mro()
         orders = [kind.__mro__ for kind in cls.__dict__["stands_for"]]
         return [cls, *dict.fromkeys(kind for order in orders for kind in order if kind is not object), object]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls.stands_for[0](*args, **kwargs)
+
+
+@cache
+def in_place_of(kind: type, shown: type, own: type) -> type:
+    """``kind``, which a library made on the class ``shown`` that an object passes for, on ``own``, its type.
+
+    So the object gets what the library put before its class, and remains what it is below. Where ``kind`` is not a
+    subclass of ``shown`` it is given back as it is.
+    """
+    if shown is own or shown not in kind.__mro__[1:]:
+        return kind
+    bases = tuple(own if base is shown else in_place_of(base, shown, own) for base in kind.__bases__)
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, bases, body)
 
 
 def standing_for(*kinds: type) -> type:

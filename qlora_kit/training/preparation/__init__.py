@@ -6,5 +6,6 @@ It works on a bare model and must not need a wrapper: what it does for training 
 - ``float32``: modules held in float32 while they are trained around, and their way back
 - ``quantize``: ``quantize_``, linear layers from dense storage to few bits
 - ``trainers``: what trainers put on the model below the adapters, and its way off
+- ``sharding``: what FSDP2 can't shard, said before the first step
 - ``gradients``: ``check_gradients``
 """

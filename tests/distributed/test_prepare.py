@@ -1,0 +1,275 @@
+"""What is refused before the first step, and by which words; and the parts of the engines that one process can show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_models import adapted, base, batch, optimizer, trained
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from qlora_kit import AdapterError, ConfigError, LoraConfig, LoraModel, StorageError, apply_lora
+from qlora_kit.codecs.bnb import quantize_linear
+from qlora_kit.distributed import leave_base_out_, load_checkpoint, prepare, repeated_blocks, save_checkpoint
+from qlora_kit.distributed.ddp import stored_in_codes
+from qlora_kit.distributed.zero import partition
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """This process as one of several, the only one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Block(nn.Module):
+    """A linear in 4 bits, whose bytes call themselves ``storage``, and one of float32."""
+
+    def __init__(self, storage: torch.dtype) -> None:
+        super().__init__()
+        linear = nn.Linear(64, 64)
+        self.coded = quantize_linear(linear, linear.weight.data, quant_storage=storage)
+        self.plain = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(self.coded(x))
+
+
+class Blocks(nn.Module):
+    def __init__(self, storage: torch.dtype = torch.uint8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(storage) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def coded(storage: torch.dtype = torch.uint8) -> LoraModel:
+    return apply_lora(Blocks(storage), LoraConfig(r=2, target_modules=["coded", "plain"], init_lora_weights=False))
+
+
+def bf16_policy() -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+
+
+@pytest.mark.usefixtures("group")
+def test_codes_that_a_policy_would_cast_are_refused() -> None:
+    lora = coded(torch.float32)
+    message = (
+        r"layers\.0\.coded\.base_layer\.weight: expected 4-bit codes .* found codes stored as torch\.float32 under "
+    )
+    message += r"param_dtype=torch\.bfloat16.*bnb_4bit_quant_storage=torch\.bfloat16 or torch\.uint8"
+    with pytest.raises(AdapterError, match=message):
+        prepare(lora, "fsdp2", mp_policy=bf16_policy())
+    assert not any(isinstance(p, DTensor) for p in lora.parameters())
+    for layer in lora.model.layers:
+        fully_shard(layer, mp_policy=bf16_policy())
+    with pytest.raises(AdapterError, match=message):  # by hand too
+        fully_shard(lora, mp_policy=bf16_policy())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_any_storage_will_do_where_none_casts_it(storage: torch.dtype) -> None:
+    lora = coded(storage)
+    x = torch.randn(3, 64)
+    whole = lora(x)
+    policy = bf16_policy() if storage is not torch.float32 else MixedPrecisionPolicy()
+    prepare(lora, "fsdp2", mp_policy=policy)
+    bound = 0.05 if storage is not torch.float32 else 1e-6  # bfloat16's products
+    assert (lora(x).float() - whole).abs().max() < bound * whole.abs().max()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_several_dtypes_in_a_block_are_refused(by_hand: bool) -> None:
+    lora = adapted("bf16", "biases")
+    message = r"expected trained parameters of one dtype .* 14 of torch\.float32 \(.*lora_A.*\); 1 of torch\.bfloat16|"
+    message += r"expected trained parameters of one dtype .* torch\.bfloat16 \(.*down_proj\.base_layer\.bias"
+    lora.model.model.layers[0].mlp.down_proj.bias.data = lora.model.model.layers[0].mlp.down_proj.bias.data.bfloat16()
+    if by_hand:
+        for layer in lora.model.model.layers:
+            fully_shard(layer)
+    with pytest.raises(AdapterError, match=message):
+        fully_shard(lora) if by_hand else prepare(lora, "fsdp2")
+    if not by_hand:
+        assert not any(isinstance(p, DTensor) for p in lora.parameters())
+        bias = lora.model.model.layers[0].mlp.down_proj.bias
+        bias.data = bias.data.float()  # as the message says
+        run = prepare(lora, "fsdp2", optimizer=optimizer)
+        run.backward(run.model(input_ids=batch(0), labels=batch(0)).loss)
+        run.step()
+
+
+@pytest.mark.usefixtures("group")
+def test_int8_weights_stay_whole() -> None:
+    lora = adapted("int8")
+    fully_shard(lora.model.model.layers[0])
+    with pytest.raises(
+        AdapterError, match=r"q_proj\.base_layer\.weight: expected an int8 weight whole .*ignored_params"
+    ):
+        fully_shard(lora)
+    lora = adapted("int8")
+    prepare(lora, "fsdp2")
+    whole = [name for name, p in lora.named_parameters() if not isinstance(p, DTensor)]
+    assert len(whole) == 14
+    assert all(name.endswith("base_layer.weight") for name in whole)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
+def test_fully_shard_on_the_wrapper(kind: str) -> None:
+    lora = adapted(kind)
+    expected = lora(input_ids=batch(0)).logits
+    own, shown = type(lora), lora.__class__
+    fully_shard(lora)
+    assert isinstance(lora, FSDPModule)
+    assert isinstance(lora, LoraModel)
+    assert isinstance(lora, shown)
+    assert type(lora).__mro__[1:3] == (FSDPModule, own)
+    assert lora.__class__ is shown  # what it passes for
+    assert (lora(input_ids=batch(0)).logits - expected).abs().max() < 1e-5
+    assert type(adapted(kind)) is LoraModel  # nobody else's type has changed
+
+
+@pytest.mark.usefixtures("group")
+def test_generate_gathers_too() -> None:
+    lora = adapted("nf4").eval()
+    ids = batch(0)[:1, :4]
+    expected = lora.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    prepare(lora, "fsdp2")
+    assert torch.equal(lora.generate(input_ids=ids, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_what_prepare_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = adapted("float32")
+    with pytest.raises(
+        ConfigError, match=r"expected one of \['ddp', 'fsdp2', 'zero2', 'zero3'\].*did you mean 'fsdp2'"
+    ):
+        prepare(lora, "fsdp")
+    with pytest.raises(AdapterError, match=r"expected a process group, found none; start the script with torchrun"):
+        prepare(lora, "ddp")
+    with pytest.raises(AdapterError, match="expected what apply_lora returns, found LlamaForCausalLM"):
+        prepare(base("float32"), "ddp")
+    with pytest.raises(ConfigError, match="expected 3, as the engine 'zero3' says, found 2"):
+        partition(lora, 3, optimizer(list(trained(lora).values())), {"zero_optimization": {"stage": 2}})
+    aware = adapted("nf4", "merge-aware")
+    with pytest.raises(AdapterError, match=r"q_proj: expected adapters that compute beside their base under ZeRO-3"):
+        partition(aware, 3, optimizer(list(trained(aware).values())))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError, match=r"pip install 'qlora-kit\[deepspeed\]'"):
+        partition(lora, 2, optimizer(list(trained(lora).values())))
+    with pytest.raises(
+        AdapterError, match=r"coded\.base_layer\.weight: expected 4-bit codes that DeepSpeed's bf16 mode"
+    ):
+        partition(coded(torch.float32), 2, optimizer([nn.Parameter(torch.ones(2))]), {"bf16": {"enabled": True}})
+
+
+@pytest.mark.usefixtures("group")
+def test_what_prepare_refuses_in_a_group() -> None:
+    lora = adapted("float32")
+    with pytest.raises(ConfigError, match=r"engine 'zero2': expected optimizer=\.\.\."):
+        prepare(lora, "zero2")
+    lora.requires_grad_(False)
+    with pytest.raises(AdapterError, match=r"expected parameters that train, found none; call set_adapter"):
+        prepare(lora, "ddp")
+
+
+@pytest.mark.usefixtures("group")
+def test_adapters_chosen_after_ddp_are_refused() -> None:
+    lora = adapted("float32", "two adapters")
+    lora.set_adapter("default")
+    run = prepare(lora, "ddp")
+    run.model(input_ids=batch(0))
+    lora.set_adapter("second")
+    with pytest.raises(AdapterError, match=r"second\.weight: expected the parameters to train that trained when"):
+        run.model(input_ids=batch(0))
+
+
+def test_blocks_are_found_by_structure() -> None:
+    lora = adapted("float32", "copies")
+    assert repeated_blocks(lora) == list(lora.model.model.layers)
+    nested = nn.Sequential(nn.ModuleList([Blocks(), Blocks()]), nn.ModuleList([nn.Linear(2, 2)]))
+    assert repeated_blocks(nested) == list(nested[0])
+    assert repeated_blocks(nn.Linear(2, 2)) == []
+
+
+def test_storage_in_codes_is_known() -> None:
+    names = stored_in_codes(adapted("2-bit"))
+    assert "model.model.layers.0.self_attn.q_proj.base_layer.weight" in names
+    assert "model.model.layers.0.self_attn.q_proj.base_layer.scales" in names
+    assert not [name for name in names if "lora" in name or "norm" in name or "embed" in name]
+    assert len([name for name in names if name.endswith("base_layer.weight")]) == 14
+    assert stored_in_codes(adapted("bf16")) == []
+
+
+@pytest.mark.parametrize("case", ["copies", "tied embeddings", "biases"])
+@pytest.mark.filterwarnings("ignore:.*tied to lm_head:UserWarning")
+def test_the_base_left_out_of_a_state(case: str) -> None:
+    lora, other = leave_base_out_(adapted("nf4", case)), leave_base_out_(adapted("nf4", case, seed=9))
+    state = {key: value.clone() for key, value in lora.state_dict().items()}
+    assert state.keys() == trained(lora).keys()
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=batch(0)).logits, lora(input_ids=batch(0)).logits)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(dict(list(state.items())[1:]))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict({**state, "model.nobody": torch.ones(1)})
+    leave_base_out_(lora, out=False)
+    assert lora.state_dict().keys() > state.keys()
+
+
+def test_checkpoints_of_one_process(tmp_path: Path) -> None:
+    lora = adapted("nf4", "two adapters")
+    stepped = optimizer(list(trained(lora).values()))
+
+    def step(lora: Any, stepped: Any, i: int) -> float:
+        loss = lora(input_ids=batch(i), labels=batch(i)).loss
+        loss.backward()
+        stepped.step()
+        stepped.zero_grad()
+        return loss.item()
+
+    step(lora, stepped, 0)
+    stepped.param_groups[0]["lr"] = 5e-3
+    save_checkpoint(tmp_path / "one", lora, stepped)
+    expected = step(lora, stepped, 1), step(lora, stepped, 2)
+    other = adapted("nf4", "two adapters", seed=9)
+    resumed = optimizer(list(trained(other).values()))
+    load_checkpoint(tmp_path / "one", other, resumed)
+    assert (step(other, resumed, 1), step(other, resumed, 2)) == expected
+    with pytest.raises(StorageError, match="expected a new folder, found one that is there"):
+        save_checkpoint(tmp_path / "one", lora, stepped)
+    with pytest.raises(StorageError, match=r"expected a checkpoint, with optimizer\.safetensors"):
+        load_checkpoint(tmp_path, lora, stepped)
+    other.set_adapter("second")
+    with pytest.raises(StorageError, match=r"on one side only .*choose the adapters that were trained"):
+        load_checkpoint(tmp_path / "one", other, optimizer(list(trained(other).values())))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_a_state_with_pieces_is_refused(tmp_path: Path) -> None:
+    lora = adapted("float32")
+    state = dict(lora.state_dict())
+    name = next(key for key in state if "lora_A" in key)
+    for piece, shape in ((state[name][:2], r"\(2, 64\), not \(4, 64\)"), (state[name][:0], r"\(0, 64\), not")):
+        with pytest.raises(StorageError, match=rf"1 of 28 missing or empty or in part .*{shape}.*gather the shards"):
+            lora.save_pretrained(tmp_path / "pieces", state_dict={**state, name: piece})
+    factor: Any = lora.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    factor.weight.data = factor.weight.data.flatten()[:128]  # as FSDP1 leaves it
+    with pytest.raises(StorageError, match="expected whole factors, found 1 of 28 that are empty or flat pieces"):
+        lora.save_pretrained(tmp_path / "pieces")
+    assert not (tmp_path / "pieces").exists()
