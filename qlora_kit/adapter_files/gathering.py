@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..codecs.shards import is_sharded, is_writer, meet, ranks_of, to_pieces_, whole, whole_shape
+from ..codecs.shards.tensors import is_sharded, is_writer, meet, ranks_of, to_pieces_, whole, whole_shape
 from ..errors import StorageError
 from .slots import Slot
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs.shards import fill_, meet, own_part, ranks_of, whole_shape
+from ..codecs.shards.tensors import fill_, meet, own_part, ranks_of, whole_shape
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.stacks import why_no_branch

@@ -7,7 +7,6 @@ and says whether it holds that module's matrix.
 - ``registry``: from a module to its codec, by its type and by what the codec says of it
 - ``plain_weight``: is a module's ``weight`` the matrix it multiplies by?
 - ``dense``: one floating-point ``weight``: linear, embedding (transposed), convolution (flattened)
-- ``shard``: the part of a weight that this process holds, where others hold the rest
 - ``conv1d``: transformers' ``Conv1D``, stored (in, out)
 - ``packed``: ``PackedLinear``, 2, 3, 4 or 8 bits without a gap
 - ``kernels/``: how packed weights are multiplied with, device by device
@@ -22,7 +21,7 @@ and says whether it holds that module's matrix.
 - ``scratch``: memory for a dense weight that is multiplied with once
 - ``native``: the dtype to multiply in on a device
 - ``finite``: is every value of a tensor finite?
-- ``shards``: tensors that an engine keeps in pieces, one a process
+- ``shards/``: what this process holds a part of, and others the rest
 - ``autocast``: arithmetic on weights keeps its dtype within a forward's autocast
 """
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import UnsupportedModuleError
 from .base import Codec
-from .shard import is_tensor_parallel, shard_codec
+from .shards.view import is_tensor_parallel, shard_codec
 
 _registry: dict[type[nn.Module], Codec] = {}
 # The first type with a codec along each type's method resolution order, once it was looked for.

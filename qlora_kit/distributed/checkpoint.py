@@ -26,7 +26,7 @@ from ..adapter_files.folder import read_adapter
 from ..adapter_files.slots import adapter_slots
 from ..adapter_files.tensors import load_adapter_state_
 from ..checkpoints.files import sync_folder, write_atomically
-from ..codecs.shards import is_writer, meet, to_pieces_
+from ..codecs.shards.tensors import is_writer, meet, to_pieces_
 from ..errors import StorageError
 from ..model import LoraModel
 from .optimizer_state import bare, check_one_step, of_deepspeed, read_state, write_state_

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..layers.sharded.parts import is_dtensor
+from ..codecs.shards.tensors import is_dtensor
 
 
 @torch.no_grad()

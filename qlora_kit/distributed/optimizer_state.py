@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs.shards import fill_, is_partitioned, partition_of, whole
+from ..codecs.shards.tensors import fill_, is_partitioned, partition_of, whole
 from ..errors import StorageError
 
 MASTER = "master"

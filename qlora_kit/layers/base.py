@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec, codec_for, find_codec
 from ..codecs.base import autocasts
-from ..codecs.shard import is_tensor_parallel
+from ..codecs.shards.view import is_tensor_parallel
 from ..errors import AdapterError, TargetError
 from ..lowrank import delta
 from ..naming import StandIn

@@ -16,7 +16,7 @@ from ..adapter_files.tensors import adapter_slots
 from ..codecs.codebooks import STORED_TYPES
 from ..codecs.finite import all_finite
 from ..codecs.quantized import Quantizer
-from ..codecs.shards import engine_of
+from ..codecs.shards.tensors import engine_of
 from ..errors import MergeError, closest
 from ..injection.adapted import Adapted
 from ..injection.biases import bias_parameters

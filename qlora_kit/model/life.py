@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter_files.backbone import fingerprint
-from ..codecs.shards import engine_of
+from ..codecs.shards.tensors import engine_of
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
 from ..initializers import planned, prepared

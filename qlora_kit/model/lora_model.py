@@ -18,7 +18,7 @@ from ..adapter_files.folder import PREFIX
 from ..adapter_files.gathering import roles
 from ..adapter_files.tensors import load_resume_state_, save_adapter
 from ..codecs import protect_storage_
-from ..codecs.shards import to_pieces_
+from ..codecs.shards.tensors import to_pieces_
 from ..config.lora import LoraConfig
 from ..errors import AdapterError, MergeError
 from ..injection.adapted import Adapted

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ...codecs.shard import is_tensor_parallel
+from ...codecs.shards.view import is_tensor_parallel
 from ...errors import AdapterError, UnsupportedModuleError
 from .sharding import Form, Sharding, register_sharding
 

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...codecs.shards.tensors import is_dtensor
 from ..embedding import EmbeddingAdapter
 from ..registry import register_sharded
 from .collectives import pieces_of
-from .parts import is_dtensor, local
+from .parts import local
 from .sharded import ShardedLayer
 from .thin import thin_branch
 

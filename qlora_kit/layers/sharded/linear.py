@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...codecs import Codec
+from ...codecs.shards.tensors import is_dtensor
 from ...errors import AdapterError
 from ..fused.choice import chosen_branch
 from ..fused.linear import Made
@@ -17,7 +18,7 @@ from ..linear import LinearAdapter
 from ..registry import register_sharded
 from ..row_choice import rows_of
 from .collectives import piece_of
-from .parts import is_dtensor, local
+from .parts import local
 from .sharded import ShardedLayer
 from .sharding import Form
 from .thin import thin_branch

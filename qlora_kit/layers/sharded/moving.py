@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...codecs.shards.tensors import is_dtensor
 from ...errors import AdapterError
 from .collectives import (
     copy_to_group,
@@ -22,7 +23,7 @@ from .collectives import (
     reduce_to_pieces,
     split_to_group,
 )
-from .parts import dtensor_of, is_dtensor, local
+from .parts import dtensor_of, local
 from .sharding import Sharding
 
 _BIAS = "_bias_of_the_sum"

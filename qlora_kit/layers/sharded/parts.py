@@ -73,11 +73,6 @@ def placed_as(like: Any, part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def is_dtensor(tensor: Any) -> bool:
-    """Whether ``tensor`` is torch's DTensor, whose library isn't imported to ask."""
-    return type(tensor).__module__ == "torch.distributed.tensor" and hasattr(tensor, "_local_tensor")
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of ``tensor`` as a plain tensor; gradients flow to it."""
     found: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)

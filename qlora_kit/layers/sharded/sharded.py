@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...codecs import Codec
+from ...codecs.shards.tensors import is_dtensor
 from ...errors import AdapterError
 from ..base import AdapterLayer
 from .collectives import copy_to_group
-from .parts import agreed, cut, gathered, held, is_dtensor, local, placed_as
+from .parts import agreed, cut, gathered, held, local, placed_as
 from .sharding import Form, Sharding, sharding_of
 from .together import all_or_none
 

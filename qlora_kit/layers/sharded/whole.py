@@ -17,7 +17,7 @@ from ...codecs import codec_for
 from ...codecs.codebooks import scheme
 from ...codecs.packed import PackedLinear, pack_linear
 from ...codecs.quantized import SCALES_BLOCKSIZE, Quantized, Scales
-from ...codecs.shard import is_tensor_parallel, resembling
+from ...codecs.shards.view import is_tensor_parallel, resembling
 from ...errors import CodecError
 from .parts import cut, gathered
 from .sharding import Sharding

@@ -15,7 +15,7 @@ from torch import nn
 from ...codecs import codec_for
 from ...codecs.packed import pack_linear
 from ...codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
-from ...codecs.shard import is_tensor_parallel, local_view
+from ...codecs.shards.view import is_tensor_parallel, local_view
 from ...config.checks import failure
 from ...config.loftq import DEFAULT_TYPES
 from ...config.lora import LoraConfig

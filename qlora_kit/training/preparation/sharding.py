@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...codecs import registered_codec
-from ...codecs.shards import is_dtensor
+from ...codecs.shards.tensors import is_dtensor
 from ...errors import AdapterError
 
 #: Modules of a group by path.

@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import StorageError
+from ...errors import StorageError
 
 _meetings = 0
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether ``tensor`` is a DTensor, in however many pieces."""
-    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+    """Whether ``tensor`` is torch's DTensor, in however many pieces; its library isn't imported to ask."""
+    return type(tensor).__module__ == "torch.distributed.tensor" and hasattr(tensor, "_local_tensor")
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -129,7 +129,7 @@ def meet(ranks: Sequence[int], what: str) -> None:
     if len(ranks) < 2:
         return
     store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    names = {rank: f"qlora_kit.codecs.shards/{_meetings}/{'-'.join(map(str, ranks))}/{rank}" for rank in ranks}
+    names = {rank: f"qlora_kit.shards/{_meetings}/{'-'.join(map(str, ranks))}/{rank}" for rank in ranks}
     store.set(names[own], "here")
     try:
         store.wait(list(names.values()), _patience())

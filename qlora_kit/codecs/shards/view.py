@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Codec
-from .quantized import Quantized, Quantizer
+from ..base import Codec
+from ..quantized import Quantized, Quantizer
 
 # What torch's distribute_module and transformers' apply_tensor_parallelism leave on a module.
 _MARKS = ("_distribute_module_applied", "_is_hooked")
