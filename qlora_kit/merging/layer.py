@@ -7,6 +7,7 @@ is freed at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Merger:
         weight, base_error, norms = self._ideal(path, codec, base, delta, measured)
         sharding = sharding_of(base)
         try:
-            with all_or_none(base):
+            with nullcontext() if sharding is None else all_or_none(base):
                 module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error

@@ -18,7 +18,7 @@ from ..layers import layer_family_for
 from ..layers.sharded.megatron.linear import MegatronLinear
 from ..layers.sharded.megatron.parts import FusedLinear
 from ..layers.sharded.parts import gathered
-from ..naming import canonical
+from ..naming import canonical, every_module
 
 
 @contextmanager
@@ -28,7 +28,8 @@ def folded_parts(adapted: Adapted) -> Iterator[None]:
     aside = dict(adapted.set_aside)
     undo.append(lambda: setattr(adapted, "set_aside", aside))
     try:
-        for path, parent in list(adapted.root.named_modules()):
+        opened = any(type(module) is FusedLinear for module in every_module(adapted.root))
+        for path, parent in list(adapted.root.named_modules()) if opened else ():
             for child, module in list(parent._modules.items()):
                 if isinstance(module, FusedLinear) and any(True for _ in module.adapters()):
                     undo.append(_fold_(adapted, canonical(f"{path}.{child}".lstrip(".")), parent, child, module))

@@ -48,11 +48,10 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 def engine_of(module: nn.Module) -> str | None:
     """The engine that keeps parameters of ``module`` or its children in pieces, by its name; None if none does."""
-    parameters = list(module.parameters())
-    if any(map(is_partitioned, parameters)):
+    if "deepspeed" in sys.modules and any(map(is_partitioned, module.parameters())):
         return "DeepSpeed's ZeRO-3"
-    managed = getattr(module, "_is_fsdp_managed_module", False)  # other DTensors are tensor parallelism's
-    return "FSDP2" if managed and any(map(is_dtensor, parameters)) else None
+    managed = vars(module).get("_is_fsdp_managed_module")  # other DTensors are tensor parallelism's
+    return "FSDP2" if managed and any(map(is_dtensor, module.parameters())) else None
 
 
 def to_pieces_(model: nn.Module) -> None:
