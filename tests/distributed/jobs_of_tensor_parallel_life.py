@@ -167,6 +167,10 @@ def refused() -> dict[str, str]:
         torch.manual_seed(dist.get_rank())
         lora(**batch())
 
+    def rows(targets: list[str]) -> Callable[[], Any]:
+        lora = adapted(base("torch"), target_modules=targets).eval()
+        return lambda: lora(**batch(), adapter_names=["default", "__base__"])
+
     return {
         "random states": said(out_of_step),
         "blocks": said(asked(blocksize=64)),
@@ -180,9 +184,8 @@ def refused() -> dict[str, str]:
         "calibrated": said(calibrated),
         "sharded afterwards": said(after),
         "merge_aware": said(lambda: adapted(base("torch", bits=2), merge_aware="same")),
-        "rows of a batch": said(
-            lambda: adapted(base("torch")).eval()(**batch(), adapter_names=["default", "__base__"])
-        ),
+        "rows of a batch": said(rows(LINEARS)),
+        "rows of a table": said(rows(["embed_tokens"])),
         "into another type": said(lambda: merge(adapted(base("torch")), into="nf4")),
         "unknown hooks": said(odd_plan),
     }

@@ -121,6 +121,7 @@ def test_a_base_has_the_fingerprint_that_it_has_in_one_process(found: list[dict[
             "merge_aware",
             r"TargetError: .*q_proj: expected a layer that this process holds whole .*leave merge_aware out",
         ),
+        ("rows of a table", r"Embedding: expected one adapter for all rows .*set_adapter"),
         ("rows of a batch", r"expected one adapter for all rows .*set_adapter"),
         ("into another type", r"found into='nf4'; leave that out, or save the adapter and merge it in one process"),
         ("unknown hooks", r"Embedding\(24, 64, .*found hooks that say nothing .*register_sharding"),

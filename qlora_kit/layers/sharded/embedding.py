@@ -26,6 +26,7 @@ class ShardedEmbeddingAdapter(ShardedLayer, EmbeddingAdapter):
     """``lora_embedding_A[name]`` and ``lora_embedding_B[name]`` are this rank's parts: DTensors over a mesh."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_rows(kwargs)
         result = self.codec.forward(self.base_layer, x, *args, **kwargs)
         for name in self._in_effect:
             branch = self.branch(x, name).to(result.dtype)

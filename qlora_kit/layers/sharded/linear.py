@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from ...codecs import Codec
 from ...codecs.shards.tensors import is_dtensor
-from ...errors import AdapterError
 from ..fused.choice import chosen_branch
 from ..fused.linear import Made
 from ..fused.mask import Mask
 from ..linear import LinearAdapter
 from ..registry import register_sharded
-from ..row_choice import rows_of
 from .collectives import piece_of
 from .parts import local
 from .sharded import ShardedLayer
@@ -37,11 +35,7 @@ class ShardedLinearAdapter(ShardedLayer, LinearAdapter):
         self._in_step = False  # whether ranks are known to draw the same
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if rows_of(self, kwargs) is not None:
-            raise AdapterError(
-                f"{type(self.base_layer).__name__}: expected one adapter for all rows over a layer that is sharded, "
-                "found adapter_names; set_adapter(name) and call with the rows of one adapter at a time"
-            )
+        self.refuse_rows(kwargs)
         result = self.codec.forward(self.base_layer, x, *args, **kwargs)
         for name in self._in_effect:
             result = self.added(result, self.branch(x, name))

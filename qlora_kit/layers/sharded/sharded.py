@@ -16,6 +16,7 @@ from ...codecs import Codec
 from ...codecs.shards.tensors import is_dtensor
 from ...errors import AdapterError
 from ..base import AdapterLayer
+from ..row_choice import rows_of
 from .collectives import copy_to_group
 from .parts import agreed, cut, gathered, held, local, placed_as
 from .sharding import Form, Sharding, sharding_of
@@ -119,6 +120,18 @@ class ShardedLayer(AdapterLayer):
         return self.as_output(weight, (local(weight) + laid_out).to(weight.dtype))
 
     # -- activations ---------------------------------------------------------------------------------------
+
+    def refuse_rows(self, kwargs: dict[str, Any]) -> None:
+        """Ranks add up and gather whole inputs, of which rows with adapters of their own aren't told apart.
+
+        Raises:
+            AdapterError: the call, or the block that it is in, gives each row an adapter.
+        """
+        if rows_of(self, kwargs) is not None:
+            raise AdapterError(
+                f"{type(self.base_layer).__name__}: expected one adapter for all rows over a layer that is sharded, "
+                "found adapter_names; set_adapter(name) and call with the rows of one adapter at a time"
+            )
 
     def as_input(self, x: Tensor) -> tuple[Tensor, Form]:
         """``x`` as a plain tensor, and the form it comes in, whatever that is for the base."""

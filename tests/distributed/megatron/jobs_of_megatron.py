@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jobs_of_linears import linears, quantized_linears
-from megatron_gpt import begin, gpt, logits_of, loss_of
+from megatron_gpt import batch, begin, gpt, logits_of, loss_of
 from torch import Tensor, nn
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, make_plan, merge, quantize_
@@ -256,7 +256,16 @@ def refusals() -> dict[str, str]:
     found = {}
     config = begin(hidden_size=64, ffn_hidden_size=64)
     loftq = LoraConfig(target_modules=["linear_q"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+
+    def rows(*targets: str) -> Tensor:
+        lora = apply_lora(gpt(config), adapter(targets)).eval()
+        lora.set_adapter([])
+        return lora(*batch(), adapter_names=["default", "__base__"])  # type: ignore[no-any-return]
+
     tries = {
+        "rows of a fused linear": lambda: rows("linear_qkv"),
+        "rows of parts": lambda: rows("linear_fc1_up"),
+        "rows of a table": lambda: rows("word_embeddings"),
         "blocks": lambda: quantize_(gpt(config), quant_type="nf4", blocksize=64),
         "double": lambda: quantize_(gpt(config), quant_type="nf4", blocksize=32, double_quant=True),
         "loftq on parts": lambda: apply_lora(gpt(config), loftq),

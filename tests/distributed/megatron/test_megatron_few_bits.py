@@ -79,6 +79,14 @@ def test_blocks_across_ranks_are_refused(runs: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["a fused linear", "parts", "a table"])
+def test_rows_with_adapters_of_their_own_are_refused(what: str, runs: Any) -> None:
+    for rank in runs[2]:
+        assert "AdapterError" in rank["refusals"][f"rows of {what}"]
+        assert "expected one adapter for all rows over a layer that is sharded" in rank["refusals"][f"rows of {what}"]
+
+
+@pytest.mark.slow
 def test_starts_that_quantize_are_refused_on_parts(runs: Any) -> None:
     for rank in runs[2]:
         said = rank["refusals"]["loftq on parts"]

@@ -18,6 +18,10 @@ from .linear import mark_
 class MegatronEmbedding(ShardedLayer, EmbeddingAdapter):
     """``lora_embedding_A[name]`` is (r, this rank's words), ``lora_embedding_B[name]`` (dim, r)."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_rows(kwargs)
+        return super().forward(x, *args, **kwargs)
+
     def branch(self, x: Tensor, name: str) -> Tensor:
         A, B = self.factors(name)
         return thin_branch(self.sharding, x, A, B, scale=self.scaling[name], narrow=self._looked_up)

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....errors import AdapterError
-from ...row_choice import rows_of
 from ...weight_in_effect import InEffect
 from ..collectives import gather_from_group, split_to_group
 from ..linear import ShardedLinearAdapter
@@ -39,11 +37,7 @@ class MegatronLinear(ShardedLinearAdapter):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if rows_of(self, kwargs) is not None:
-            raise AdapterError(
-                f"{type(self.base_layer).__name__}: expected one adapter for all rows over a layer that is sharded, "
-                "found adapter_names; set_adapter(name) and call with the rows of one adapter at a time"
-            )
+        self.refuse_rows(kwargs)
         if not (names := self._in_effect):
             return self.codec.forward(self.base_layer, x, *args, **kwargs)
         args, kwargs = _with_own_weight(self.base_layer, args, kwargs)

@@ -106,6 +106,8 @@ class FusedLinear(StandIn):
         return (part for part in parts if isinstance(part, MegatronLinear))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for part in self.adapters():
+            part.refuse_rows(kwargs)
         adding = [(part, names) for part in self.adapters() if (names := part._in_effect)]
         if not adding:
             return self.base_layer(x, *args, **kwargs)
