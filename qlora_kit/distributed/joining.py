@@ -14,6 +14,8 @@ from typing import Any
 from ..errors import ProcessesError
 from .team import ALONE, PATIENCE, Processes, Team
 
+# Seconds that processes have to come together at least: they start one after the other on a busy machine.
+_LEAST = 60.0
 # How often this process has joined a team, which is as often as the others have.
 _times = itertools.count()
 
@@ -32,23 +34,25 @@ def joined(
         go_on: how one goes on afterwards, which ends the message of another process's failure.
 
     Raises:
-        ProcessesError: not all of them come within ``patience`` seconds; another has failed, or is gone.
+        ProcessesError: not all of them come within ``patience`` seconds, or a minute; another has failed, or is gone;
+            the environment says one thing of several processes and lacks another.
     """
-    size = int(environment.get("WORLD_SIZE", 1))
+    rank, size = _place(environment)
     if size < 2:
         yield ALONE
         return
     import torch.distributed as dist
 
-    rank, own = int(environment["RANK"]), not dist.is_initialized()
+    own, waited = not dist.is_initialized(), max(patience, _LEAST)
     try:
         if own:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=max(patience, 60)))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=waited))
         name = f"team{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_times)}"
         team = Processes(lambda: _store(name, environment, patience), rank, size, patience)
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
-            f"processes: expected {size} of them to come together within {patience:.0f} s, found fewer ({error})",
+            f"processes: expected {size} of them to come together within {waited:.0f} s, found fewer "
+            f"({next(iter(str(error).splitlines()), '')})",
             spokesman=True,
         ) from error
 
@@ -77,10 +81,33 @@ def joined(
                 dist.destroy_process_group()
 
 
+def _place(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    said = environment.get("WORLD_SIZE", "1")
+    if said.isdecimal() and int(said) < 2:
+        return 0, 1
+    fix = "start with torchrun, which sets all of them, or unset WORLD_SIZE for one process"
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        found = environment.get(name, "")
+        if not found.isdecimal() or (name == "RANK" and int(found) >= int(said)):
+            expected = f"a number below {said}" if name == "RANK" else "a number"
+            raise ProcessesError(
+                f"{name}: expected {expected} in the environment of one of several processes, found {found!r}; {fix}",
+                spokesman=True,
+            )
+    if not environment.get("MASTER_ADDR"):
+        raise ProcessesError(
+            f"MASTER_ADDR: expected the machine of process 0 in the environment of one of {said} processes, found "
+            f"nothing; {fix}",
+            spokesman=True,
+        )
+    return int(environment["RANK"]), int(said)
+
+
 def _store(name: str, environment: Mapping[str, str], patience: float) -> Any:
     """A connection to the store that the processes met at, with names of this team's own."""
     import torch.distributed as dist
 
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(patience, 60)))
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(patience, _LEAST)))
     return dist.PrefixStore(name, store)

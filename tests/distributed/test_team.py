@@ -11,6 +11,7 @@ from processes import in_processes
 
 from qlora_kit.distributed.joining import joined
 from qlora_kit.distributed.team import ALONE
+from qlora_kit.errors import ProcessesError
 
 SIZE = 2
 
@@ -71,3 +72,20 @@ def test_a_process_alone_has_no_others_to_wait_for() -> None:
         doubled = team.shared([3, 1, 2], lambda item: item, lambda item, read: 2 * read, size=lambda item: item)
         assert list(doubled) == [(3, 6), (1, 2), (2, 4)]
         team.barrier()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number .*, found 'two'; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK: expected a number below 2 .*, found ''; start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected a number below 2 .*, found '2'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT: expected a number .*, found ''"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR: expected the machine of process 0 "),
+    ],
+)
+def test_an_environment_that_says_half(environment: dict[str, str], said: str) -> None:
+    """As batch systems and containers leave it."""
+    with pytest.raises(ProcessesError, match=said) as error, joined(environment=environment):
+        pass
+    assert error.value.spokesman
