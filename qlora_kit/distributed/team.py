@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 #: Seconds without a sign of another process after which it is taken to be gone.
 PATIENCE = 300.0
-_MOMENT = timedelta(seconds=0.5)
+# Seconds that are waited without looking around, and the most between two looks into the store.
+_MOMENT, _PAUSE = 0.5, 0.05
 # Keys of what is said once, and seconds that others wait for process 0 to have heard of an error.
 _FAILED, _PARTED, _PARTING = "failed", "parted", 10.0
 
@@ -146,13 +147,14 @@ class Processes(Team):
         return bytes(value)
 
     def _is_there(self, key: str) -> bool:
-        """Whether ``key`` is in the store, or comes there in a moment: signals are heard no later."""
-        import torch.distributed as dist
-
-        try:
-            self._store.wait([key], _MOMENT)
-        except dist.DistStoreError:
-            return False
+        """Whether ``key`` is in the store, or comes there in a moment: signals are heard no later. The store's own wait
+        would warn on the terminal each time that it ends without."""
+        until, pause = time.monotonic() + _MOMENT, 0.001
+        while not self._store.check([key]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
         return True
 
     def _look_for_signs(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jobs_of_team as jobs
@@ -10,7 +11,7 @@ import torch
 from processes import in_processes
 
 from qlora_kit.distributed.joining import joined
-from qlora_kit.distributed.team import ALONE
+from qlora_kit.distributed.team import ALONE, Processes
 from qlora_kit.errors import ProcessesError
 
 SIZE = 2
@@ -59,6 +60,23 @@ def test_nobody_waits_for_one_that_is_lost() -> None:
     assert first["gone"] == "process 1 of 2: expected a sign of it, found none for 2 s"
     assert first["spokesman"]
     assert first["seconds"] < 7, "as soon as that is so"
+
+
+def test_to_wait_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch's store says so on the terminal whenever a wait for a value runs out, twice a second for as long as another
+    computes."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    team = Processes(lambda: dist.TCPStore("localhost", store.port, is_master=False), rank=0, size=2, patience=60)
+    try:
+        later = threading.Timer(1.2, lambda: store.set("value", "there"))
+        later.start()
+        assert team._wait("value") == b"there"
+        later.join()
+    finally:
+        team.close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_process_alone_has_no_others_to_wait_for() -> None:
