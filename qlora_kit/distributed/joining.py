@@ -66,8 +66,8 @@ def joined(
         yield team
         team.barrier()  # whoever keeps the store leaves last
     except ProcessesError as error:
-        team.part()
-        raise ProcessesError(f"{error}; {go_on}" if go_on else str(error), spokesman=error.spokesman) from error
+        speaks = team.part() or error.spokesman
+        raise ProcessesError(f"{error}; {go_on}" if go_on else str(error), spokesman=speaks) from error
     except BaseException as error:
         team.fail(error)
         team.part()

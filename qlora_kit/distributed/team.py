@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoints.pipeline import in_order
@@ -33,7 +32,7 @@ PATIENCE = 300.0
 # Seconds that are waited without looking around, and the most between two looks into the store.
 _MOMENT, _PAUSE = 0.5, 0.05
 # Keys of what is said once, and seconds that others wait for process 0 to have heard of an error.
-_FAILED, _PARTED, _PARTING = "failed", "parted", 10.0
+_FAILED, _PARTED, _SPOKEN, _PARTING = "failed", "parted", "spoken", 10.0
 
 
 class Growing(Protocol):
@@ -146,10 +145,10 @@ class Processes(Team):
                 self._store.delete_key(key)
         return bytes(value)
 
-    def _is_there(self, key: str) -> bool:
-        """Whether ``key`` is in the store, or comes there in a moment: signals are heard no later. The store's own wait
-        would warn on the terminal each time that it ends without."""
-        until, pause = time.monotonic() + _MOMENT, 0.001
+    def _is_there(self, key: str, seconds: float = _MOMENT) -> bool:
+        """Whether ``key`` is in the store, or comes there in so many seconds. The store's own wait would hear no signal
+        meanwhile, and warn on the terminal each time that it ends without."""
+        until, pause = time.monotonic() + seconds, 0.001
         while not self._store.check([key]):
             if time.monotonic() > until:
                 return False
@@ -189,14 +188,20 @@ class Processes(Team):
         with suppress(Exception):
             self._store.compare_set(_FAILED, "", f"{self.rank} {text}")
 
-    def part(self) -> None:
-        """Leave after an error: process 0 first, so that it says why before torchrun ends it for another's exit."""
+    def part(self) -> bool:
+        """Leave after an error: process 0 first, so that it says why before torchrun ends it for another's exit.
+
+        Returns:
+            Whether this process has to speak for all, since process 0 is gone.
+        """
         with suppress(Exception):
             if self.leads:
                 self._store.set(_PARTED, b"")
-            else:
-                self._store.wait([_PARTED], timedelta(seconds=min(self.patience, _PARTING)))
+            elif self._is_there(_PARTED, min(self.patience, _PARTING)):
                 time.sleep(0.5)
+            else:
+                return bool(self._store.add(_SPOKEN, 1) == 1)
+        return False
 
     def reason(self) -> str | None:
         """What a process that failed has said; None if none did."""

@@ -87,12 +87,13 @@ def made(out: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
-def test_a_process_that_dies(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """One process goes on with what the two have finished."""
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.engines)])
+def test_a_process_that_dies(rank: int, source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """One process goes on with what the two have finished; what is left of them says so, even of that which leads."""
     out = tmp_path / "out"
     started = Started(tmp_path, *arguments(source, out))
     started.wait_for(lambda: lines(out) > 0 and made(out) > 3)
-    os.kill(started.ranks()[1], signal.SIGKILL)
+    os.kill(started.ranks()[rank], signal.SIGKILL)
     assert started.ended() == 1
     said = [line for line in started.text().splitlines() if line.startswith("loftq init:")]
     assert len(said) == 1, started.text()
