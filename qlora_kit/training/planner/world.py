@@ -117,7 +117,7 @@ def sharing_of(model: nn.Module, settings: Settings, held: list[Held]) -> Sharin
     """How ``settings.engine`` shares ``model`` out.
 
     Raises:
-        ConfigError: "tp" for a model for which transformers has no plan.
+        ConfigError: "tp" for a model for which transformers has no plan, or whose heads can't be cut in so many.
     """
     size = settings.world_size
     trained = sum(one.nbytes for one in held if one.trained)
@@ -138,6 +138,7 @@ def sharing_of(model: nn.Module, settings: Settings, held: list[Held]) -> Sharin
         return Sharing(size, flat, _whole_beside, flat, gathered, bucket, stepped=True)
     if settings.engine == "tp":
         cut = _cut_by_plan(model)
+        _check_heads(model, size)
 
         def part(one: Held) -> int:
             return -(-one.nbytes // size) if cut(one.name) else one.nbytes
@@ -262,6 +263,26 @@ def _plan_of(model: Any) -> Callable[[str], str | None]:
             f"{type(model).__name__}, for which it has none; pass engine='fsdp2'"
         )
     return lambda name: next((kind for pattern, kind in kinds.items() if _names(pattern, name)), None)
+
+
+def _check_heads(model: Any, size: int) -> None:
+    """Each GPU has whole heads of what the plan cuts, or a layer's own arithmetic of heads fails in the first step.
+
+    Raises:
+        ConfigError: ``size`` doesn't divide their number; says the next smaller that does.
+    """
+    kind_of, config = _plan_of(model), model.config.get_text_config()
+    names = ("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")
+    cut = {
+        suffix for suffix, _ in names for name, _ in model.named_modules() if name.endswith(suffix) and kind_of(name)
+    }
+    heads = [count for suffix, key in names if suffix in cut and (count := getattr(config, key, None))]
+    if odd := [count for count in heads if count % size]:
+        fits = next(less for less in range(size, 0, -1) if not any(count % less for count in heads))
+        raise ConfigError(
+            f"world_size: expected a number of GPUs that divides the {min(odd)} heads that engine='tp' cuts, found "
+            f"{size}; pass world_size={fits}"
+        )
 
 
 def _cut_by_plan(model: Any) -> Callable[[str], bool]:

@@ -9,6 +9,7 @@ import jobs_of_world as jobs
 import pytest
 from folders import config_folder
 from processes import in_processes
+from tiny_llama import llama
 from typer.testing import CliRunner
 from zoo import ZOO
 
@@ -85,7 +86,9 @@ def test_what_a_gpu_holds_by_deepspeed(stage: int, folder: Path, monkeypatch: py
         assert parts["optimizer states"] == pytest.approx(found["states"], rel=NEAR)
 
 
-def test_more_gpus_hold_less_each(folder: Path) -> None:
+def test_more_gpus_hold_less_each(tmp_path: Path) -> None:
+    folder = tmp_path / "heads for eight"
+    llama(num_attention_heads=8, num_key_value_heads=8).save_pretrained(folder)
     size = {"rank": 4, "seq": 64}
     alone = plan_memory(folder, **size)
     assert alone.traffic == {}
@@ -130,6 +133,9 @@ def test_what_cannot_be_shared_out(folder: Path, tmp_path: Path) -> None:
     bert = config_folder(tmp_path, "bert")
     with pytest.raises(ConfigError, match=r"engine: expected a model that transformers has a plan of .*engine='fsdp2'"):
         plan_memory(bert, rank=4, seq=64, world_size=2, engine="tp")
+    heads = r"world_size: expected a number of GPUs that divides the 2 heads .*found 3; pass world_size=2"
+    with pytest.raises(ConfigError, match=heads):
+        plan_memory(folder, rank=4, seq=64, world_size=3, engine="tp")
 
 
 def test_the_command(folder: Path) -> None:
