@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from qlora_kit import AdapterError, ConfigError, LoraConfig, LoraModel, StorageError, apply_lora
 from qlora_kit.codecs.bnb import quantize_linear
 from qlora_kit.distributed import leave_base_out_, load_checkpoint, prepare, repeated_blocks, save_checkpoint
-from qlora_kit.distributed.ddp import stored_in_codes
+from qlora_kit.distributed.sameness import stored_in_codes
 from qlora_kit.distributed.zero import partition
 
 pytestmark = pytest.mark.slow
