@@ -66,10 +66,11 @@ def _layers(lora: LoraModel) -> dict[str, str]:
 
 
 def _parameters(lora: LoraModel) -> dict[str, str]:
-    return {
-        name: f"{tuple(p.shape)} of {p.dtype}{' that trains' if p.requires_grad else ''}{' on meta' if p.is_meta else ''}"
-        for name, p in lora.named_parameters()
-    }
+    found = {}
+    for name, parameter in lora.named_parameters():
+        marks = f"{' that trains' if parameter.requires_grad else ''}{' on meta' if parameter.is_meta else ''}"
+        found[name] = f"{tuple(parameter.shape)} of {parameter.dtype}{marks}"
+    return found
 
 
 def _values(lora: LoraModel, codes: Collection[str]) -> dict[str, str]:
