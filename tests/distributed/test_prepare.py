@@ -229,6 +229,14 @@ def test_a_model_in_parts_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("group")
+def test_adapters_combined_on_a_sharded_model_are_refused() -> None:
+    lora = prepare(adapted("float32", "two adapters"), "fsdp2").lora
+    with pytest.raises(AdapterError, match=r"'mix': expected a model with whole weights .* found one that FSDP2 has"):
+        lora.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mix", combination_type="cat")
+    assert list(lora.peft_config) == ["default", "second"]
+
+
+@pytest.mark.usefixtures("group")
 def test_what_is_loaded_after_an_evaluation_stays() -> None:
     lora, other = adapted("float32", "embeddings"), adapted("float32", "embeddings", seed=9)
     prepare(lora, "fsdp2").lora.eval()
