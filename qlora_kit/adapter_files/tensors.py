@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs.shards.tensors import fill_, meet, own_part, ranks_of, whole_shape
+from ..codecs.shards.tensors import fill_, meet, own_part, ranks_of, to_pieces_, whole_shape
 from ..errors import AdapterError, StorageError, closest
 from ..injection.adapted import Adapted, adapted_of
 from ..injection.stacks import why_no_branch
@@ -96,6 +96,7 @@ def load_adapter_state_(model: Any, adapter_name: str, state: Mapping[str, Tenso
         StorageError: keys are missing or unexpected, or shapes differ. It lists all of them; nothing is changed.
     """
     adapted = adapted_of(model)
+    to_pieces_(adapted.root if model is adapted else model)
     _write_(_matched(adapted, adapter_name, state))
 
 

@@ -29,7 +29,7 @@ from ..checkpoints.files import sync_folder, write_atomically
 from ..codecs.shards.tensors import is_writer, meet, to_pieces_
 from ..errors import StorageError
 from ..model import LoraModel
-from .optimizer_state import bare, check_one_step, of_deepspeed, read_state, write_state_
+from .optimizer_state import bare, check_steps, of_deepspeed, read_state, write_state_
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 _FORMAT = "1"
@@ -43,27 +43,34 @@ def save_checkpoint(folder: str | os.PathLike[str], lora: LoraModel, optimizer: 
         StorageError: ``folder`` is there, or can't be written, or a rank didn't come; what was there is as it was.
     """
     folder = Path(folder)
-    _agree(lambda: _check_new(folder))
+    partial = folder.with_name(f".{folder.name}.partial")
     everyone = list(range(dist.get_world_size())) if dist.is_initialized() else [0]
     meet(everyone, f"save_checkpoint({str(folder)!r})")
-    optimizer = bare(optimizer)
-    partial = folder.with_name(f".{folder.name}.partial")
-    if is_writer() and partial.exists():
-        shutil.rmtree(partial)  # of a run that died
-    lora.save_pretrained(partial, is_main_process=None if is_writer() else False)
-    state: dict[str, Tensor] = {}
-    found = [(name, read_state(optimizer, parameter)) for name, parameter in _trained(lora)]
-    check_one_step(found)
-    for name, tensors in found:
-        state |= {f"{name}:{key}": value.contiguous() for key, value in tensors.items()}
+    to_pieces_(lora)
+    optimizer, trained = bare(optimizer), dict(_trained(lora))
+
+    def begin() -> None:
+        check_steps(optimizer, trained)
+        if is_writer():
+            _check_new(folder)
+            if partial.exists():
+                shutil.rmtree(partial)  # of a run that died
 
     def finish() -> None:
+        if not is_writer():
+            return
         metadata = {"format": "pt", "optimizer": _FORMAT, "groups": json.dumps(_settings(optimizer))}
+        metadata["parameters"] = json.dumps(list(trained))
         write_atomically(partial / OPTIMIZER_NAME, safetensors.torch.save(state, metadata))
         sync_folder(partial)
         partial.rename(folder)
         sync_folder(folder.parent)
 
+    _agree(begin)
+    _agree(lambda: lora.save_pretrained(partial, is_main_process=None if is_writer() else False))
+    state: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        state |= {f"{name}:{key}": value.contiguous() for key, value in read_state(optimizer, parameter).items()}
     _agree(finish)
 
 
@@ -86,17 +93,18 @@ def load_checkpoint(folder: str | os.PathLike[str], lora: LoraModel, optimizer: 
             stored.setdefault(name, {})[part] = file.get_tensor(key)
     to_pieces_(lora)
     trained = dict(_trained(lora))
-    if stored and stored.keys() != trained.keys():
-        odd = sorted(stored.keys() ^ trained.keys())
+    names = set(json.loads(metadata.get("parameters", "[]")))
+    if names != trained.keys():
+        odd = sorted(names ^ trained.keys())
         raise StorageError(
-            f"{path}: expected a state of the {len(trained)} parameters that train, found {len(stored)}, of which "
+            f"{path}: expected a state of the {len(trained)} parameters that train, found {len(names)}, of which "
             f"{len(odd)} are on one side only ({odd[:3]}); choose the adapters that were trained (set_adapter) first"
         )
     settings = _stored_settings(path, metadata, optimizer)
     states = [(name, read_adapter(folder if name == "default" else folder / name)[1]) for name in lora.peft_config]
     for name, state in states:
         load_adapter_state_(lora, name, state)
-    write_state_(optimizer, [(trained[name], tensors) for name, tensors in stored.items()])
+    write_state_(optimizer, [(parameter, stored.get(name, {})) for name, parameter in trained.items()])
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update({key: value for key, value in values.items() if key in group})
 
@@ -134,18 +142,18 @@ def _check_new(folder: Path) -> None:
 
 
 def _agree(do: Callable[[], None]) -> None:
-    """Call ``do`` on the first rank; an error of it is one on every rank."""
+    """Call ``do`` on every rank; an error on one is one on all, so that none waits for it in what comes next."""
     error: Exception | None = None
-    if is_writer():
-        try:
-            do()
-        except Exception as caught:
-            error = caught
+    try:
+        do()
+    except Exception as caught:
+        error = caught
     if dist.is_initialized() and dist.get_world_size() > 1:
-        said = [None if error is None else str(error)]
-        dist.broadcast_object_list(said, 0)
-        if error is None and said[0] is not None:
-            raise StorageError(f"rank 0: {said[0]}")
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, None if error is None else str(error))
+        failed = next((rank for rank, text in enumerate(said) if text is not None), None)
+        if error is None and failed is not None:
+            raise StorageError(f"rank {failed}: {said[failed]}")
     if error is not None:
         raise error
 

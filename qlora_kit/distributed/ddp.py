@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..codecs import registered_codec
 from ..errors import AdapterError
 from ..model import LoraModel
+from .sameness import stored_in_codes
 
 
 def replicate(lora: LoraModel, **options: Any) -> DistributedDataParallel:
@@ -36,14 +36,3 @@ def replicate(lora: LoraModel, **options: Any) -> DistributedDataParallel:
 
     parallel.register_forward_pre_hook(check)
     return parallel
-
-
-def stored_in_codes(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that keep weights in few bits; biases aren't among them."""
-    names = []
-    for path, module in model.named_modules():
-        codec = registered_codec(module)
-        if codec is not None and codec.quantizer(module) is not None:
-            held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            names += [f"{path}.{name}" for name, _ in held if name != "bias"]
-    return names

@@ -23,9 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..codecs.shards.tensors import is_sharded
 from ..errors import AdapterError, ConfigError, closest
+from ..layers.sharded.sharded import ShardedLayer
 from ..model import LoraModel
 from . import ddp, fsdp2, zero
+from .sameness import check_same
 
 MakesOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
 
@@ -78,8 +81,8 @@ def prepare(lora: LoraModel, engine: str, *, optimizer: MakesOptimizer | None = 
             ``deepspeed.initialize`` (``config``).
 
     Raises:
-        AdapterError: no process group, or a model that the engine would train wrongly; it says what to change. The
-            model is as it was.
+        AdapterError: no process group, a model that isn't the same in every process or is in parts already, or one that
+            the engine would train wrongly; it says what to change. The model is as it was.
         ConfigError: another engine.
         ImportError: DeepSpeed is wanted and isn't installed.
     """
@@ -95,7 +98,18 @@ def prepare(lora: LoraModel, engine: str, *, optimizer: MakesOptimizer | None = 
         )
     if not any(p.requires_grad for p in lora.parameters()):
         raise AdapterError("prepare: expected parameters that train, found none; call set_adapter(name) first")
+    _check_whole(lora)
     return _ENGINES[engine](lora, optimizer, options)
+
+
+def _check_whole(lora: LoraModel) -> None:
+    parts = [f"{path}.base_layer" for path, layer in lora.adapter_layers().items() if isinstance(layer, ShardedLayer)]
+    parts += [name for name, parameter in lora.named_parameters() if is_sharded(parameter)]
+    if parts:
+        raise AdapterError(
+            f"{parts[0]}: expected a model that each process has whole, found one that is in parts already; train it "
+            "as it is, with an optimizer made of its parameters now, or load it again for prepare"
+        )
 
 
 def _trained(lora: LoraModel) -> list[nn.Parameter]:
@@ -103,6 +117,7 @@ def _trained(lora: LoraModel) -> list[nn.Parameter]:
 
 
 def _ddp(lora: LoraModel, make: MakesOptimizer | None, options: dict[str, Any]) -> Prepared:
+    check_same(lora)
     model = ddp.replicate(lora, **options)
     return Prepared("ddp", model, lora, make and make(_trained(lora)))
 
@@ -116,6 +131,7 @@ def _zero(stage: int) -> Callable[[LoraModel, MakesOptimizer | None, dict[str, A
     def engine(lora: LoraModel, make: MakesOptimizer | None, options: dict[str, Any]) -> Prepared:
         if make is None:
             raise ConfigError(f"engine 'zero{stage}': expected optimizer=..., which DeepSpeed shares out, found none")
+        check_same(lora)
         model = zero.partition(lora, stage, make(_trained(lora)), **options)
         return Prepared(f"zero{stage}", model, lora, model.optimizer)
 

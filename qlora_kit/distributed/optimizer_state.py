@@ -38,7 +38,7 @@ def read_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     if of_deepspeed(optimizer):
         return {name: value.cpu() for name, value in _read_partitions(optimizer, parameter).items()}
     state = optimizer.state.get(parameter, {})
-    return {name: whole(_tensor(value)).cpu() for name, value in state.items() if value is not None}
+    return {name: whole(_tensor(value)).to("cpu", copy=True) for name, value in state.items() if value is not None}
 
 
 @torch.no_grad()
@@ -47,6 +47,8 @@ def write_state_(optimizer: Any, states: Sequence[tuple[nn.Parameter, Mapping[st
     if of_deepspeed(optimizer):
         _write_partitions_(optimizer, states)
         return
+    # Compiled into one kernel, steps are counted where the parameters are.
+    near = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     for parameter, state in states:
         made: dict[str, Any] = {}
         for name, value in state.items():
@@ -56,7 +58,8 @@ def write_state_(optimizer: Any, states: Sequence[tuple[nn.Parameter, Mapping[st
                 made[name] = torch.zeros_like(parameter, dtype=value.dtype, memory_format=torch.preserve_format)
                 fill_(made[name], value)
             else:
-                made[name] = value.clone()
+                made[name] = value.clone().to(parameter.device if id(parameter) in near else "cpu")
+        optimizer.state.pop(parameter, None)
         if made:
             optimizer.state[parameter] = made
 
@@ -113,11 +116,14 @@ def _write_partitions_(optimizer: Any, states: Sequence[tuple[Any, Mapping[str, 
                     parameter.set_full_hp_param(value.float(), key)
 
 
-def check_one_step(states: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """Refuse states of which some are of no step: an optimizer of other parameters, or one that was reset in part."""
-    empty = [name for name, state in states if not state]
-    if empty and len(empty) < len(states):
+def check_steps(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer of other parameters than ``trained``; of some of these it may have no state, as of a layer
+    that no batch has come to."""
+    if of_deepspeed(optimizer):
+        return  # it has put its own in their place
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if others := [name for name, parameter in trained.items() if id(parameter) not in held]:
         raise StorageError(
-            f"optimizer: expected a state of every trained parameter or of none, found none of {len(empty)} of "
-            f"{len(states)} ({empty[:3]}); make it of the parameters that train now"
+            f"optimizer: expected one that has all {len(trained)} parameters that train, found {len(others)} that it "
+            f"hasn't ({others[:3]}); make it of the parameters that train now, under FSDP2 after the model is sharded"
         )

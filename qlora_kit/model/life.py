@@ -41,11 +41,6 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
 
 def _add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     root, dtype = adapted.root, adapted.adapter_dtype
-    if (engine := engine_of(root)) is not None:
-        raise AdapterError(
-            f"adapter {name!r}: expected a model with whole weights to add it to, found one that {engine} has sharded, "
-            "which wouldn't shard or reduce it; add every adapter before the model is sharded"
-        )
     at_full_size_(root)
     tree = Tree(root)
     twin = _made_by(adapted, config)
@@ -103,6 +98,11 @@ def _as_it_is(layers: Mapping[str, AdapterLayer], name: str) -> Callable[[Reques
 
 def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
     """Raise an AdapterError if ``name`` can't be one or is taken, or two adapters would train the base's biases."""
+    if (engine := engine_of(adapted.root)) is not None:
+        raise AdapterError(
+            f"adapter {name!r}: expected a model with whole weights to add it to, found one that {engine} has sharded, "
+            "which wouldn't shard or reduce it; add every adapter before the model is sharded"
+        )
     if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name:
         raise AdapterError(
             f"adapter name {name!r}: expected a non-empty string without dots and slashes (it becomes part of "

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
+import jobs_of_sameness
 import pytest
 import torch
 import torch.distributed as dist
 from engine_models import adapted, base, batch, optimizer, trained
+from processes import in_processes
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qlora_kit import AdapterError, ConfigError, LoraConfig, LoraModel, StorageError, apply_lora
 from qlora_kit.codecs.bnb import quantize_linear
+from qlora_kit.compat.state import get_peft_model_state_dict, set_peft_model_state_dict
 from qlora_kit.distributed import leave_base_out_, load_checkpoint, prepare, repeated_blocks, save_checkpoint
-from qlora_kit.distributed.ddp import stored_in_codes
+from qlora_kit.distributed.sameness import stored_in_codes
 from qlora_kit.distributed.zero import partition
 
 pytestmark = pytest.mark.slow
@@ -198,6 +203,51 @@ def test_adapters_chosen_after_ddp_are_refused() -> None:
         run.model(input_ids=batch(0))
 
 
+@pytest.mark.engines
+def test_processes_with_different_models(tmp_path: Path) -> None:
+    first, second = in_processes(jobs_of_sameness.odd_ones, folder=str(tmp_path), patience=20)
+    same = r"expected the same model with adapters in every process, found .* in process 0 and .* in process 1 \("
+    for rank in (first, second):
+        for engine in ("ddp", "fsdp2"):
+            assert re.search(rf"0\.self_attn\.q_proj: {same}", rank["alpha"][engine])
+            assert re.search(rf"0\.self_attn\.q_proj: {same}", rank["rank"][engine])
+            assert re.search(rf"0\.self_attn\.k_proj: {same}", rank["target"][engine])
+        assert rank["drawn"] < 1e-5  # the first one's
+        assert re.search(r"1\.mlp\.up_proj\.weight: expected the same codes .* torch\.manual_seed", rank["codes"])
+    assert "Not a directory" in first["unwritten"]
+    assert re.search("rank 0: .*Not a directory", second["unwritten"])
+    assert (tmp_path / "step-1" / "optimizer.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_in_parts_is_refused() -> None:
+    lora = adapted("float32")
+    prepare(lora, "fsdp2")
+    for engine in ("ddp", "fsdp2"):
+        with pytest.raises(AdapterError, match=r"expected a model that each process has whole, found one that is in"):
+            prepare(lora, engine)
+
+
+@pytest.mark.usefixtures("group")
+def test_adapters_combined_on_a_sharded_model_are_refused() -> None:
+    lora = prepare(adapted("float32", "two adapters"), "fsdp2").lora
+    with pytest.raises(AdapterError, match=r"'mix': expected a model with whole weights .* found one that FSDP2 has"):
+        lora.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mix", combination_type="cat")
+    assert list(lora.peft_config) == ["default", "second"]
+
+
+@pytest.mark.usefixtures("group")
+def test_what_is_loaded_after_an_evaluation_stays() -> None:
+    lora, other = adapted("float32", "embeddings"), adapted("float32", "embeddings", seed=9)
+    prepare(lora, "fsdp2").lora.eval()
+    with torch.no_grad():
+        lora(input_ids=batch(0))  # leaves the outermost group whole
+    set_peft_model_state_dict(lora, get_peft_model_state_dict(other))
+    lora.reshard()
+    found = get_peft_model_state_dict(lora)
+    assert all(torch.equal(found[key], value) for key, value in get_peft_model_state_dict(other).items())
+
+
 def test_blocks_are_found_by_structure() -> None:
     lora = adapted("float32", "copies")
     assert repeated_blocks(lora) == list(lora.model.model.layers)
@@ -259,6 +309,54 @@ def test_checkpoints_of_one_process(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"on one side only .*choose the adapters that were trained"):
         load_checkpoint(tmp_path / "one", other, optimizer(list(trained(other).values())))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+class Apart(nn.Module):
+    """Of its two layers a batch comes to the first alone, unless ``both``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.both = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)) if self.both else self.first(x)
+
+
+def apart(seed: int) -> LoraModel:
+    torch.manual_seed(0)
+    model = Apart()
+    torch.manual_seed(seed)
+    return apply_lora(model, LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+
+
+MAKERS = {
+    "fused": lambda trained: torch.optim.AdamW(trained, fused=True),
+    "in 8 bits": lambda trained: bitsandbytes.optim.AdamW8bit(trained, lr=1e-3, min_8bit_size=0),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_checkpoints_of_other_optimizers(kind: str, tmp_path: Path) -> None:
+    models = [apart(seed) for seed in (3, 9)]
+    stepped = [MAKERS[kind](list(trained(lora).values())) for lora in models]
+
+    def step(one: int, i: int, both: bool) -> float:
+        models[one].model.both = both
+        loss = models[one](torch.randn(4, 64, generator=torch.Generator().manual_seed(i))).square().mean()
+        loss.backward()
+        stepped[one].step()
+        stepped[one].zero_grad()
+        return float(loss.item())
+
+    step(0, 0, False)
+    step(1, 9, True)  # a state that has to go
+    save_checkpoint(tmp_path / "one", models[0], stepped[0])
+    load_checkpoint(tmp_path / "one", models[1], stepped[1])
+    assert [step(0, i, True) for i in (1, 2, 3)] == [step(1, i, True) for i in (1, 2, 3)]
+    of_one = optimizer(list(trained(models[0]).values())[:1])
+    with pytest.raises(StorageError, match="expected one that has all 4 parameters that train, found 3 that it hasn't"):
+        save_checkpoint(tmp_path / "two", models[0], of_one)
 
 
 def test_a_state_with_pieces_is_refused(tmp_path: Path) -> None:

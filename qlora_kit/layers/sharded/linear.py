@@ -32,7 +32,7 @@ class ShardedLinearAdapter(ShardedLayer, LinearAdapter):
 
     def __init__(self, base_layer: nn.Module, codec: Codec | None = None) -> None:
         super().__init__(base_layer, codec)
-        self._in_step = False  # whether ranks are known to draw the same
+        self._draws = 0  # how often dropout has been drawn; whether all ranks draw the same is asked at 1, 2, 4, 8, ...
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.refuse_rows(kwargs)
@@ -68,9 +68,9 @@ class ShardedLinearAdapter(ShardedLayer, LinearAdapter):
         elif takes == "sequence":
             dim, shape[how.sequence_dim] = how.sequence_dim, x.shape[how.sequence_dim] * how.size
         like, plain = torch.empty(shape, dtype=x.dtype, device=x.device), chosen_branch() == "plain"
-        if not self._in_step:
+        self._draws += 1
+        if self._draws.bit_count() == 1:  # ranks that have parted stay so
             check_in_step(how, x.device if plain else torch.device("cpu"))
-            self._in_step = True
         if plain:
             kept: Tensor = dropout(like.fill_(1.0))
         else:
