@@ -36,7 +36,7 @@ def follow_settings(config: LoraConfig, model: nn.Module) -> None:
     core = config.megatron_core or CORE
     if core != CORE:
         add_library(core)
-    if config.megatron_config is None:
+    if not config.megatron_config:  # one without arguments says nothing
         return
     described = _described(core, config.megatron_config)
     own = next(

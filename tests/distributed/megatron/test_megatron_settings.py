@@ -82,6 +82,9 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.Monk
     for name in ("megatron", "megatron.core", "megatron.core.transformer.transformer_config"):
         monkeypatch.setitem(sys.modules, name, None)
     model = nn.Sequential(nn.Linear(4, 4))
+    apply_lora(
+        nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"], megatron_config={})
+    )  # says nothing
     with pytest.raises(ConfigError, match=r"megatron_config.*'megatron\.core'.*pip install 'qlora-kit\[megatron\]'"):
         apply_lora(model, LoraConfig(r=2, target_modules=["0"], megatron_config={"num_layers": 2}))
     assert type(model[0]) is nn.Linear
