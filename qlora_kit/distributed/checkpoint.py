@@ -29,7 +29,7 @@ from ..checkpoints.files import sync_folder, write_atomically
 from ..codecs.shards.tensors import is_writer, meet, to_pieces_
 from ..errors import StorageError
 from ..model import LoraModel
-from .optimizer_state import bare, check_steps, of_deepspeed, read_state, write_state_
+from .optimizer_state import bare, check_steps, read_state, write_state_
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 _FORMAT = "1"
@@ -158,4 +158,4 @@ def _agree(do: Callable[[], None]) -> None:
         raise error
 
 
-__all__ = ["OPTIMIZER_NAME", "load_checkpoint", "of_deepspeed", "save_checkpoint"]
+__all__ = ["OPTIMIZER_NAME", "load_checkpoint", "save_checkpoint"]

@@ -23,6 +23,7 @@ from torch import nn
 from ..errors import AdapterError, ConfigError
 from ..layers import AdapterLayer
 from ..model import LoraModel
+from ..training.preparation.sharding import casts_codes
 
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,10 +107,8 @@ def _check_none_rounds(lora: LoraModel) -> None:
 
 def _check_codes(lora: nn.Module, mode: str, dtype: torch.dtype) -> None:
     for path, module in lora.named_modules():
-        weight: Any = getattr(module, "weight", None) if not isinstance(module, AdapterLayer) else None
-        if getattr(module, "quant_state", None) is None or weight is None:
-            continue
-        if weight.is_floating_point() and weight.dtype != dtype:
+        if not isinstance(module, AdapterLayer) and casts_codes(module, dtype):
+            weight: Any = module.weight
             raise AdapterError(
                 f"{path}.weight: expected 4-bit codes that DeepSpeed's {mode} mode leaves alone, found codes stored as "
                 f"{weight.dtype}, which it would cast as if they were numbers; load the model with "

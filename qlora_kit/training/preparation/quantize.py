@@ -7,13 +7,12 @@ by the same function.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ...codecs import codec_for
-from ...codecs.packed import pack_linear
 from ...codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
 from ...codecs.shards.view import is_tensor_parallel, local_view
 from ...config.checks import failure
@@ -24,7 +23,7 @@ from ...injection.engine import Injection, PlanEntry, make_plan, swap_, with_hoo
 from ...injection.read_past import ReadPast
 from ...injection.ties import refuse_tied
 from ...layers.sharded.sharding import sharding_of
-from ...layers.sharded.whole import check_can_be_cut
+from ...layers.sharded.whole import check_can_be_cut, holding
 from ...naming import Tree, module_at
 
 # Codecs of linear modules whose weight is not quantized yet.
@@ -123,15 +122,8 @@ def in_bitsandbytes(quant_type: str, blocksize: int | str | None) -> bool:
 def linear_holding(base: nn.Module, quantized: Quantized, *, packed: bool = False) -> nn.Module:
     """A module that computes with ``quantized`` in the place of ``base``, a linear layer, ``Conv1D`` or sharded linear,
     however that is stored; with ``packed`` one of ours, whatever the type."""
-    return codec_for(base).housed(base, _holding(_as_linear(base), quantized, packed))
-
-
-def _holding(linear: nn.Linear, quantized: Quantized, packed: bool) -> Any:
-    if packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize):
-        return pack_linear(linear, quantized)
-    from ...codecs.bnb import linear_of_codes, linear_of_codes_int8
-
-    return (linear_of_codes_int8 if quantized.blocksize is None else linear_of_codes)(linear, quantized)
+    ours = packed or not in_bitsandbytes(quantized.quant_type, None if quantized.rows else quantized.blocksize)
+    return codec_for(base).housed(base, holding(_as_linear(base), quantized, packed=ours))
 
 
 def _as_linear(base: nn.Module) -> nn.Linear:

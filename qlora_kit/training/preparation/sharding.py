@@ -66,14 +66,20 @@ def _check_codes(
             "weights in fully_shard(..., ignored_params=...), as qlora_kit.distributed.prepare does (with accelerate: "
             "FullyShardedDataParallelPlugin(..., ignored_modules=r'.*base_layer')), or use 4 bits"
         )
-    coded = getattr(module, "quant_state", None) is not None and parameter is module.weight
-    if coded and param_dtype not in (None, parameter.dtype) and parameter.is_floating_point():
+    own = parameter is module._parameters.get("weight")
+    if own and param_dtype is not None and casts_codes(module, param_dtype):
         raise AdapterError(
             f"{name}: expected 4-bit codes that the mixed-precision policy leaves alone, found codes stored as "
             f"{parameter.dtype} under param_dtype={param_dtype}, which would cast them as if they were numbers; load "
             f"the model with bnb_4bit_quant_storage={param_dtype} or torch.uint8, or shard with "
             f"param_dtype={parameter.dtype}"
         )
+
+
+def casts_codes(module: Any, dtype: torch.dtype) -> bool:
+    """Whether an engine that casts floating-point weights to ``dtype`` would cast the 4-bit codes of ``module``."""
+    coded = getattr(module, "quant_state", None) is not None
+    return coded and module.weight.is_floating_point() and module.weight.dtype != dtype
 
 
 def stays_whole(module: nn.Module, parameter: Any) -> bool:
