@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import StorageError
+from .large_pages import LargePages
 
 #: Bytes that are kept in memory before anything is written.
 IN_MEMORY = 2**29
@@ -32,7 +33,7 @@ class Spill:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = folder or tempfile.gettempdir()
-        self._room = IN_MEMORY
+        self._room, self._pages = IN_MEMORY, LargePages()
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
@@ -48,10 +49,6 @@ class Spill:
     ) -> None:
         self._file.close()
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether as much would be kept in memory."""
-        return nbytes <= self._room
-
     def keep(self, tree: Any) -> Callable[[], Any]:
         """Keep every tensor in ``tree`` (nested lists, tuples and dictionaries); a call that gives ``tree`` back, with
         new tensors of the same bits on the same devices.
@@ -59,24 +56,17 @@ class Spill:
         Raises:
             StorageError: the disk is full.
         """
-        return self._kept(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-    def take(self, tree: Any) -> Callable[[], Any]:
-        """``keep`` of tensors that nobody else changes from now on, which then needn't be copied."""
-        return self._kept(tree, lambda tensor: tensor.detach().to("cpu"))
-
-    def _kept(self, tree: Any, held: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         if isinstance(tree, Tensor):
-            return self._of_one(tree, held)
+            return self._of_one(tree)
         leaves, structure = tree_flatten(tree)
-        kept = [self._of_one(leaf, held) if isinstance(leaf, Tensor) else _constant(leaf) for leaf in leaves]
+        kept = [self._of_one(leaf) if isinstance(leaf, Tensor) else _constant(leaf) for leaf in leaves]
         return lambda: tree_unflatten([read() for read in kept], structure)
 
-    def _of_one(self, tensor: Tensor, held: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def _of_one(self, tensor: Tensor) -> Callable[[], Tensor]:
         if tensor.nbytes > self._room:
             return self._written(tensor)
         self._room -= tensor.nbytes
-        return partial(held(tensor).to, tensor.device, copy=True)
+        return partial(self._pages.copy(tensor.detach()).to, tensor.device, copy=True)
 
     def _written(self, tensor: Tensor) -> Callable[[], Tensor]:
         shape, dtype, device = tensor.shape, tensor.dtype, tensor.device

@@ -63,6 +63,14 @@ class Codec:
         with without_autocast(weight.device):
             return weight.addmm_(B, A)
 
+    def add_(self, module: nn.Module, A: Tensor, B: Tensor) -> None:
+        """Store ``plus``. Unlike after ``write_`` the module may be half changed after an error: keep its ``contents``.
+
+        Raises:
+            CodecError: a value of the sum isn't finite.
+        """
+        self.write_(module, self.plus(module, A, B))
+
     def write_(self, module: nn.Module, weight: Tensor) -> None:
         """Store float32 (out, in) ``weight``, quantizing it the way this module is quantized.
 
@@ -127,12 +135,9 @@ class Codec:
         """``contents``, copied, for a bitwise ``restore_``."""
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.contents(module))
 
-    def take_over_(self, module: nn.Module, weight: Tensor, *, room: bool = True) -> Any:
+    def take_over_(self, module: nn.Module, weight: Tensor) -> Any:
         """Make ``weight`` the module's own memory, or new memory that holds its values as they are stored, and give
         back what that was: a ``snapshot`` that no one has copied. None, with nothing done, where ``write_`` is needed.
-
-        Args:
-            room: whether there is room for new memory beside ``weight``.
 
         Raises:
             CodecError: as ``write_``; the module is as it was.

@@ -58,6 +58,17 @@ class DenseCodec(Codec):
         with without_autocast(stored.device):
             return torch.addmm(self._to_matrix(stored), B, A)
 
+    def add_(self, module: nn.Module, A: Tensor, B: Tensor) -> None:
+        """In float32 the stored tensor itself takes the sum."""
+        stored = self._weight(module).detach()
+        own = type(self).read is DenseCodec.read and type(self).write_ is DenseCodec.write_
+        if not own or stored.dtype != torch.float32 or not stored.is_contiguous():
+            return super().add_(module, A, B)
+        with without_autocast(stored.device):
+            self._to_matrix(stored).addmm_(B, A)
+        if not all_finite(stored):
+            raise not_finite(module, stored.dtype)
+
     def pieces(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         matrix = self._to_matrix(self._weight(module).detach())
         for rows in row_pieces(matrix.shape):
@@ -69,7 +80,7 @@ class DenseCodec(Codec):
         weight = checked_weight(module, weight, self.shape(module), stored.dtype)
         stored.copy_(self._from_matrix(weight, stored.shape))
 
-    def take_over_(self, module: nn.Module, weight: Tensor, *, room: bool = True) -> Any:
+    def take_over_(self, module: nn.Module, weight: Tensor) -> Any:
         """Where the memory is the weight's alone: ``weight`` itself, or what is made of it for another dtype."""
         if type(self).write_ is not DenseCodec.write_:  # of another storage
             return None
@@ -79,8 +90,7 @@ class DenseCodec(Codec):
         like = stored.device == weight.device and tuple(weight.shape) == self.shape(module)
         like = like and stored.is_inference() == weight.is_inference()  # such memory can't be trained beside afterwards
         matrix = self._from_matrix(weight.detach(), stored.shape)
-        room = room or (matrix.dtype == stored.dtype and matrix.is_contiguous())
-        if not (alone and like and room and stored.is_contiguous()):
+        if not (alone and like and stored.is_contiguous()):
             return None
         new = matrix.to(stored.dtype).contiguous()
         if not all_finite(new):

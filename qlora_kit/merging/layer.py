@@ -78,11 +78,15 @@ class Merger:
             self._put(layer, base)
             return []
         self._separate(codec, base)
-        delta, measured = layer.stacked(self.task.parts), self._measured(path, layer)
-        weight, base_error, norms = self._ideal(path, codec, base, delta, measured)
-        sharding = sharding_of(base)
+        delta, sharding = layer.stacked(self.task.parts), sharding_of(base)
         try:
             with nullcontext() if sharding is None else all_or_none(base):
+                if self.task.dtype is None and self.original is None and not self._measured(path, layer):
+                    self._keep(codec, base)
+                    codec.add_(base, *delta)
+                    self._put(layer, base)
+                    return []
+                weight, base_error, norms = self._ideal(path, codec, base, delta, self._measured(path, layer))
                 module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error
@@ -232,17 +236,8 @@ class Merger:
 
     def _exchange(self, codec: Codec, base: nn.Module, weight: Tensor) -> None:
         """Have ``base`` store ``weight``; what it stored is put back on an error."""
-        before = codec.take_over_(base, weight, room=self.spill.has_room(codec.nbytes(base)))
-        if before is None:
-            self._keep(codec, base)
-            codec.write_(base, weight)
-            return
-        try:
-            kept = self.spill.take(before)
-        except BaseException:
-            codec.restore_(base, before)
-            raise
-        self.undo.on_undo(lambda: codec.restore_(base, kept()))
+        self._keep(codec, base)
+        codec.write_(base, weight)
 
     def _release(self, codec: Codec, base: nn.Module) -> None:
         """Free the memory of a module that is being replaced, unless its weight is another module's too."""

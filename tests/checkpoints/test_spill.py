@@ -55,11 +55,11 @@ def test_what_is_kept_in_memory_is_bounded_and_the_rest_is_written(tmp_path: Pat
     with Spill(tmp_path) as spill:
         spill._room = 100
         small, large = torch.randn(20), torch.randn(10)  # 80 bytes, and 40 for which no room is left
-        kept, taken = spill.keep(small), spill.take(large)
+        kept, written = spill.keep(small), spill.keep(large)
         assert spill._file.seek(0, 2) == large.nbytes
         expected = small.clone(), large.clone()
         small.zero_()
         large.zero_()
         assert torch.equal(kept(), expected[0])
-        assert torch.equal(taken(), expected[1])
+        assert torch.equal(written(), expected[1])
         assert kept().data_ptr() != kept().data_ptr(), "new tensors each time"

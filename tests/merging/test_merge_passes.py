@@ -38,19 +38,17 @@ def adapted(dtype: torch.dtype) -> LoraModel:
     return apply_lora(model, LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
 
 
-ACTIONS = {"merge_adapter": LoraModel.merge_adapter, "merge_and_unload": LoraModel.merge_and_unload}
-
-
-@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())
 @pytest.mark.parametrize(
-    ("dtype", "passes"),
+    ("action", "dtype", "passes"),
     [
         # The table is stored transposed, and so its sum is put in that order.
-        (torch.float32, {"addmm": 2, "sum": 2, "clone": 1}),
+        (LoraModel.merge_adapter, torch.float32, {"addmm": 2, "sum": 2, "clone": 1}),
         # Widened for the sum, and rounded once.
-        (torch.bfloat16, {"_to_copy": 4, "addmm_": 2, "sum": 2, "clone": 1}),
+        (LoraModel.merge_adapter, torch.bfloat16, {"_to_copy": 4, "addmm_": 2, "sum": 2, "clone": 1}),
+        # Copied for the way back, and the sum is made in the weight's own memory, table or not.
+        (LoraModel.merge_and_unload, torch.float32, {"copy_": 2, "addmm_": 2, "sum": 2}),
+        (LoraModel.merge_and_unload, torch.bfloat16, {"copy_": 4, "_to_copy": 4, "addmm_": 2, "sum": 2}),
     ],
-    ids=["float32", "bfloat16"],
 )
 def test_each_weight_is_added_to_once_and_looked_at_once(
     action: Callable[[LoraModel], object], dtype: torch.dtype, passes: dict[str, int]
@@ -59,6 +57,14 @@ def test_each_weight_is_added_to_once_and_looked_at_once(
     with Passes() as counted:
         action(lora)
     assert counted.found == passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_is_merged_for_good_keeps_its_memory(dtype: torch.dtype) -> None:
+    lora = adapted(dtype)
+    memory = [layer.base_layer.weight.data_ptr() for layer in lora.adapter_layers().values()]
+    merged = lora.merge_and_unload()
+    assert [merged[0].weight.data_ptr(), merged[2].weight.data_ptr()] == memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
