@@ -1,32 +1,40 @@
-"""How many bits each layer gets: what every choice would leave of its output, measured, and then ``budget.choose``.
+"""How many bits each layer gets: what every choice would leave of its output, and then ``budget.choose``.
 
-The error of a choice is what remains after the low-rank correction, E ||(W - Q - sBA) x||^2 as a share of
-E ||W x||^2 (of ||W||^2 where there are no statistics). Shares, since a layer's scale says nothing of its weight in
-the model's output: norms and residual sums come between. benchmarks/RESULTS.md compares.
+The error of a choice is what remains after the low-rank correction, E ||(W - Q - sBA) x||^2 as a share of E ||W x||^2
+(of ||W||^2 where there are no statistics); foretold where the method can, else found by a start. Where there is a text,
+gradients say what the model makes of an error there (``inputs.gradients``), and costs are nats; without one shares are
+summed up as they are, since a layer's scale says nothing of its weight in the model's output: norms and residual sums
+come between. benchmarks/RESULTS.md compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.config.loftq import MIXED_TYPES, LoftQConfig
 from qlora_kit.config.lora import LoraConfig
+from qlora_kit.distributed.team import ALONE, Team
 from qlora_kit.errors import ConfigError, TargetError
 from qlora_kit.initializers import planned
 from qlora_kit.injection.engine import PlanEntry, Request, request_for
 from qlora_kit.naming import module_at
 
+from ..inputs.gradients import loss_weights
 from ..inputs.groups import Seen, stages
 from ..inputs.text import calibration_batches
 from ..methods.factors import Factors
+from ..methods.metric import output_norm
 from ..methods.registry import needs_of
 from ..starts.kept_dense import kept_dense, reason_of
-from ..starts.options import factorize_as, module_bytes
+from ..starts.options import factorize_as, foretold_as, module_bytes
 from ..starts.startable import DENSE, checked
 from .budget import Budget, Choice, check_possible, choose, mean_bits
 
@@ -40,20 +48,24 @@ class Allocation:
         choices: each layer's choice by path, in the model's order.
         bits: mean bits of a code.
         nbytes: of the whole model with its adapters.
-        error: the choices' total.
+        cost: the choices' total: nats a token that the model is foretold to lose, where a text has told; else the sum
+            of their errors.
     """
 
     config: LoraConfig
     choices: Mapping[str, Choice]
     bits: float
     nbytes: int
-    error: float
+    cost: float
 
     def __str__(self) -> str:
         width = max([len(path) for path in self.choices] + [6])
         lines = [f"{'module':{width}}  bits  rank  error"]
         lines += [f"{path:{width}}  {c.bits:>4}  {c.rank:>4}  {c.error**0.5:.4f}" for path, c in self.choices.items()]
-        return "\n".join([*lines, f"{self.bits:.3f} bits a code, {self.nbytes:,} bytes in all"])
+        last = f"{self.bits:.3f} bits a code, {self.nbytes:,} bytes in all"
+        if any(choice.importance is not None for choice in self.choices.values()):
+            last += f"; {self.cost:.3g} nats a token more to be expected than before"
+        return "\n".join([*lines, last])
 
 
 @torch.no_grad()
@@ -94,16 +106,18 @@ def allocate(
     rank_of = {entry.path: entry.rank for entry in entries}
     check_possible(costs, sizes, budget, fixed=fixed, rank_of=rank_of)
     found: dict[str, list[Choice]] = {}
+    told: Mapping[str, float] = {}
 
     def measure(path: str, seen: Seen | None) -> None:
         request = requests[path]
-        found[path] = measured(request.codec.read(request.base), request, options, budget, seen)
+        found[path] = measured(request.codec.read(request.base), request, options, budget, seen, told.get(path))
 
     if needs_of(options.chosen_method).statistics is None:
         for path in requests:
             measure(path, None)
     else:
         batches = calibration_batches(options, model)
+        told = gradients_told(model, batches, requests, options, budget)
         for stage in stages(model, batches, requests):
             for path in stage.paths:
                 measure(path, stage.seen().get(path))
@@ -121,6 +135,13 @@ def decide(
     entries: Sequence[PlanEntry],
 ) -> Allocation:
     """Choose, and write the choice into ``config``, by which ``entries`` were planned."""
+    known = [choice.importance for own in choices.values() for choice in own if choice.importance is not None]
+    if known:  # of modules that no token reached, as those are that some did
+        usual = median(known)
+        choices = {
+            path: [choice if choice.importance is not None else replace(choice, importance=usual) for choice in own]
+            for path, own in choices.items()
+        }
     chosen = choose(choices, sizes, budget, fixed=fixed, rank_of={entry.path: entry.rank for entry in entries})
     # Patterns match the ends of paths too: longer ones first, so that each path meets its own.
     order = sorted(chosen, key=len, reverse=True)
@@ -137,7 +158,7 @@ def decide(
         chosen,
         mean_bits(chosen, sizes),
         fixed + sum(choice.nbytes for choice in chosen.values()),
-        sum(choice.error for choice in chosen.values()),
+        sum(choice.cost for choice in chosen.values()),
     )
 
 
@@ -177,8 +198,42 @@ def costs_of(request: Request, options: LoftQConfig, budget: Budget) -> list[Cho
     return choices
 
 
-def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Budget, seen: Seen | None) -> list[Choice]:
-    """What one layer's choices cost and leave; each is started in one step, which orders them as more steps would.
+def gradients_told(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    paths: Iterable[str],
+    options: LoftQConfig,
+    budget: Budget,
+    team: Team = ALONE,
+) -> Mapping[str, float]:
+    """``loss_weights`` of ``paths``, if the budget asks for them; none, with a warning, where none can be had."""
+    if budget.rule != "milp":
+        return {}
+    try:
+        return loss_weights(model, batches, paths, seed=options.seed, team=team)
+    except RuntimeError as error:
+        warnings.warn(
+            f"budget: no gradient of the model's could be taken ({error}); errors of all layers count alike, as "
+            "shares of their outputs",
+            stacklevel=3,
+        )
+        return {}
+
+
+def measured(
+    weight: Tensor,
+    request: Request,
+    options: LoftQConfig,
+    budget: Budget,
+    seen: Seen | None,
+    loss_weight: float | None = None,
+) -> list[Choice]:
+    """What one layer's choices cost and leave; each is started in one step, which orders them as more steps would,
+    where
+    what it leaves can't be foretold.
+
+    Args:
+        loss_weight: of ``inputs.gradients``.
 
     Raises:
         ConfigError: see ``factorize``; names the path.
@@ -188,12 +243,23 @@ def measured(weight: Tensor, request: Request, options: LoftQConfig, budget: Bud
     once = replace(options, method=method, loftq_iter=1)
     if seen is not None and seen.factors is None:
         seen = replace(seen, factors=Factors())  # all choices are for the same inputs
+    importance = None
+    if seen is not None and loss_weight is not None:
+        importance = loss_weight * output_norm(weight, seen.statistics.to(weight.device)) ** 2
     choices = []
     for choice in costs_of(request, options, budget):
         try:
-            result = factorize_as(once, weight, choice.rank, options.mixed_type(choice.bits), seen=seen)
+            left = _left_by(once, weight, choice.rank, options.mixed_type(choice.bits), seen)
         except ConfigError as fault:
             raise ConfigError(f"{request.path}: {fault}") from fault
-        left = result.error if result.output_error is None else result.output_error
-        choices.append(replace(choice, error=left**2))
+        choices.append(replace(choice, error=left**2, importance=importance))
     return choices
+
+
+def _left_by(options: LoftQConfig, weight: Tensor, rank: int, kind: str, seen: Seen | None) -> float:
+    """The relative error of a start's output, or without inputs of its weight."""
+    foretold = None if seen is None else foretold_as(options, weight, rank, kind, seen=seen)
+    if foretold is not None:
+        return foretold
+    result = factorize_as(options, weight, rank, kind, seen=seen)
+    return result.error if result.output_error is None else result.output_error

@@ -1,8 +1,8 @@
 """Bits, and if asked ranks, of every layer under a budget: an integer program, and the rule that it has to beat.
 
-Each layer takes exactly one of its choices. With error[i, j] and costs a[i, j, k] of layer i's choice j:
+Each layer takes exactly one of its choices. With cost[i, j], and what choice j of layer i takes of limit k, a[i, j, k]:
 
-    minimize  sum error[i, j] x[i, j]    over x in {0, 1},  sum_j x[i, j] = 1,
+    minimize  sum cost[i, j] x[i, j]    over x in {0, 1},  sum_j x[i, j] = 1,
     subject to  sum a[i, j, k] x[i, j] <= limit[k]
 
 which HiGHS solves through ``scipy.optimize.milp``. (Bits by an integer program: LQ-LoRA, Guo et al. 2023, arXiv
@@ -37,8 +37,9 @@ class Choice:
     Attributes:
         bits, rank: of its weight's codes and its adapter.
         nbytes: of codes, scales and float32 factors.
-        error: what it costs, to be summed up over layers.
+        error: what it leaves of its layer's output, as a share of the mean square.
         factors: of ``nbytes``, those of the factors.
+        importance: the nats a token that an error of 1 costs the model, of all the layer's choices; None if unknown.
     """
 
     bits: int
@@ -46,6 +47,12 @@ class Choice:
     nbytes: int
     error: float
     factors: int = 0
+    importance: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What is summed up over layers."""
+        return self.error if self.importance is None else self.error * self.importance
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def choose(
     fixed: int,
     rank_of: Mapping[str, int],
 ) -> dict[str, Choice]:
-    """The choice of each layer, by path, with the least total error within ``budget``.
+    """The choice of each layer, by path, with the least total cost within ``budget``.
 
     Args:
         choices: of each layer, in the model's order.
@@ -143,11 +150,11 @@ def _solved(
     """1 for each choice that is taken, 0 for the others, one layer's after the other's; None if there is no way."""
     flat = [choice for own in choices.values() for choice in own]
     one_each = np.repeat(np.eye(len(choices)), [len(own) for own in choices.values()], axis=1)
-    errors = np.array([choice.error for choice in flat])
+    costs = np.array([choice.cost for choice in flat])
     # The solver stops at 1e-6 from the best too, which is to be little beside the sum and not beside its largest term.
-    size = max(sum(min(choice.error for choice in own) for own in choices.values()), 1e-6 * errors.max()) or 1.0
+    size = max(sum(min(choice.cost for choice in own) for own in choices.values()), 1e-6 * costs.max()) or 1.0
     solution = milp(
-        errors / size,
+        costs / size,
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[
@@ -164,8 +171,8 @@ def _least(choices: Mapping[str, Sequence[Choice]], rows: Sequence[np.ndarray]) 
     """As ``_solved``: of each layer the choice that takes least of the first row, then of the next, then errs least."""
     taken, start = np.zeros(len(rows[0])), 0
     for own in choices.values():
-        costs = [(*(row[start + k] for row in rows), choice.error) for k, choice in enumerate(own)]
-        taken[start + costs.index(min(costs))] = 1
+        ranked = [(*(row[start + k] for row in rows), choice.cost) for k, choice in enumerate(own)]
+        taken[start + ranked.index(min(ranked))] = 1
         start += len(own)
     return taken
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.distributed.team import ALONE, Team
 
-from ..bits.allocation import costs_of, decide, measured, undecided
+from ..bits.allocation import costs_of, decide, gradients_told, measured, undecided
 from ..bits.budget import check_possible
 from ..inputs.groups import Seen
 from ..methods.registry import needs_of
-from .calibration import streamed_stages
+from .calibration import offloaded, streamed_stages
 from .checkpoint import Checkpoint
 from .devices import Devices
 from .resumed import noted_choices
@@ -77,7 +77,8 @@ def allocated(
             request = checkpoint.request(entries[path], task.lora)
             with devices.one() as device, torch.no_grad():
                 request.base._parameters["weight"] = nn.Parameter(tensor.to(device), requires_grad=False)
-                found = measured(request.codec.read(request.base), request, task.loftq, budget, seen.get(path))
+                weight = request.codec.read(request.base)
+                found = measured(weight, request, task.loftq, budget, seen.get(path), told.get(path))
             return [asdict(choice) for choice in found]
 
         size = {path: units[path].numel for path in paths}
@@ -89,6 +90,10 @@ def allocated(
 
     wanted = needs_of(task.loftq.chosen_method).statistics is not None and bool(entries.keys() - known)
     folder = task.out / WORK_FOLDER
+    told: Mapping[str, float] = {}
+    if wanted:
+        with offloaded(checkpoint, folder) as model:
+            told = gradients_told(model, batches, entries, task.loftq, budget, team)
     with streamed_stages(task, checkpoint, folder, batches, wanted=wanted, measuring=True, team=team) as walk:
         for stage in walk:
             if todo := [path for path in stage.paths if path not in known]:

@@ -67,7 +67,7 @@ def noted_choices(journal: Journal, entry: PlanEntry, possible: Iterable[Choice]
     found = [read_record(Choice, choice, journal.path) for choice in journal.measured[entry.path]]
     if [(c.bits, c.rank) for c in found] != [(c.bits, c.rank) for c in possible]:
         raise journal.damaged(f"of {entry.path!r} it says what other bits or ranks leave")
-    if not all(math.isfinite(c.error) and c.error >= 0 for c in found):
+    if not all(math.isfinite(number) and number >= 0 for c in found for number in (c.error, c.importance or 0.0)):
         raise journal.damaged(f"of {entry.path!r} it says an error that is none")
     return found
 

@@ -43,6 +43,7 @@ from .moments import (
     watchable,
 )
 from .pairs import Pairs
+from .text import single_rows
 from .walk import Enough, Run, Walk, stops_for
 
 
@@ -169,19 +170,11 @@ def _scouted(
     calls: Counter[str] = Counter()
     with inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path])):
         for batch in batches[:1]:
-            model(**_one_row(batch))
+            model(**single_rows(batch)[0])
     entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
     entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
     again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]
     return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again
-
-
-def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The first row of ``batch``, or all of it where that isn't rows."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    if len({value.shape[:1] for value in tensors}) != 1 or any(value.dim() == 0 for value in tensors):
-        return batch
-    return {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:

@@ -301,25 +301,34 @@ class Walk:
     def _stop_at(self, path: str) -> Callable[[], None]:
         module = module_at(self.model, path)
         self._hooks[path] = {number for name in _HOOKS for number in getattr(module, name)}
-        own: Any = vars(module).get("forward")
-        forward = module.forward
 
-        def stopping(*args: Any, **kwargs: Any) -> Any:
-            run = next((run for run in self.runs if run.thread is threading.current_thread()), None)
-            if run is None or path in self.passed:  # computed on behalf of a run, or once more in one forward
-                return forward(*args, **kwargs)
-            return run.stand(path, args, kwargs)
+        def stopping(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def stop(*args: Any, **kwargs: Any) -> Any:
+                run = next((run for run in self.runs if run.thread is threading.current_thread()), None)
+                if run is None or path in self.passed:  # computed on behalf of a run, or once more in one forward
+                    return forward(*args, **kwargs)
+                return run.stand(path, args, kwargs)
 
-        module.forward = stopping
+            return stop
 
-        def undo() -> None:
-            if own is not None:
-                module.forward = own
-            else:
-                with suppress(AttributeError):
-                    del module.forward
+        return forward_exchanged_(module, stopping)
 
-        return undo
+
+def forward_exchanged_(
+    module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Have ``module`` compute what ``make`` gives for its own forward; a call that takes it back."""
+    own: Any = vars(module).get("forward")
+    module.forward = make(module.forward)
+
+    def undo() -> None:
+        if own is not None:
+            module.forward = own
+        else:
+            with suppress(AttributeError):
+                del module.forward
+
+    return undo
 
 
 def floats(tree: Any) -> list[Tensor]:

@@ -16,6 +16,7 @@ in memory, a shard or a test brings it.
 - ``halves``: moments of a part of the inputs, to hold what is found against the rest
 - ``alignment``: the weight that makes up for earlier layers, as far as the text is to be believed
 - ``leaning``: the metric whose rounding errors the adapter takes back
+- ``foretold``: what error feedback will leave, without rounding
 - ``error_feedback``: methods whose quantized weight is fitted to the inputs
 - ``principal``: methods that keep the weight's own top directions out of what is quantized
 - ``descent``: codes for a small delta on a weight that lies on the grid already

@@ -10,13 +10,14 @@ from qlora_kit.lowrank import norm
 
 from .alignment import aligned_weight, trusted_weight
 from .alternation import Rounding, alternate
+from .foretold import foretold_error
 from .leaning import leaning_metric
 from .metric import Metric
 from .registry import LoftQResult, Problem, register_method
 from .rounding import round_with_feedback
 
 
-@register_method("cloq", statistics="full")
+@register_method("cloq", statistics="full", foretell=foretold_error)
 def cloq(problem: Problem) -> LoftQResult:
     """CLoQ (Deng et al. 2025, arXiv 2501.18475): Q by error feedback against R, then sBA = svd_r((W - Q) F) F^-1.
 
@@ -27,7 +28,7 @@ def cloq(problem: Problem) -> LoftQResult:
     return _fed_back(problem, problem.metric(), lean=problem.adapter_aware is True)
 
 
-@register_method("aligned", statistics="full", sequential=True)
+@register_method("aligned", statistics="full", sequential=True, foretell=foretold_error)
 def aligned(problem: Problem) -> LoftQResult:
     """Later layers make up for earlier ones: the inputs are those of the quantized model, layer after layer.
 

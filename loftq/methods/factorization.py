@@ -86,8 +86,8 @@ def factorize(
     half = checked_half(half, weight)
     if half is not None and factors is None:
         factors = Factors()  # what the halves say serves more than one question
-    statistics = _once(factors, statistics, weight, checked_statistics)
-    cross = _once(factors, cross, weight, checked_cross)
+    statistics = checked_once(factors, statistics, weight, checked_statistics)
+    cross = checked_once(factors, cross, weight, checked_cross)
     if half is not None and (cross is None or statistics is None or statistics.dim() != 2):
         raise ConfigError(
             "half: expected the moments of all inputs beside those of a part, statistics (in, in) and cross, found "
@@ -122,7 +122,7 @@ def factorize(
     )
 
 
-def _once(
+def checked_once(
     factors: Factors | None,
     moments: Tensor | None,
     weight: Tensor,

@@ -121,10 +121,12 @@ class LoftQResult:
 @dataclass(frozen=True)
 class Needs:
     """What a method has to be given: "diagonal" or "full" second moments of the inputs (None: none), and whether
-    of the inputs that the quantized model sees, each layer after the ones before it."""
+    of the inputs that the quantized model sees, each layer after the ones before it. And, where there is one, a way to
+    foretell the output error that it would leave; None of that is that it can't be told."""
 
     statistics: str | None = None
     sequential: bool = False
+    foretell: Callable[[Problem], float | None] | None = None
 
 
 Method = Callable[[Problem], LoftQResult]
@@ -133,16 +135,20 @@ _needs: dict[str, Needs] = {}
 
 
 def register_method(
-    name: str, *, statistics: str | None = None, sequential: bool = False
+    name: str,
+    *,
+    statistics: str | None = None,
+    sequential: bool = False,
+    foretell: Callable[[Problem], float | None] | None = None,
 ) -> Callable[[Method], Method]:
     """Decorator: find starts by this function where ``method=name``; the latest registration wins.
 
     Args:
-        statistics, sequential: see ``Needs``.
+        statistics, sequential, foretell: see ``Needs``.
     """
 
     def register(method: Method) -> Method:
-        _registry[name], _needs[name] = method, Needs(statistics, sequential)
+        _registry[name], _needs[name] = method, Needs(statistics, sequential, foretell)
         return method
 
     return register

@@ -6,11 +6,15 @@ from torch import Tensor
 
 from qlora_kit.checkpoints.quantized_tensors import weight_bytes
 from qlora_kit.config.loftq import DEFAULT_TYPES, LoftQConfig
+from qlora_kit.lowrank import check_matrix
 from qlora_kit.naming import pattern_value
 
 from ..inputs.groups import Seen
-from ..methods.factorization import factorize
-from ..methods.registry import LoftQResult, needs_of
+from ..methods.alignment import damping_for
+from ..methods.checks import checked_statistics
+from ..methods.factorization import checked_once, factorize
+from ..methods.quantizers import quantizer_for
+from ..methods.registry import LoftQResult, Problem, needs_of
 
 
 def storage_of(path: str, options: LoftQConfig) -> tuple[str, bool]:
@@ -24,6 +28,30 @@ def module_bytes(shape: tuple[int, ...], kind: str, options: LoftQConfig) -> int
     """Bytes of a weight (out, in) in the type ``kind``; see ``weight_bytes``."""
     blocksize = None if options.blocksize == "row" else int(options.blocksize)
     return weight_bytes(shape, kind, blocksize, options.double_quant)
+
+
+def foretold_as(options: LoftQConfig, weight: Tensor, rank: int, kind: str, *, seen: Seen) -> float | None:
+    """The output error, as a share of the output, that ``factorize_as`` is foretold to leave of ``weight``; None
+    where the method has no way to foretell, or says that it can't be told."""
+    if (foretell := needs_of(options.chosen_method).foretell) is None:
+        return None
+    check_matrix(weight, rank, "weight")
+    statistics = checked_once(seen.factors, seen.statistics, weight, checked_statistics)
+    quantizer = quantizer_for(quant_type=kind, blocksize=options.blocksize, double_quant=options.double_quant)
+    damping = damping_for(options.damping, statistics, seen.cross, seen.half, seen.factors)
+    problem = Problem(
+        weight,
+        rank,
+        1.0,
+        quantizer,
+        1,
+        statistics,
+        seed=options.seed,
+        damping=damping,
+        scale_search=options.scale_search,
+        factors=seen.factors,
+    )
+    return foretell(problem)
 
 
 def factorize_as(

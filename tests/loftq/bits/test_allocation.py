@@ -120,7 +120,7 @@ def test_errors_are_those_of_a_start_in_one_step(method: str) -> None:
     for row in report.layers:
         error = row.error if method == "loftq" else row.output_error
         assert error == pytest.approx(found.choices[row.path].error ** 0.5, rel=1e-4)  # float32 sums
-    assert found.error == pytest.approx(sum(choice.error for choice in found.choices.values()))
+    assert found.cost == pytest.approx(sum(choice.cost for choice in found.choices.values()))
 
 
 def test_inputs_change_what_is_chosen() -> None:
@@ -128,6 +128,33 @@ def test_inputs_change_what_is_chosen() -> None:
     model = llama()
     by_weight, by_inputs = (allocate(model, asked(method=method), bits=2.5).choices for method in ("loftq", "qera"))
     assert {p: c.bits for p, c in by_weight.items()} != {p: c.bits for p, c in by_inputs.items()}
+
+
+@pytest.mark.parametrize("method", ["qera", "aligned"])
+def test_layers_that_the_model_makes_little_of_get_few_bits(method: str) -> None:
+    """What leaves v_proj alike as a share of its output is next to nothing where o_proj all but forgets it."""
+    model = two_layers()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1e-2)
+    found = allocate(model, asked(method=method, loftq_bits=2), bits=2.4)
+    first, last = (found.choices[f"model.layers.{k}.self_attn.v_proj"] for k in (0, 1))
+    assert 0 < last.importance < 1e-2 * first.importance  # type: ignore[operator]
+    assert last.bits == 2
+    assert "nats a token more" in str(found)
+    assert found.cost == pytest.approx(sum(c.error * c.importance for c in found.choices.values()))  # type: ignore[operator]
+
+
+def test_without_gradients_shares_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no gradient")
+
+    model, config = llama(), asked(method="qera")
+    monkeypatch.setattr("loftq.bits.allocation.loss_weights", none)
+    with pytest.warns(UserWarning, match=r"no gradient of the model's could be taken \(no gradient\); .*count alike"):
+        found = allocate(model, config, bits=3)
+    assert all(choice.importance is None for choice in found.choices.values())
+    assert found.cost == pytest.approx(sum(choice.error for choice in found.choices.values()))
+    assert "nats" not in str(found)
 
 
 LORAS: dict[str, dict[str, Any]] = {
