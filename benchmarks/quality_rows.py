@@ -78,7 +78,12 @@ def _real_starts() -> list[Start]:
         Start("loftq T=1, trellis", {"quant_type": "trellis", "loftq_iter": 1}, bits=(2, 3, 4)),
         *(Start(f"aligned, trellis, {rows} rows", trellis, rows=rows, bits=(2, 3, 4)) for rows in (32, 128)),
         Start("aligned, trellis, rule", trellis, rule="first-layers", bits=(2.25, 2.5)),
-        Start("aligned, trellis, under a budget", trellis, bits=(2.25, 2.5)),
+        *(
+            Start(
+                f"aligned, trellis, under a budget, {rows} rows", trellis, rows=rows, bits=(2.16, 2.25, 2.5, 2.97, 3.97)
+            )
+            for rows in (32, 128)
+        ),
         *(Start(f"aligned, trellis, k, v and o at 3 bits, {n} rows", kvo, rows=n, bits=(2,)) for n in (32, 128)),
         Start("aligned, trellis, built-in text, 128 rows", trellis, text="builtin", rows=128, bits=(2,)),
     ]
