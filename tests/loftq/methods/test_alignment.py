@@ -102,7 +102,8 @@ def test_the_weight_is_that_of_all_rows_with_half_the_pull() -> None:
     text, full = Text(80, 40), weight()
     found, trust = trusted_weight(full, *text.given)
     W = full.double().numpy()
-    expected = W + trust.part * change_towards(W, text.R, text.C, trust.pull / 2 * text.unit)
+    part = 2 * trust.part / (1 + trust.part)
+    expected = W + part * change_towards(W, text.R, text.C, trust.pull / 2 * text.unit)
     np.testing.assert_allclose(found.double().numpy(), expected, atol=1e-5 * np.abs(expected).max())
 
 
