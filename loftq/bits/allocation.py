@@ -48,7 +48,7 @@ class Allocation:
         choices: each layer's choice by path, in the model's order.
         bits: mean bits of a code.
         nbytes: of the whole model with its adapters.
-        cost: the choices' total: nats a token that the model is foretold to lose, where a text has told; else the sum
+        error: the choices' total: nats a token that the model is foretold to lose, where a text has told; else the sum
             of their errors.
     """
 
@@ -56,7 +56,7 @@ class Allocation:
     choices: Mapping[str, Choice]
     bits: float
     nbytes: int
-    cost: float
+    error: float
 
     def __str__(self) -> str:
         width = max([len(path) for path in self.choices] + [6])
@@ -64,7 +64,7 @@ class Allocation:
         lines += [f"{path:{width}}  {c.bits:>4}  {c.rank:>4}  {c.error**0.5:.4f}" for path, c in self.choices.items()]
         last = f"{self.bits:.3f} bits a code, {self.nbytes:,} bytes in all"
         if any(choice.importance is not None for choice in self.choices.values()):
-            last += f"; {self.cost:.3g} nats a token more to be expected than before"
+            last += f"; {self.error:.3g} nats a token more to be expected than before"
         return "\n".join([*lines, last])
 
 

@@ -120,7 +120,7 @@ def test_errors_are_those_of_a_start_in_one_step(method: str) -> None:
     for row in report.layers:
         error = row.error if method == "loftq" else row.output_error
         assert error == pytest.approx(found.choices[row.path].error ** 0.5, rel=1e-4)  # float32 sums
-    assert found.cost == pytest.approx(sum(choice.cost for choice in found.choices.values()))
+    assert found.error == pytest.approx(sum(choice.cost for choice in found.choices.values()))
 
 
 def test_inputs_change_what_is_chosen() -> None:
@@ -141,7 +141,7 @@ def test_layers_that_the_model_makes_little_of_get_few_bits(method: str) -> None
     assert 0 < last.importance < 1e-2 * first.importance  # type: ignore[operator]
     assert last.bits == 2
     assert "nats a token more" in str(found)
-    assert found.cost == pytest.approx(sum(c.error * c.importance for c in found.choices.values()))  # type: ignore[operator]
+    assert found.error == pytest.approx(sum(c.error * c.importance for c in found.choices.values()))  # type: ignore[operator]
 
 
 def test_without_gradients_shares_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_without_gradients_shares_are_summed_up(monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(UserWarning, match=r"no gradient of the model's could be taken \(no gradient\); .*count alike"):
         found = allocate(model, config, bits=3)
     assert all(choice.importance is None for choice in found.choices.values())
-    assert found.cost == pytest.approx(sum(choice.error for choice in found.choices.values()))
+    assert found.error == pytest.approx(sum(choice.error for choice in found.choices.values()))
     assert "nats" not in str(found)
 
 
