@@ -6,8 +6,11 @@ moments are for, and what becomes of a layer, must not be known here; who asks s
 - ``text``: the text: a file, tokens, or what every Python brings along
 - ``caches``: no cache is made or read while text goes through
 - ``moments``: E[x x^T] of chosen modules from one pass
+- ``forwards``: a module's forward exchanged for a while
 - ``walk``: a model's forward, stopped at chosen modules
 - ``arguments``: of a module, so that it can be called again with the same
+- ``kept_inputs``: what a block's modules are given in the original model, computed once
 - ``pairs``: of one module in two models at once
+- ``gradients``: what the model makes of errors in its modules' outputs
 - ``groups``: moments for one group of modules after the other, in the order of the forward
 """

@@ -30,9 +30,10 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.distributed.team import ALONE, Team
 from qlora_kit.naming import module_at
 
+from .forwards import forward_exchanged_
 from .moments import watchable
 from .text import single_rows
-from .walk import floats, forward_exchanged_, stops_for
+from .walk import floats, stops_for
 
 # So many of the text's tokens are looked at, of rows that lie evenly in it.
 _TOKENS = 4096

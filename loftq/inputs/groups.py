@@ -32,6 +32,7 @@ from qlora_kit.naming import base_of, module_at
 from ..methods.factors import Factors
 from ..methods.halves import Half
 from .caches import uncached
+from .kept_inputs import KeptInputs
 from .moments import (
     Collector,
     counted_statistics,
@@ -237,14 +238,14 @@ def _in_turns(here: _Here, other: Walk) -> Iterator[Stage]:
     """A stage for each group of modules that shares an input; ``other`` walks through the model as it becomes."""
     walk, runs, widths = here.walk, here.runs, here.widths
     twins = {run.index: run for run in other.runs}
-    groups, once = _groups(here)
+    groups, once, inputs = _groups(here)
     replaced: dict[str, Tensor] = {}
     for leader, group in groups.items():
 
         def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
             def through(number: int, pairs: Pairs) -> None:
                 if (run := runs.get(number)) is not None:
-                    x = _input(walk, run, leader, {}, leader in once)
+                    x = inputs.take(run, leader) or _input(walk, run, leader, {}, leader in once)
                     pairs.add(number, _input(other, twins[number], leader, replaced, leader in once), x)
 
             pairs = in_turn(here.team, here.count, through, lambda apart: Pairs(widths.get(leader), apart=apart))
@@ -275,23 +276,25 @@ def _seen_of(pairs: Pairs, path: str, *, shared: bool) -> Seen | None:
     return Seen(mean, both, own.count, factors, Half(part, part_cross, pairs.half.count / own.count))
 
 
-def _groups(here: _Here) -> tuple[dict[str, list[str]], set[str]]:
-    """The modules by the first that is given the same input, in the order of the forward; and those that no run calls
-    more than once. The outputs are kept, where they fit, if the runs are to go on from them."""
+def _groups(here: _Here) -> tuple[dict[str, list[str]], set[str], KeptInputs]:
+    """The modules by the first that is given the same input, in the order of the forward; those that no run calls more
+    than once; and their inputs. The outputs are kept, where they fit, if the runs are to go on from them."""
     walk, paths = here.walk, here.paths
     once, collector = set(paths), Collector(paths, diagonal=True, widths=here.widths)
-    for number, run in here.runs.items():
+    inputs = KeptInputs(walk)
+    for run in here.runs.values():
         calls: Counter[str] = Counter()
 
-        def receive(path: str, value: Any, number: int = number, calls: Counter[str] = calls) -> None:
+        def receive(path: str, value: Any, run: Run = run, calls: Counter[str] = calls) -> None:
             calls[path] += 1
-            if number == here.first:
+            inputs.add(run, path, value)
+            if run.index == here.first:
                 collector(path, value)
 
         collector.begin(run.mask)
         with inputs_of(walk.model, paths, receive):
             output = run.forward()
-        run.kept = output if not here.last and walk.has_room(output) else None
+        run.kept = output if not here.last and walk.has_room(output, beside=inputs.nbytes) else None
         collector.end()
         once -= {path for path, count in calls.items() if count > 1}
     once = set.intersection(*here.team.gathered(once))
@@ -301,7 +304,8 @@ def _groups(here: _Here) -> tuple[dict[str, list[str]], set[str]]:
         groups.setdefault(leader, []).append(path)
     # A module that the first batch doesn't reach, an expert say, comes last and alone.
     groups.update({path: [path] for path in paths if path not in leaders})
-    return groups, once
+    inputs.keep_only(groups)
+    return groups, once, inputs
 
 
 def _input(walk: Walk, run: Run, path: str, replaced: Mapping[str, Tensor], once: bool) -> list[Tensor]:

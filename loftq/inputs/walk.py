@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from qlora_kit.naming import Tree, module_at
 
 from .arguments import Changes, Copies
 from .caches import configs_of
+from .forwards import forward_exchanged_
 
 Batch = Mapping[str, Any]
 # Where a module keeps its hooks, and bytes that are copied to or from a file at a time.
@@ -283,9 +284,9 @@ class Walk:
             for name, hooks in before.items():
                 setattr(module, name, hooks)
 
-    def has_room(self, output: Any) -> bool:
-        """Whether ``output`` can lie in memory besides what does."""
-        held = sum(run.nbytes() for run in self.runs if not run.spilled)
+    def has_room(self, output: Any, *, beside: int = 0) -> bool:
+        """Whether ``output`` can lie in memory besides what does, and ``beside`` bytes more."""
+        held = beside + sum(run.nbytes() for run in self.runs if not run.spilled)
         return held + sum(tensor.nbytes for tensor in floats(output)) <= self.limit
 
     def keep_bound(self) -> None:
@@ -312,23 +313,6 @@ class Walk:
             return stop
 
         return forward_exchanged_(module, stopping)
-
-
-def forward_exchanged_(
-    module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Callable[[], None]:
-    """Have ``module`` compute what ``make`` gives for its own forward; a call that takes it back."""
-    own: Any = vars(module).get("forward")
-    module.forward = make(module.forward)
-
-    def undo() -> None:
-        if own is not None:
-            module.forward = own
-        else:
-            with suppress(AttributeError):
-                del module.forward
-
-    return undo
 
 
 def floats(tree: Any) -> list[Tensor]:

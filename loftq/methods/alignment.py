@@ -18,8 +18,8 @@ so that alpha has a closed form for each mu, and the grid of mu costs little: wi
     tr(D_k R_o D_k^T)    = sum_jl H_jl / ((w_j + mu)(w_l + mu))     H_jl = <W N_k,j, W N_k,l> (Q^T R_o Q)_jl
 
 is made once. What is of the inputs alone serves all weights that are given them. Then D is found anew from all inputs.
-The chance in means of twice as many is half as large: half the pull does there, and of the two summands of
-tr(D_k R_o D_k^T), which are what both halves say, <D_k, W (C_o - R_o)>, and a half's own chance, the second is halved. So
+The chance in means of twice as many is half as large: half the pull does there, and of the two summands of tr(D_k R_o
+D_k^T), which are what both halves say, <D_k, W (C_o - R_o)>, and a half's own chance, the second is halved. So
 
     alpha = <,> / tr    becomes    <,> / (<,> + (tr - <,>) / 2) = 2 alpha / (1 + alpha)
 

@@ -280,19 +280,41 @@ def test_a_module_that_some_batches_come_to_twice_within_a_block_is_seen_each_ti
         replaced_(current, path, stage.replaced[path])
 
 
-def test_a_block_is_computed_no_further_than_to_what_is_looked_at() -> None:
+@pytest.mark.parametrize(("limit", "again"), [(1 << 30, 1), (0, 2)])
+def test_a_block_is_computed_no_further_than_to_what_is_looked_at(limit: int, again: int) -> None:
     model, batches, calls = tiny_llama(), text(), Counter[str]()
     names = ("q_proj", "o_proj", "gate_proj", "down_proj")
     for path in targets(model):
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.update([path]))
-    for stage in stages(model, batches, targets(model), sequential=True):
+    for stage in stages(model, batches, targets(model), sequential=True, limit=limit):
         stage.seen()
-    # A row ahead; of each batch once whole and once as the model becomes, and twice for each later group.
-    expected = {name: 1 + len(batches) * (2 + 2 * later) for name, later in zip(names, (3, 2, 1, 0), strict=True)}
+    # A row ahead; of each batch once whole and once as the model becomes, and for each later group once as it becomes
+    # and, where its inputs had no room, once as it was; its outputs had none either there.
+    once = 1 + len(batches) * (2 if limit else 3)
+    expected = {name: once + len(batches) * again * later for name, later in zip(names, (3, 2, 1, 0), strict=True)}
     for layer in (0, 1):
         found = {path.rpartition(".")[2]: count for path, count in calls.items() if f"layers.{layer}." in path}
         assert {name: found[name] for name in names} == expected
     assert calls["lm_head"] == 1, "no run's own call of the last one comes"
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 5, 8])
+def test_inputs_that_are_kept_are_those_that_are_computed_again(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Whatever has room: none, a part of a block's, all; changes in the meantime make no difference to the original."""
+    model, batches = tiny_llama(), text()
+
+    def found(limit: int) -> dict[str, tuple[Tensor, Tensor]]:
+        seen = {}
+        for number, stage in enumerate(stages(model, batches, targets(model), sequential=True, limit=limit)):
+            for path, known in stage.seen().items():
+                seen[path] = known.statistics, torch.zeros(0) if known.cross is None else known.cross
+                stage.replaced[path] = random_change(model.get_submodule(path), number)
+        return seen
+
+    one = 4 * 64 * max(batch["input_ids"].numel() for batch in batches)
+    whole, bounded = found(1 << 30), found(2 * (room * one + one // 2))
+    for path, known in whole.items():
+        assert all(torch.equal(own, other) for own, other in zip(known, bounded[path], strict=True)), path
 
 
 def test_a_conv1d_is_replaced_in_the_orientation_of_its_kind() -> None:
