@@ -64,6 +64,8 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     found["merge"] = message_of(lambda: merge(lora))
     found["merge_adapter"] = message_of(lora.merge_adapter)
     found["add"] = message_of(lambda: lora.add_adapter("third", LoraConfig(r=2, target_modules=["q_proj"])))
+    found["unload"] = message_of(lora.unload)
+    found["delete"] = message_of(lambda: lora.delete_adapter("second"))
     if rank == 0:
         found["alone"] = message_of(lambda: lora.save_pretrained(place / "alone"))
     else:
@@ -74,7 +76,10 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     found["losses"] = [step(run, i) for i in range(2)]
     run.model.eval()
     with torch.no_grad():
-        run.model(input_ids=batch(0))  # after which FSDP2 leaves the outermost group whole
+        found["on"] = run.model(input_ids=batch(0)).logits  # after which FSDP2 leaves the outermost group whole
+        with lora.disable_adapter():
+            found["off"] = run.model(input_ids=batch(0)).logits
+        found["on again"] = run.model(input_ids=batch(0)).logits
     run.model.train()
     lora.load_adapter(place / "all", "default")
     dist.barrier()

@@ -67,13 +67,27 @@ def test_half_an_adapter_is_refused(engine: str, ranks: Any, folder: Path) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_merging_and_adding_say_what_to_do(engine: str, ranks: Any, folder: Path) -> None:
+def test_what_needs_whole_weights_says_what_to_do(engine: str, ranks: Any, folder: Path) -> None:
     for rank in ranks:
         for merged in (rank["merge"], rank["merge_adapter"]):
             assert "sharded by" in merged
             assert "save_pretrained, on every rank" in merged
         assert "add every adapter before the model is sharded" in rank["add"]
+        assert "compute as the base does in `with lora.disable_adapter()`" in rank["unload"]
+        assert "leave it out with set_adapter" in rank["delete"]
         assert all(0 < loss < 10 for loss in rank["losses"])  # it trains on
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_switched_off_it_is_the_base(engine: str, ranks: Any, folder: Path) -> None:
+    """Trained biases and copies included; and switched on it is as before."""
+    base = adapted("nf4", CASE).unload().eval()
+    with torch.no_grad():
+        expected = base(input_ids=batch(0)).logits
+    for rank in ranks:
+        assert torch.equal(rank["off"], expected)
+        assert torch.equal(rank["on"], rank["on again"])
+        assert (rank["on"] - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
