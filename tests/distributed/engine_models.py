@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tiny_llama import VOCABULARY, llama
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, quantize_
 
@@ -63,6 +64,17 @@ def batch(step: int, rank: int = 0, size: int = 1) -> Tensor:
     """Token ids (rows, tokens): this rank's share of the step's rows."""
     ids = torch.randint(1, VOCABULARY, (ROWS, 12), generator=torch.Generator().manual_seed(100 + step))
     return ids.chunk(size)[rank]
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """The first batches' rows, in the order that ranks share them out."""
+
+    def __len__(self) -> int:
+        return 4 * ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = batch(i // ROWS)[i % ROWS]
+        return {"input_ids": ids, "labels": ids}
 
 
 def trained(lora: nn.Module) -> dict[str, nn.Parameter]:

@@ -61,6 +61,9 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     local = {n: (p.to_local() if hasattr(p, "to_local") else p).detach() for n, p in lora.named_parameters()}
     found["partial"] = message_of(lambda: lora.save_pretrained(place / "partial", state_dict=local))
+    found["empty"] = message_of(
+        lambda: lora.save_pretrained(place / "partial", state_dict={}, is_main_process=rank == 0)
+    )
     found["merge"] = message_of(lambda: merge(lora))
     found["merge_adapter"] = message_of(lora.merge_adapter)
     found["add"] = message_of(lambda: lora.add_adapter("third", LoraConfig(r=2, target_modules=["q_proj"])))
