@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,18 +110,45 @@ def train(
     return losses, gradients
 
 
+def seed_of(rank: int) -> int:
+    """Where a rank's masks of dropout begin."""
+    return 70 + rank
+
+
+class InTurns(nn.Module):
+    """One process as two ranks: each computes its half of the rows with random numbers of its own, and the loss is the
+    mean."""
+
+    def __init__(self, lora: LoraModel, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self.lora = lora
+        self.states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        losses = []
+        for rank, ids in enumerate(input_ids.chunk(len(self.states))):
+            torch.set_rng_state(self.states[rank])
+            losses.append(self.lora(input_ids=ids, labels=ids).loss)
+            self.states[rank] = torch.get_rng_state()
+        return SimpleNamespace(loss=torch.stack(losses).mean())
+
+
 def of_parameter(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach()
 
 
-def in_one_process(kind: str, case: str = "") -> tuple[list[float], list[dict[str, Tensor]], LoraModel, Any]:
+def in_one_process(
+    kind: str, case: str = "", seeds: Sequence[int] = (seed_of(0), seed_of(1))
+) -> tuple[list[float], list[dict[str, Tensor]], LoraModel, Any]:
+    """``train`` without an engine; ``seeds`` are where the masks of the halves of each batch begin."""
     lora = adapted(kind, case)
+    model = InTurns(lora, seeds) if "dropout" in case else lora
     stepped = optimizer(list(trained(lora).values()))
 
     def step() -> None:
         stepped.step()
         stepped.zero_grad()
 
-    losses, gradients = train(lora, lora, lambda loss: loss.backward(), step, of_parameter, evaluates="eval" in case)
+    losses, gradients = train(model, lora, lambda loss: loss.backward(), step, of_parameter, evaluates="eval" in case)
     return losses, gradients, lora, stepped
