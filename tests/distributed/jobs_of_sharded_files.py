@@ -93,7 +93,7 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
 
 def saves_and_merges(engine: str, kinds: list[str], folder: str) -> dict[str, Any]:
     """For each base: saved as it began, a step, saved, and merged in each process; a message where that is refused, or
-    what the merged model computes."""
+    what the merged model computes. And what is said to an adapter that is chosen after the engine is there."""
     found: dict[str, Any] = {}
     for kind in kinds:
         run = prepared(adapted(kind, "copies"), engine)
@@ -106,6 +106,12 @@ def saves_and_merges(engine: str, kinds: list[str], folder: str) -> dict[str, An
         if merged:
             with torch.no_grad():
                 found[kind] = merged[0](input_ids=batch(0)).logits
+    lora = adapted("float32", "two adapters")
+    lora.set_adapter("default")
+    run = prepared(lora, engine)
+    step(run, 0)
+    lora.set_adapter("second")
+    found["chosen later"] = message_of(lambda: step(run, 1))
     return found
 
 
