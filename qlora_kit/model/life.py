@@ -102,7 +102,7 @@ def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
         adapted.root,
         f"adapter {name!r}",
         "which wouldn't shard or reduce it; add every adapter before the model is sharded",
-        "as from_pretrained does once a ZeRO-3 configuration is there: load before TrainingArguments(deepspeed=...)",
+        "as from_pretrained does once there is a ZeRO-3 configuration: load before TrainingArguments(deepspeed=...)",
     )
     if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name:
         raise AdapterError(

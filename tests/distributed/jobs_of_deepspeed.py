@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from engine_models import ROWS, Rows, adapted, batch, optimizer, trained
 from jobs_of_engines import share
+from jobs_of_sharded_files import message_of
+from tiny_llama import load
 
+from qlora_kit import LoraConfig, LoraModel, apply_lora, quantize_
 from qlora_kit.distributed import leave_base_out_, save_checkpoint
 
 #: A stage of ZeRO and a base.
 Run = tuple[int, str]
+ADAPTER = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
 def settings(stage: int, **more: Any) -> dict[str, Any]:
@@ -58,6 +62,22 @@ def accelerated(stage: int) -> Accelerator:
     return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
 
 
+def stepper(accelerator: Accelerator, model: Any, stepped: Any) -> Callable[[int], float]:
+    """Makes a step, and gives the mean of the ranks' losses."""
+
+    def step(i: int) -> float:
+        ids = batch(i, *share())
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        stepped.step()
+        stepped.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return mean.item() / dist.get_world_size()
+
+    return step
+
+
 def loop(runs: Sequence[Run], folder: str) -> dict[Run, Any]:
     """A loop of one's own: two steps, a state, two more, and these again from the state."""
     found: dict[Run, Any] = {}
@@ -67,17 +87,7 @@ def loop(runs: Sequence[Run], folder: str) -> dict[Run, Any]:
         lora = leave_base_out_(adapted(kind, "copies", seed=3))
         model, stepped = accelerator.prepare(lora, optimizer(list(trained(lora).values())))
         own = about(model, stepped.optimizer)
-
-        def step(i: int, model: Any = model, stepped: Any = stepped, accelerator: Accelerator = accelerator) -> float:
-            ids = batch(i, *share())
-            loss = model(input_ids=ids, labels=ids).loss
-            accelerator.backward(loss)
-            stepped.step()
-            stepped.zero_grad()
-            mean = loss.detach().clone()
-            dist.all_reduce(mean)
-            return mean.item() / dist.get_world_size()
-
+        step = stepper(accelerator, model, stepped)
         lora.save_pretrained(place / "begun")
         first = [step(0), step(1)]
         accelerator.save_state(str(place / "state"), exclude_frozen_parameters=True)
@@ -110,6 +120,28 @@ def keys_of(folder: Path) -> list[str]:
         stored = torch.load(file, weights_only=False)
         names.update(stored["module"], *(stored[k] or () for k in ("frozen_param_shapes", "frozen_param_fragments")))
     return sorted(names)
+
+
+def nf4_loaded(folder: Path) -> LoraModel:
+    """The model in ``folder``, quantized by transformers as it loads, with an adapter."""
+    model = load(folder, "4-bit", torch.float32)
+    torch.manual_seed(3)
+    return apply_lora(model, ADAPTER).train()
+
+
+def loaded_later(folder: str) -> dict[str, Any]:
+    """What is had of models that are loaded once ZeRO-3 is there: transformers cuts dense ones while it loads them."""
+    accelerator = accelerated(3)
+    dense = transformers.LlamaForCausalLM.from_pretrained(folder)
+    found: dict[str, Any] = {
+        "elements": sum(parameter.numel() for parameter in dense.parameters()),
+        "said": [message_of(lambda: apply_lora(dense, ADAPTER)), message_of(lambda: quantize_(dense, 2))],
+    }
+    lora = nf4_loaded(Path(folder))
+    model, stepped = accelerator.prepare(lora, optimizer(list(trained(lora).values())))
+    found |= about(model, stepped.optimizer)
+    found["losses"] = [stepper(accelerator, model, stepped)(i) for i in range(3)]
+    return found
 
 
 def plugin_on_a_cpu() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jobs_of_deepspeed as jobs
 import pytest
 import torch
-from engine_models import BASES, adapted, in_one_process
+from engine_models import BASES, adapted, base, in_one_process, of_parameter, optimizer, train, trained
 from jobs_of_sharded_files import files_of
 from processes import in_processes
 from safetensors.torch import load_file
@@ -72,6 +72,24 @@ def test_a_loop_of_ones_own(stage: int, kind: str, folder: Path) -> None:
 def test_accelerate_told_to_stay_on_a_cpu_leaves_deepspeed_out(folder: Path) -> None:
     """A surprise to notice the end of: docs/ENGINES.md says so."""
     assert [rank[0, "float32"] for rank in looped(folder)] == ["DistributedDataParallel"] * 2
+
+
+def test_what_is_loaded_once_zero3_is_there(tmp_path: Path) -> None:
+    """Of a dense model nothing is in one place; one that is quantized as it loads is whole, and trains."""
+    base("float32").save_pretrained(tmp_path)
+    lora = jobs.nf4_loaded(tmp_path)
+    stepped = optimizer(list(trained(lora).values()))
+
+    def step() -> None:
+        stepped.step()
+        stepped.zero_grad()
+
+    losses = train(lora, lora, lambda loss: loss.backward(), step, of_parameter, steps=range(3))[0]
+    for rank in in_processes(jobs.loaded_later, folder=str(tmp_path)):
+        is_there(3, rank)
+        assert rank["elements"] == 0
+        assert all("load before TrainingArguments(deepspeed=...)" in said for said in rank["said"])
+        assert rank["losses"] == pytest.approx(losses, abs=2e-6)
 
 
 # -- transformers' Trainer ---------------------------------------------------------------------------------------
