@@ -141,6 +141,9 @@ def loaded_later(folder: str) -> dict[str, Any]:
     model, stepped = accelerator.prepare(lora, optimizer(list(trained(lora).values())))
     found |= about(model, stepped.optimizer)
     found["losses"] = [stepper(accelerator, model, stepped)(i) for i in range(3)]
+    aware = adapted("nf4", "merge-aware")  # which nothing of ours has looked at before its first step
+    prepared = accelerated(3).prepare(aware, optimizer(list(trained(aware).values())))[0]
+    found["aware"] = message_of(lambda: prepared(input_ids=batch(0)))
     return found
 
 

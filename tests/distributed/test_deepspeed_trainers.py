@@ -90,6 +90,9 @@ def test_what_is_loaded_once_zero3_is_there(tmp_path: Path) -> None:
         assert rank["elements"] == 0
         assert all("load before TrainingArguments(deepspeed=...)" in said for said in rank["said"])
         assert rank["losses"] == pytest.approx(losses, abs=2e-6)
+        assert (
+            "expected a whole weight to round it with merge_aware, found one that DeepSpeed's ZeRO-3" in rank["aware"]
+        )
 
 
 # -- transformers' Trainer ---------------------------------------------------------------------------------------
