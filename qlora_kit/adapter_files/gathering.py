@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..codecs.shards.tensors import is_sharded, is_writer, meet, ranks_of, to_pieces_, whole, whole_shape
+from ..codecs.shards.tensors import (
+    is_partitioned,
+    is_sharded,
+    is_writer,
+    meet,
+    ranks_of,
+    to_pieces_,
+    whole,
+    whole_shape,
+)
 from ..errors import StorageError
 from .slots import Slot
 
@@ -43,9 +52,11 @@ def checked(adapter_name: str, slots: Sequence[Slot], found: Mapping[str, Tensor
             what = "nothing" if tensor is None else f"{tuple(whole_shape(tensor))}, not {tuple(shape)}"
             bad.append(f"{slot.name}: {what}")
     if bad:
+        zero3 = any(is_partitioned(slot.tensor) for slot in slots)
+        trainers = "; a Trainer does where peft is installed, or stage3_gather_16bit_weights_on_model_save is set"
         raise StorageError(
             f"state_dict: expected all tensors of adapter {adapter_name!r}, found {len(bad)} of {len(slots)} missing "
-            f"or empty or in part ({bad[:3]}); gather the shards first, or pass no state_dict"
+            f"or empty or in part ({bad[:3]}); gather the shards first, or pass no state_dict{trainers * zero3}"
         )
     return good
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.neighbours.unpartitioned import unpartitioned
 from ..errors import StorageError
 from .files import json_object
 
@@ -136,7 +137,7 @@ def _without_weights(
     try:
         # Kernels that a config names would be fetched, and nothing is computed here.
         config._attn_implementation, config._experts_implementation = attention, None
-        with torch.device("meta"):
+        with torch.device("meta"), unpartitioned():
             return _maker(config)(config, **options)
     except Exception as error:
         raise _not_built(folder, error) from error

@@ -10,6 +10,7 @@ and nothing below may know it.
 - ``parcels``: a value with tensors on its way from one process to another
 - ``engines``: ``prepare``, one call for every engine, and what a loop needs of it
 - ``sameness``: whether all processes have one model, asked before an engine assumes it
+- ``chosen``: adapters chosen when an engine has taken in others
 - ``ddp``: a copy of the model in each process
 - ``fsdp2``: a piece of each parameter in each process, by torch
 - ``zero``: the same by DeepSpeed; the optimizer's state alone, or the parameters too

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import AdapterError
 from ..model import LoraModel
+from .chosen import keep_to_chosen_
 from .sameness import stored_in_codes
 
 
@@ -24,15 +23,5 @@ def replicate(lora: LoraModel, **options: Any) -> DistributedDataParallel:
     """``lora`` in ``DistributedDataParallel``, whose ``options`` they are (``device_ids``, ...)."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(lora, stored_in_codes(lora))
     parallel = DistributedDataParallel(lora, **options)
-    reduced = {id(parameter) for parameter in lora.parameters() if parameter.requires_grad}
-
-    def check(module: nn.Module, args: Any) -> None:
-        if lost := [n for n, p in lora.named_parameters() if p.requires_grad and id(p) not in reduced]:
-            raise AdapterError(
-                f"{lost[0]}: expected the parameters to train that trained when DistributedDataParallel was made, "
-                f"found {len(lost)} others, whose gradients it doesn't reduce; choose adapters first (set_adapter), "
-                "then call prepare(lora, 'ddp') again"
-            )
-
-    parallel.register_forward_pre_hook(check)
+    keep_to_chosen_(parallel, lora, "ddp")
     return parallel

@@ -9,6 +9,7 @@ asked for by someone else: accelerate's ``save_state`` and ``load_state`` with D
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,8 @@ def _complete(lora: nn.Module, state: dict[str, Any], prefix: str, *others: Any)
     """Add the base as it is, which then loads onto itself."""
     own = _own_names(lora)
     for path, module in lora.named_modules(remove_duplicate=False):
-        for name, tensor in (module._parameters | module._buffers).items():
+        # Of ZeRO-3's own dictionaries of parameters `|` gives an empty one.
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             name = f"{path}.{name}" if path else name
             stored = tensor is not None and name.rpartition(".")[2] not in module._non_persistent_buffers_set
             if stored and canonical(name) not in own:

@@ -24,6 +24,7 @@ from ..errors import AdapterError, ConfigError
 from ..layers import AdapterLayer
 from ..model import LoraModel
 from ..training.preparation.sharding import casts_codes
+from .chosen import keep_to_chosen_
 
 _MODES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +73,7 @@ def partition(
     if stage == 3:
         register_factors_(lora, library)
     engine, *_ = library.initialize(model=lora, optimizer=optimizer, config=settings, **options)
+    keep_to_chosen_(engine, lora, f"zero{stage}")
     return engine
 
 

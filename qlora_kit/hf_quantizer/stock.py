@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.neighbours.unpartitioned import unpartitioned
 from ..naming import Tree, base_of
 
 BITSANDBYTES_TYPES = ("Linear4bit", "Linear8bitLt")
@@ -108,5 +109,5 @@ def _skeleton(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with torch.device("meta"), unpartitioned():
         return type(model)._from_config(config)

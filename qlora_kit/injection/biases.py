@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..codecs.shards.tensors import fill_, whole
 from ..layers import AdapterLayer, ModulesToSave
 from ..naming import Tree, base_of, chain, module_at
 
@@ -48,9 +49,10 @@ class KeptBiases:
 
     @torch.no_grad()
     def swap_(self, model: nn.Module) -> None:
-        """Put the kept values into ``model`` and keep what was there; twice is nothing."""
+        """Put the kept values into ``model`` and keep what was there; twice is nothing. A collective where they are
+        sharded."""
         for path, kept in self.values.items():
             parameter = base_of(module_at(model, path))._parameters["bias"]
             if parameter is not None:
-                self.values[path] = parameter.detach().clone()
-                parameter.copy_(kept)
+                self.values[path] = whole(parameter).clone()
+                fill_(parameter, kept)

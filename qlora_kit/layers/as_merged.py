@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..codecs import Codec, codec_for
 from ..codecs.autocast import without_autocast
 from ..codecs.quantized import Quantized, Quantizer
+from ..codecs.shards.tensors import is_partitioned
 from ..errors import AdapterError
 from .row_choice import left_to_python, rows_of
 
@@ -184,6 +185,11 @@ def for_gradients(branch: Tensor) -> Tensor:
 
 
 def _check_can_be_rounded(base: nn.Module, weight: Tensor, factors: Sequence[Tensor]) -> None:
+    if is_partitioned(weight):
+        raise AdapterError(
+            f"{type(base).__name__}.weight: expected a whole weight to round it with merge_aware, found one that "
+            "DeepSpeed's ZeRO-3 has sharded; take ZeRO-2, FSDP2 or DDP, or call set_merge_aware(False)"
+        )
     if weight.is_meta and not factors[0].is_meta:
         raise AdapterError(
             f"{type(base).__name__}.weight: expected a weight in memory to round it with merge_aware, found one on the "

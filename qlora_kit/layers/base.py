@@ -33,7 +33,7 @@ from .by_hand import AdjustedByHand
 from .merged import MergedLayer
 from .named import NamedModules
 from .row_products import forward_by_rows, rows_of, weight_by_rows
-from .weight_in_effect import InEffect, Sum, weight_in_effect
+from .weight_in_effect import Branch, InEffect, Sum, weight_in_effect
 
 #: Attributes of a layer's own that change with every merge and switch: none is a tensor's, a module's or the base's.
 _OWN = frozenset({"active_adapters", "computes_as_merged", "disable_adapters", "merged_adapters", "_kept", "_unmerged"})
@@ -231,12 +231,16 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    def weight_branch(self, name: str) -> Branch:
+        """A (r, in), B (out, r) and the scaling of ``name``, whose product is a term of the weight that is read."""
+        return (*self.factors(name), self.scaling[name])
+
     def _weight_in_effect(self) -> Tensor:
         """The weight that this layer computes with, for who reads it instead of calling; see ``weight_in_effect``."""
         if (rows := rows_of(self)) is not None:
             return weight_by_rows(self, rows)
         names = self._in_effect
-        branches = [(*self.factors(name), self.scaling[name]) for name in names]
+        branches = [self.weight_branch(name) for name in names]
         terms = Sum(self.codec, self.base_layer, self.base_layer.weight, branches, self._rescale_)
         if names and (rounding := self.rounding_in_effect(names)) is not None:
             terms.rounded = partial(self.rounded_weight, rounding, names)

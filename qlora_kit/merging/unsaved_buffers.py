@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.neighbours.unpartitioned import unpartitioned
 from ..naming import canonical, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def _anew(model: Any, dtype: torch.dtype) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), unpartitioned():
             return type(model)._from_config(config, dtype=dtype)
     except Exception as error:  # whatever a model's own code raises
         logger.warning("merge: buffers that aren't saved keep their dtype, as no other model was to be had (%s)", error)

@@ -98,11 +98,12 @@ def _as_it_is(layers: Mapping[str, AdapterLayer], name: str) -> Callable[[Reques
 
 def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
     """Raise an AdapterError if ``name`` can't be one or is taken, or two adapters would train the base's biases."""
-    if (engine := engine_of(adapted.root)) is not None:
-        raise AdapterError(
-            f"adapter {name!r}: expected a model with whole weights to add it to, found one that {engine} has sharded, "
-            "which wouldn't shard or reduce it; add every adapter before the model is sharded"
-        )
+    refuse_in_pieces(
+        adapted.root,
+        f"adapter {name!r}",
+        "which wouldn't shard or reduce it; add every adapter before the model is sharded",
+        "as from_pretrained does once there is a ZeRO-3 configuration: load before TrainingArguments(deepspeed=...)",
+    )
     if not isinstance(name, str) or not name or "." in name or "/" in name or "\\" in name:
         raise AdapterError(
             f"adapter name {name!r}: expected a non-empty string without dots and slashes (it becomes part of "
@@ -120,6 +121,15 @@ def check_new(adapted: Adapted, name: str, config: LoraConfig) -> None:
             f"adapter {name!r}: bias={config.bias!r} would train the base's biases, which {other[0]!r} trains "
             "already; set bias='none' for one of them"
         )
+
+
+def refuse_in_pieces(root: nn.Module, what: str, instead: str, of_deepspeed: str = "") -> None:
+    """Raise an AdapterError if an engine keeps the parameters under ``root`` in pieces, and goes on doing so with those
+    that it had at first."""
+    if (engine := engine_of(root)) is not None:
+        found = f"found one that {engine} has sharded, {instead}"
+        more = f" ({of_deepspeed})" if of_deepspeed and "ZeRO" in engine else ""
+        raise AdapterError(f"{what}: expected a model with whole weights, {found}{more}")
 
 
 def _recorded(config: LoraConfig, plan: Plan, tree: Tree) -> LoraConfig:
@@ -146,6 +156,12 @@ def train_(adapted: Adapted, names: Sequence[str], requires_grad: bool) -> None:
 def delete_(adapted: Adapted, name: str) -> None:
     """Forget an adapter. Where it was the only active one, the first of the others becomes active."""
     adapted.check_known(name)
+    refuse_in_pieces(
+        adapted.root,
+        f"delete_adapter({name!r})",
+        "which would go on gathering it; leave it out with set_adapter, or name those to keep in "
+        "save_pretrained(selected_adapters=...) and load the model again",
+    )
     with adapted.mapped():
         _forget_(adapted, name)
         adapted.drop_(empty=True)
@@ -173,6 +189,12 @@ def _forget_(adapted: Adapted, name: str) -> None:
 def take_out_(adapted: Adapted) -> nn.Module:
     """The base model as it was before the first adapter, and before it was prepared: its own module objects, biases,
     dtypes and flags."""
+    refuse_in_pieces(
+        adapted.root,
+        "unload()",
+        "which gathers them for the model with adapters alone; compute as the base does in `with "
+        "lora.disable_adapter()`, or load the base again",
+    )
     unmerge_(adapted)
     adapted.buffers.show_(adapted.root, [])
     if not adapted.disabled:

@@ -111,10 +111,12 @@ class LoraModel(ModelProxy):
 
     def disable_adapter_layers(self) -> None:
         """Compute as the base model does: branches, saved copies, trained biases and merges are set aside."""
+        to_pieces_(self)
         switch_off_(self.adapted)
 
     def enable_adapter_layers(self) -> None:
         """Undo ``disable_adapter_layers``."""
+        to_pieces_(self)
         switch_on_(self.adapted)
 
     @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tiny_llama import VOCABULARY, llama
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from qlora_kit import LoraConfig, LoraModel, apply_lora, quantize_
 
@@ -65,6 +67,17 @@ def batch(step: int, rank: int = 0, size: int = 1) -> Tensor:
     return ids.chunk(size)[rank]
 
 
+class Rows(Dataset[dict[str, Tensor]]):
+    """The first batches' rows, in the order that ranks share them out."""
+
+    def __len__(self) -> int:
+        return 4 * ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = batch(i // ROWS)[i % ROWS]
+        return {"input_ids": ids, "labels": ids}
+
+
 def trained(lora: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in lora.named_parameters() if parameter.requires_grad}
 
@@ -97,18 +110,45 @@ def train(
     return losses, gradients
 
 
+def seed_of(rank: int) -> int:
+    """Where a rank's masks of dropout begin."""
+    return 70 + rank
+
+
+class InTurns(nn.Module):
+    """One process as two ranks: each computes its half of the rows with random numbers of its own, and the loss is the
+    mean."""
+
+    def __init__(self, lora: LoraModel, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self.lora = lora
+        self.states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        losses = []
+        for rank, ids in enumerate(input_ids.chunk(len(self.states))):
+            torch.set_rng_state(self.states[rank])
+            losses.append(self.lora(input_ids=ids, labels=ids).loss)
+            self.states[rank] = torch.get_rng_state()
+        return SimpleNamespace(loss=torch.stack(losses).mean())
+
+
 def of_parameter(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach()
 
 
-def in_one_process(kind: str, case: str = "") -> tuple[list[float], list[dict[str, Tensor]], LoraModel, Any]:
+def in_one_process(
+    kind: str, case: str = "", seeds: Sequence[int] = (seed_of(0), seed_of(1))
+) -> tuple[list[float], list[dict[str, Tensor]], LoraModel, Any]:
+    """``train`` without an engine; ``seeds`` are where the masks of the halves of each batch begin."""
     lora = adapted(kind, case)
+    model = InTurns(lora, seeds) if "dropout" in case else lora
     stepped = optimizer(list(trained(lora).values()))
 
     def step() -> None:
         stepped.step()
         stepped.zero_grad()
 
-    losses, gradients = train(lora, lora, lambda loss: loss.backward(), step, of_parameter, evaluates="eval" in case)
+    losses, gradients = train(model, lora, lambda loss: loss.backward(), step, of_parameter, evaluates="eval" in case)
     return losses, gradients, lora, stepped

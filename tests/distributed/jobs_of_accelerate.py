@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from engine_models import adapted, batch, optimizer, trained
+from engine_models import Rows, adapted, batch, optimizer, trained
 from jobs_of_engines import share
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -95,17 +95,6 @@ def keys_of(folder: Path) -> list[str]:
         found = FileSystemReader(str(sharded)).read_metadata().state_dict_metadata
         return [name.removeprefix("model.") for name in found]
     return list(load_file(folder / "model.safetensors"))
-
-
-class Rows(torch.utils.data.Dataset):
-    """The first batches' rows, in the order that ranks share them out."""
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        ids = batch(i // 4)[i % 4]
-        return {"input_ids": ids, "labels": ids}
 
 
 def trainer(kind: str, folder: str, resume: bool = False) -> dict[str, Any]:

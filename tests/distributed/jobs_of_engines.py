@@ -9,8 +9,9 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import torch
 import torch.distributed as dist
-from engine_models import adapted, of_parameter, optimizer, train, trained
+from engine_models import adapted, of_parameter, optimizer, seed_of, train, trained
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_kit import LoraModel
+from qlora_kit.codecs.shards.tensors import is_sharded
 from qlora_kit.distributed import Prepared, prepare
 
 #: An engine, a base and a case.
@@ -61,6 +63,7 @@ def kinds(run: Prepared) -> dict[str, Any]:
         "whole": [name for name, p in parameters.items() if not isinstance(p, DTensor)],
         "shapes": {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
         "own": own,
+        "pieces": any(map(is_sharded, parameters.values())),
         "partitions": {n: p.ds_tensor.ds_numel for n, p in parameters.items() if hasattr(p, "ds_tensor")},
         "stepped": sum(flat.numel() for flat in optimizer_state),
         "trained": sum(p.numel() for p in trained(run.lora).values()),
@@ -68,18 +71,21 @@ def kinds(run: Prepared) -> dict[str, Any]:
 
 
 def runs(cases: Sequence[Run], folder: str) -> dict[Run, Any]:
-    """For each (engine, base, case): losses, gradients, what the engine is, and the adapters as they were saved."""
+    """For each (engine, base, case): losses, gradients, what the engine is, the adapters as they were saved, and what
+    this rank has of them where that is all."""
     found: dict[Run, Any] = {}
     for engine, kind, case in cases:
         # Each rank begins with adapters of its own, and the engine gives all of them the first one's.
         lora = adapted(kind, case, seed=3 + dist.get_rank())
         run = prepared(lora, engine)
         about = kinds(run)
+        torch.manual_seed(seed_of(dist.get_rank()))
         result = train(
             run.model, run.lora, run.backward, run.step, gradient_of(engine), share=share(), evaluates="eval" in case
         )
         place = Path(folder) / f"{engine} {kind} {case}"
         run.lora.save_pretrained(place)
         dist.barrier()
-        found[engine, kind, case] = (*result, about, load_file(place / "adapter_model.safetensors"))
+        copies = {} if about["pieces"] else {name: p.detach().clone() for name, p in trained(lora).items()}
+        found[engine, kind, case] = (*result, about, load_file(place / "adapter_model.safetensors"), copies)
     return found

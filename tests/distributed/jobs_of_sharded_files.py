@@ -61,9 +61,14 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     local = {n: (p.to_local() if hasattr(p, "to_local") else p).detach() for n, p in lora.named_parameters()}
     found["partial"] = message_of(lambda: lora.save_pretrained(place / "partial", state_dict=local))
+    found["empty"] = message_of(
+        lambda: lora.save_pretrained(place / "partial", state_dict={}, is_main_process=rank == 0)
+    )
     found["merge"] = message_of(lambda: merge(lora))
     found["merge_adapter"] = message_of(lora.merge_adapter)
     found["add"] = message_of(lambda: lora.add_adapter("third", LoraConfig(r=2, target_modules=["q_proj"])))
+    found["unload"] = message_of(lora.unload)
+    found["delete"] = message_of(lambda: lora.delete_adapter("second"))
     if rank == 0:
         found["alone"] = message_of(lambda: lora.save_pretrained(place / "alone"))
     else:
@@ -74,7 +79,10 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
     found["losses"] = [step(run, i) for i in range(2)]
     run.model.eval()
     with torch.no_grad():
-        run.model(input_ids=batch(0))  # after which FSDP2 leaves the outermost group whole
+        found["on"] = run.model(input_ids=batch(0)).logits  # after which FSDP2 leaves the outermost group whole
+        with lora.disable_adapter():
+            found["off"] = run.model(input_ids=batch(0)).logits
+        found["on again"] = run.model(input_ids=batch(0)).logits
     run.model.train()
     lora.load_adapter(place / "all", "default")
     dist.barrier()
@@ -85,7 +93,7 @@ def saves(engine: str, kind: str, folder: str) -> dict[str, Any]:
 
 def saves_and_merges(engine: str, kinds: list[str], folder: str) -> dict[str, Any]:
     """For each base: saved as it began, a step, saved, and merged in each process; a message where that is refused, or
-    what the merged model computes."""
+    what the merged model computes. And what is said to an adapter that is chosen after the engine is there."""
     found: dict[str, Any] = {}
     for kind in kinds:
         run = prepared(adapted(kind, "copies"), engine)
@@ -98,6 +106,12 @@ def saves_and_merges(engine: str, kinds: list[str], folder: str) -> dict[str, An
         if merged:
             with torch.no_grad():
                 found[kind] = merged[0](input_ids=batch(0)).logits
+    lora = adapted("float32", "two adapters")
+    lora.set_adapter("default")
+    run = prepared(lora, engine)
+    step(run, 0)
+    lora.set_adapter("second")
+    found["chosen later"] = message_of(lambda: step(run, 1))
     return found
 
 

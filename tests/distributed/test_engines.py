@@ -9,10 +9,11 @@ from typing import Any
 import jobs_of_engines as jobs
 import pytest
 import torch
-from engine_models import BASES, in_one_process
+from engine_models import BASES, in_one_process, seed_of
 from processes import in_processes
 from torch import Tensor
 
+from qlora_kit import set_branch
 from qlora_kit.adapter_files.tensors import adapter_state
 
 #: Losses differ by the order of sums. In float32 that is the last bits of a number near 5; in a bfloat16 model a
@@ -24,11 +25,19 @@ GRADIENT = {"bf16": 0.2}
 LARGER = {"two adapters": 10.0}
 
 QUICK = [("ddp", "nf4", ""), ("fsdp2", "nf4", ""), ("fsdp2", "2-bit", ""), ("fsdp2", "bf16", "")]
+QUICK += [("fsdp2", "nf4", "dropout checkpointing")]
 HARD = ("embeddings", "tied embeddings", "copies", "two adapters", "checkpointing", "eval", "biases")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 ALL = [(engine, kind, "") for engine in ENGINES for kind in BASES] + [
     (engine, kind, case) for engine in ("ddp", "fsdp2", "zero3") for kind in ("float32", "nf4") for case in HARD
 ]
+DROPOUT = [
+    (engine, kind, case)
+    for engine in ENGINES
+    for kind in ("float32", "nf4")
+    for case in ("dropout", "dropout checkpointing")
+]
+ALL += DROPOUT
 ALL += [(engine, kind, "merge-aware") for engine in ("ddp", "fsdp2", "zero2") for kind in ("nf4", "2-bit")]
 without_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install --no-build-isolation '.[deepspeed]'"
@@ -63,16 +72,22 @@ def ranks(run: jobs.Run, folder: str) -> list[Any]:
 
 
 @cache
-def expected(kind: str, case: str) -> tuple[list[float], list[dict[str, Tensor]], dict[str, Tensor]]:
-    losses, gradients, lora, _ = in_one_process(kind, case)
+def expected(kind: str, case: str, branch: str) -> tuple[list[float], list[dict[str, Tensor]], dict[str, Tensor]]:
+    with set_branch(branch):
+        losses, gradients, lora, _ = in_one_process(kind, case)
     return losses, gradients, adapter_state(lora)
+
+
+def branch_of(engine: str, case: str) -> str:
+    """The form that draws the masks which the engine's draws: another form has others of the same seed."""
+    return "plain" if engine == "zero3" and "dropout" in case else "auto"
 
 
 @pytest.mark.filterwarnings("ignore:.*tied to lm_head:UserWarning")
 @pytest.mark.parametrize("run", RUNS)
 def test_it_trains_as_one_process_does(run: jobs.Run, ranks: list[Any]) -> None:
-    _, kind, case = run
-    losses, gradients, state = expected(kind, case)
+    engine, kind, case = run
+    losses, gradients, state = expected(kind, case, branch_of(engine, case))
     mean = torch.tensor([rank[0] for rank in ranks]).mean(0)
     assert (mean - torch.tensor(losses)).abs().max() < LOSS.get(kind, 2e-6)
     for step, own in enumerate(gradients):
@@ -88,6 +103,24 @@ def test_it_trains_as_one_process_does(run: jobs.Run, ranks: list[Any]) -> None:
     # AdamW moves by at most the learning rate a step, and so far apart rounding takes them at most.
     bound = 0.02 if kind == "bf16" else 1e-4
     assert all((saved[key] - value).abs().max() < bound for key, value in state.items())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_whole_copies_are_equal_to_the_bit(run: jobs.Run, ranks: list[Any]) -> None:
+    own, other = (rank[4] for rank in ranks)
+    assert bool(own) == (run[0] in ("ddp", "zero2"))
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+@pytest.mark.parametrize("run", [marked(run) for run in DROPOUT])
+def test_ranks_drop_out_by_masks_of_their_own(run: jobs.Run, ranks: list[Any]) -> None:
+    """The bound of ``test_it_trains_as_one_process_does`` tells these masks from one rank's for all rows."""
+    engine, kind, case = run
+    own = ranks[0][1][0]
+    with set_branch(branch_of(engine, case)):
+        _, (first, *_), _, _ = in_one_process(kind, case, seeds=[seed_of(0)] * 2)
+    assert all((own[name] - same).abs().max() > 1e-2 * same.abs().max() for name, same in first.items())
 
 
 @pytest.mark.parametrize("run", RUNS)

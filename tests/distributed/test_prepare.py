@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jobs_of_sameness
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_kit import AdapterError, ConfigError, LoraConfig, LoraModel, apply_lora
+from qlora_kit import AdapterError, CodecError, ConfigError, LoraConfig, LoraModel, apply_lora, quantize_
 from qlora_kit.codecs.bnb import quantize_linear
 from qlora_kit.compat.state import get_peft_model_state_dict, set_peft_model_state_dict
 from qlora_kit.distributed import prepare, repeated_blocks
@@ -229,9 +230,56 @@ def test_a_model_in_parts_is_refused() -> None:
 @pytest.mark.usefixtures("group")
 def test_adapters_combined_on_a_sharded_model_are_refused() -> None:
     lora = prepare(adapted("float32", "two adapters"), "fsdp2").lora
-    with pytest.raises(AdapterError, match=r"'mix': expected a model with whole weights .* found one that FSDP2 has"):
+    with pytest.raises(AdapterError, match=r"'mix': expected a model with whole weights, found one that FSDP2 has"):
         lora.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mix", combination_type="cat")
     assert list(lora.peft_config) == ["default", "second"]
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_in_pieces_is_not_quantized() -> None:
+    model = base("float32")
+    fully_shard(model)
+    with pytest.raises(CodecError, match=r"quantize_: expected a model with whole weights, found one that FSDP2 has"):
+        quantize_(model, 2)
+
+
+def test_a_model_is_quantized_while_a_zero3_configuration_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers then builds every model in DeepSpeed's way, the one without weights too that tells where its loader
+    would put quantized layers."""
+    from transformers.integrations import deepspeed as integration
+
+    class Configuration:
+        config: ClassVar[dict[str, Any]] = {}
+
+        def is_zero3(self) -> bool:
+            return True
+
+    monkeypatch.setattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    configuration = Configuration()
+    integration.set_hf_deepspeed_config(configuration)
+    model = quantize_(base("float32"), 4)
+    assert model.config.quantization_config.load_in_4bit
+    assert integration.is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_bias_of_the_outermost_group_is_set_aside_after_an_evaluation() -> None:
+    """The evaluation leaves that group whole, in parameters that FSDP2 throws away."""
+    model = base("float32")
+    model.lm_head.bias = nn.Parameter(torch.zeros(model.config.vocab_size))
+    lora = apply_lora(model, LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    prepare(lora, "fsdp2").lora.eval()
+    with torch.no_grad():
+        begun = lora(input_ids=batch(0)).logits
+        lora.reshard()
+        lora.model.lm_head.bias += 1
+        trained_on = lora(input_ids=batch(0)).logits
+        with lora.disable_adapter():
+            lora.reshard()  # as saving does
+            off = lora(input_ids=batch(0)).logits
+        assert torch.equal(off, begun)
+        assert torch.equal(lora(input_ids=batch(0)).logits, trained_on)
+        assert torch.allclose(trained_on, begun + 1)
 
 
 @pytest.mark.usefixtures("group")

@@ -60,6 +60,7 @@ def test_the_files_are_those_of_one_process(engine: str, ranks: Any, folder: Pat
 def test_half_an_adapter_is_refused(engine: str, ranks: Any, folder: Path) -> None:
     assert "missing or empty or in part" in ranks[0]["partial"]  # the others don't write, and needn't look
     assert "lora_A" in ranks[0]["partial"]
+    assert ("stage3_gather_16bit_weights_on_model_save" in ranks[0]["empty"]) == (engine == "zero3")
     assert "expected all of the processes [0, 1] to call it" in ranks[0]["alone"]
     assert "found that [1] didn't within 4 s" in ranks[0]["alone"]
     assert not (folder / engine / "partial").exists()
@@ -67,13 +68,27 @@ def test_half_an_adapter_is_refused(engine: str, ranks: Any, folder: Path) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_merging_and_adding_say_what_to_do(engine: str, ranks: Any, folder: Path) -> None:
+def test_what_needs_whole_weights_says_what_to_do(engine: str, ranks: Any, folder: Path) -> None:
     for rank in ranks:
         for merged in (rank["merge"], rank["merge_adapter"]):
             assert "sharded by" in merged
             assert "save_pretrained, on every rank" in merged
         assert "add every adapter before the model is sharded" in rank["add"]
+        assert "compute as the base does in `with lora.disable_adapter()`" in rank["unload"]
+        assert "leave it out with set_adapter" in rank["delete"]
         assert all(0 < loss < 10 for loss in rank["losses"])  # it trains on
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_switched_off_it_is_the_base(engine: str, ranks: Any, folder: Path) -> None:
+    """Trained biases and copies included; and switched on it is as before."""
+    base = adapted("nf4", CASE).unload().eval()
+    with torch.no_grad():
+        expected = base(input_ids=batch(0)).logits
+    for rank in ranks:
+        assert torch.equal(rank["off"], expected)
+        assert torch.equal(rank["on"], rank["on again"])
+        assert (rank["on"] - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -105,6 +120,10 @@ def test_every_base_is_saved_and_merged(engine: str, tmp_path: Path) -> None:
                 assert "sharded by" in rank[kind]
             else:
                 assert torch.equal(rank[kind], expected), kind
+    for rank in ranks:  # FSDP2 has all of them in pieces, and its loop an optimizer of its own
+        later = "expected the parameters to train that trained when"
+        assert (later in rank["chosen later"]) == (engine != "fsdp2"), rank["chosen later"]
+        assert engine != "fsdp2" or not rank["chosen later"]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------

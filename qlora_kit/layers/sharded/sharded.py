@@ -17,6 +17,7 @@ from ...codecs.shards.tensors import is_dtensor
 from ...errors import AdapterError
 from ..base import AdapterLayer
 from ..row_choice import rows_of
+from ..weight_in_effect import Branch
 from .collectives import copy_to_group
 from .parts import agreed, cut, gathered, held, local, placed_as
 from .sharding import Form, Sharding, sharding_of
@@ -99,22 +100,22 @@ class ShardedLayer(AdapterLayer):
             back()
             raise
 
+    def weight_branch(self, name: str) -> Branch:
+        """As of other layers; of a factor that every rank has whole a part's gradient is a term."""
+        (A, B), (cut_A, cut_B), group = self.factors(name), self.sharding.factor_dims, self.sharding.group
+        return (
+            A if cut_A is not None else copy_to_group(A, group),
+            B if cut_B is not None else copy_to_group(B, group),
+            self.scaling[name],
+        )
+
     def _weight_in_effect(self) -> Tensor:
-        """As of other layers; where the base's weight is a DTensor so is the sum. Of a factor that every rank has whole
-        a part's gradient is a term."""
+        """As of other layers; where the base's weight is a DTensor so is the sum."""
         weight: Any = self.base_layer.weight
         names = self._in_effect
         if not is_dtensor(weight) or not names:
             return super()._weight_in_effect()
-        (cut_A, cut_B), group = self.sharding.factor_dims, self.sharding.group
-        total: Any = 0
-        for name in names:
-            A, B = self.factors(name)
-            A, B = (
-                (A if cut_A is not None else copy_to_group(A, group)),
-                (B if cut_B is not None else copy_to_group(B, group)),
-            )
-            total = total + self.scaling[name] * (B @ A)
+        total: Any = sum(s * (B @ A) for A, B, s in map(self.weight_branch, names))
         laid_out = self.codec.laid_out(self.base_layer, total)
         assert laid_out is not None
         return self.as_output(weight, (local(weight) + laid_out).to(weight.dtype))

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...codecs import codec_for
 from ...codecs.quantized import BNB_BLOCKSIZES, Quantized, quantize_matrix
+from ...codecs.shards.tensors import engine_of
 from ...codecs.shards.view import is_tensor_parallel, local_view
 from ...config.checks import failure
 from ...config.loftq import DEFAULT_TYPES
@@ -61,10 +62,16 @@ def quantize_(
         ConfigError: a number of bits that no type has.
         TargetError: nothing is matched, or something that isn't a dense linear layer, or one that is named and whose
             weight nobody but others read.
-        CodecError: an unknown type, or a weight that it can't hold.
+        CodecError: an unknown type, or a weight that it can't hold; or FSDP2 or ZeRO-3 has the weights in pieces.
     """
     if quant_type is None and bits not in DEFAULT_TYPES:
         raise failure("bits", f"one of {list(DEFAULT_TYPES)}", bits, "pass bits=4, or a quant_type")
+    if (engine := engine_of(model)) is not None:
+        raise CodecError(
+            f"quantize_: expected a model with whole weights, found one that {engine} has sharded; quantize before "
+            "(from_pretrained shards too, once there is a ZeRO-3 configuration: load before "
+            "TrainingArguments(deepspeed=...))"
+        )
     kind = quant_type or DEFAULT_TYPES[bits]
     undo = Injection()
     try:

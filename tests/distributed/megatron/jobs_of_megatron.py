@@ -12,7 +12,7 @@ from jobs_of_linears import linears, quantized_linears
 from megatron_gpt import batch, begin, gpt, logits_of, loss_of
 from torch import Tensor, nn
 
-from qlora_kit import LoraConfig, LoraModel, apply_lora, make_plan, merge, quantize_
+from qlora_kit import AdapterError, LoraConfig, LoraModel, apply_lora, make_plan, merge, quantize_
 from qlora_kit.codecs import codec_for
 from qlora_kit.layers.sharded.parts import gathered
 from qlora_kit.layers.sharded.sharding import sharding_of
@@ -155,6 +155,10 @@ def parts(folder: Path) -> dict[str, Any]:
     found |= trained(lora) | {"logits": logits_of(lora)}
     saved(lora, folder)
     found["loaded"] = logits_of(LoraModel.from_pretrained(gpt(config), folder))
+    found["read"] = {
+        name: [_read(each, name) for each in (fused, lora)] for name in ("self_attention.linear_qkv", "mlp.linear_fc1")
+    }
+    found["multiplied"] = _multiplied(lora)
     lora.merge_adapter()
     found["merged"] = logits_of(lora)
     lora.unmerge_adapter()
@@ -164,6 +168,28 @@ def parts(folder: Path) -> dict[str, Any]:
     found["types"] = types == [type(module).__name__ for module in report.model.modules()]
     found["unloaded"] = types == [type(module).__name__ for module in split.unload().modules()]
     return found
+
+
+def _read(lora: LoraModel, name: str) -> dict[str, list[Tensor]]:
+    """What a fused linear gives, and the gradients of its factors or of its parts', where it is called and where its
+    weight is read."""
+    linear = lora.model.get_submodule(f"decoder.layers.1.{name}")
+    factors = [p for n, p in linear.named_parameters() if "lora_" in n]
+    x = torch.randn(3, 2, linear.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    found = {}
+    for way, out in (("called", linear(x)[0]), ("by weight", torch.nn.functional.linear(x, linear.weight))):
+        wanted = torch.linspace(-1, 1, out[0, 0].numel()) * (1 + dist.get_rank())
+        found[way] = [out.detach(), *torch.autograd.grad((out * wanted).sum(), factors)]
+    return found
+
+
+def _multiplied(lora: LoraModel) -> str:
+    """What is said to who would multiply a fused linear's weight."""
+    try:
+        lora.model.get_submodule("decoder.layers.1.mlp.linear_fc1").weight.mul_(2.0)
+    except AdapterError as error:
+        return str(error)
+    return "nothing"
 
 
 def _said(lora: LoraModel, target: str) -> str:

@@ -76,6 +76,19 @@ def test_megatrons_checkpoints_of_the_base_have_their_keys(run: dict[str, Any]) 
     assert run["adapted keys"] == run["keys"]
 
 
+@pytest.mark.parametrize("name", ["self_attention.linear_qkv", "mlp.linear_fc1"])
+def test_who_reads_the_fused_weight_computes_with_them(run: dict[str, Any], name: str) -> None:
+    """Gradients are whole on every rank, as where the layer is called; so of an adapter on the fused linear itself."""
+    for found, count in zip(
+        run["read"][name], (1, {"self_attention.linear_qkv": 2, "mlp.linear_fc1": 1}[name]), strict=True
+    ):
+        assert len(found["called"]) == 1 + 2 * count
+        for called, read in zip(found["called"], found["by weight"], strict=True):
+            torch.testing.assert_close(read, called, **CLOSE)
+            assert called.abs().max() > 1e-3
+    assert "expected a fused linear without adapters on its parts to multiply" in run["multiplied"]
+
+
 def test_files_bring_them_back(run: dict[str, Any]) -> None:
     assert torch.equal(run["loaded"], run["logits"])
 

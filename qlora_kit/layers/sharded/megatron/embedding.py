@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...embedding import EmbeddingAdapter
-from ...weight_in_effect import Sum, weight_in_effect
-from ..collectives import copy_to_group
 from ..sharded import ShardedLayer
 from ..thin import thin_branch
 from .linear import mark_
@@ -37,12 +35,3 @@ class MegatronEmbedding(ShardedLayer, EmbeddingAdapter):
     def new_factors_(self, name: str, A: Tensor, B: Tensor) -> None:
         super().new_factors_(name, A, B)
         mark_(self.adapter_tensors(name).values(), self.sharding)
-
-    def _weight_in_effect(self) -> Tensor:
-        """A head that has this table's weight multiplies it by this rank's words: gradients of B are terms of a sum."""
-        names: Any = self._in_effect
-        branches = [
-            (A, copy_to_group(B, self.sharding.group), self.scaling[n]) for n in names for A, B in [self.factors(n)]
-        ]
-        base = self.base_layer
-        return weight_in_effect(Sum(self.codec, base, base.weight, branches, self._rescale_))

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ....codecs import Codec, codec_for
 from ....codecs.base import checked_weight
 from ....codecs.quantized import Quantized, Quantizer, Scales
-from ....errors import CodecError, TargetError
+from ....errors import AdapterError, CodecError, TargetError
 from ....naming import StandIn, every_module
+from ...weight_in_effect import Branch, Sum, weight_in_effect
 from ..sharding import Sharding, sharding_of
 from .linear import MegatronLinear, called
 
@@ -119,6 +120,21 @@ class FusedLinear(StandIn):
                 out = out.index_add(-1, rows, part.branch(found.multiplied, name).to(out.dtype))
         return found.again(out)
 
+    @property
+    def weight(self) -> Tensor:
+        """What its product and its parts' branches compute with, for who reads it instead of calling; see
+        ``layers.weight_in_effect``."""
+        base: Any = self.base_layer
+        branches = [self._on_all_rows(part, name) for part in self.adapters() for name in part._in_effect]
+        return weight_in_effect(Sum(codec_for(base), base, base.weight, branches, _refuse_scaling))
+
+    def _on_all_rows(self, part: MegatronLinear, name: str) -> Branch:
+        """A part's branch as one on all rows, with zeros at those of others."""
+        A, B, scaling = part.weight_branch(name)
+        rows = part.base_layer.rows.to(B.device)
+        count = codec_for(self.base_layer).shape(self.base_layer)[0]
+        return A, B.new_zeros(count, B.shape[1]).index_copy(0, rows, B), scaling
+
     def __getattr__(self, attribute: str) -> Any:
         """Attributes that model code reads off the fused linear."""
         try:
@@ -127,6 +143,13 @@ class FusedLinear(StandIn):
             if attribute == "base_layer" or attribute.startswith("_"):
                 raise
             return getattr(self.base_layer, attribute)
+
+
+def _refuse_scaling(factor: float) -> None:
+    raise AdapterError(
+        f"weight.mul_({factor}): expected a fused linear without adapters on its parts to multiply, found some; "
+        "unload() first"
+    )
 
 
 def close_parts_(model: nn.Module) -> None:
