@@ -12,6 +12,7 @@ Files and runs:
 - ``journal``: the record of a run that can be cut off at any point
 - ``records``: what its lines may hold
 - ``pipeline``: the next tensor is read while one is worked on
+- ``large_pages``: copies in memory that is let go of as a whole
 - ``spill``: tensors set aside on the disk while a model is changed in place
 
 What the tensors are:
