@@ -97,7 +97,7 @@ class _Foreign(type):
         refuse(cls.__name__)
 
     def __getattr__(cls, attribute: str) -> NoReturn:
-        if attribute.startswith("__"):  # what Python itself asks of a class
+        if attribute.startswith("_"):  # what Python itself asks of a class, "_partialmethod" for its signature say
             raise AttributeError(attribute)
         refuse(cls.__name__)
 

@@ -22,6 +22,7 @@ from ..injection.adapted import Adapted
 from ..injection.engine import Plan, make_plan
 from ..injection.heads import without_new_head
 from ..injection.megatron.opening import opened_parts
+from ..injection.megatron.settings import settings_that_hold
 from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
 
@@ -59,6 +60,7 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
         init_lora_weights=True,
         loftq_config=None,
         inference_mode=not trainable,
+        megatron_config=settings_that_hold(stored, model),
     )
     config = without_new_head(config)
     if config.ensure_weight_tying:
@@ -247,12 +249,13 @@ def resumed_(adapted: Adapted, name: str, folder: Path) -> bool:
 
 def record_(adapted: Adapted, name: str, config: LoraConfig, backbone: str | None) -> None:
     """Note how a loaded adapter once started and for what, which the configuration that it was injected by doesn't
-    say."""
+    say, and what that passed over."""
     adapted.configs[name] = dataclasses.replace(
         adapted.configs[name],
         init_lora_weights=config.init_lora_weights,
         loftq_config=config.loftq_config,
         task_type=config.task_type,
+        megatron_config=config.megatron_config,
     )
     if backbone:
         adapted.backbones[name] = backbone

@@ -9,6 +9,7 @@ run is shared out (sizes of groups, sequence parallelism, dtypes) may differ fro
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 from torch import nn
@@ -48,6 +49,17 @@ def follow_settings(config: LoraConfig, model: nn.Module) -> None:
                 f"megatron_config: expected a description of this model, whose {name} is {there}, found {said}; pass "
                 "the arguments that the model was made with, or leave megatron_config out"
             )
+
+
+def settings_that_hold(stored: LoraConfig, model: nn.Module) -> dict[str, Any] | None:
+    """``megatron_config`` of a stored adapter; where it can't be read here, or is that of another model, None, and a
+    warning says so: what the adapter computes is its tensors' to say, and whether they fit is checked with them."""
+    try:
+        follow_settings(stored, model)
+    except ConfigError as error:
+        warnings.warn(f"of a stored adapter, hence passed over: {error}", stacklevel=2)
+        return None
+    return stored.megatron_config
 
 
 def _described(core: str, arguments: dict[str, Any]) -> Any:
