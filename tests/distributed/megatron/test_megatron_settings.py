@@ -115,13 +115,15 @@ def test_a_stored_adapter_needs_no_library_that_its_layers_do_not(
     told = {"num_layers": 2, "hidden_size": 8}
     tensors = _stored(tmp_path / "a", told)
     model: Any = nn.Sequential(nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match=r"stored.*passed over.*megatron_config.*'megatron\.core'"):
-        if loaded_by == "from_pretrained":
+    said = pytest.warns(UserWarning, match=r"stored.*passed over.*megatron_config.*'megatron\.core'")
+    if loaded_by == "from_pretrained":
+        with said:
             lora = LoraModel.from_pretrained(model, tmp_path / "a")
-        else:
-            lora = apply_lora(model, LoraConfig(r=2, target_modules=["0"]))
-            lora.load_adapter(tmp_path / "a", "b")
-    name = "default" if loaded_by == "from_pretrained" else "b"
+        name = "default"
+    else:
+        lora, name = apply_lora(model, LoraConfig(r=2, target_modules=["0"])), "b"
+        with said:
+            lora.load_adapter(tmp_path / "a", name)
     assert lora.peft_config[name].megatron_config == told
     lora.save_pretrained(tmp_path / "again", selected_adapters=[name])
     where = tmp_path / "again" / ("" if name == "default" else name)
