@@ -12,11 +12,14 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..adapter_files.beside import about, stored_config
+from ..adapter_files.card import write_card
 from ..adapter_files.folder import PREFIX
 from ..adapter_files.tensors import adapter_slots
 from ..config import lora as core
@@ -262,6 +265,12 @@ class PeftModel(LenientModel):
             save_embedding_layers=save_embedding_layers,
             **kwargs,
         )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the README.md of the active adapter, of the first where several are, as ``save_pretrained`` does."""
+        folder, name = Path(output_dir), self.active_adapters[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, stored_config(self.adapted, name), about(self.adapted, name))
 
     # -- inside ----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter_files.backbone import METADATA_KEY, check_backbone
 from ..adapter_files.folder import PREFIX, read_adapter, read_metadata, read_resume_file
+from ..adapter_files.keys import factor
 from ..adapter_files.tensors import adapter_state, load_adapter_state_, load_resume_state_
 from ..adapter_files.words import table_paths
 from ..config.lora import LoraConfig
@@ -115,7 +116,7 @@ def _beside(tree: Tree, plan: Plan, state: Mapping[str, Tensor]) -> list[str]:
             for path, table in tables.items()
             if table is not None and any(copy is not None and torch.equal(copy, table) for copy in copies)
         ]
-    held = {canonical(key).removeprefix(PREFIX).partition(".lora_")[0] for key in state if ".lora_" in key}
+    held = {found.path for key in state if (found := factor(canonical(key).removeprefix(PREFIX)))}
     return sorted(held - {entry.path for entry in plan.entries})
 
 
@@ -152,13 +153,13 @@ def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:
     """The adapted modules, by what the file calls them, in the model's names; empty if one of them is unknown."""
     found: dict[str, str] = {}
     for key in state:
-        path, branch, _ = canonical(key).removeprefix(PREFIX).partition(".lora_")
-        if branch and path not in found:
-            own = tree.path_of(path)
+        branch = factor(canonical(key).removeprefix(PREFIX))
+        if branch is not None and branch.path not in found:
+            own = tree.path_of(branch.path)
             if own is None:
                 return {}
             # A name that the model has means that place, where the same module may stand elsewhere without a branch.
-            found[path] = own if own == path else tree.first(own)
+            found[branch.path] = own if own == branch.path else tree.first(own)
     return found
 
 
