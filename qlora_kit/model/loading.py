@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..config.lora import LoraConfig
 from ..errors import TargetError, UnsupportedModuleError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, make_plan
-from ..injection.heads import without_new_head
+from ..injection.heads import head_of_task, without_new_head
 from ..injection.megatron.opening import opened_parts
 from ..injection.megatron.settings import settings_that_hold
 from ..injection.targets import resolve, shortest_names, without_idle
@@ -57,7 +57,7 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     tree = Tree(model)
     config = dataclasses.replace(
         stored,
-        modules_to_save=_saved_names(tree, stored.modules_to_save or (), state) or None,
+        modules_to_save=_saved_names(tree, stored, state) or None,
         init_lora_weights=True,
         loftq_config=None,
         inference_mode=not trainable,
@@ -72,13 +72,22 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     return without_idle(tree, config)
 
 
-def _saved_names(tree: Tree, names: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
-    """Those of ``names`` that the model knows, and modules in the file that one of them means to PEFT alone, which
-    compares plain ends: there "classifier" means "pre_classifier" too."""
+def _saved_names(tree: Tree, stored: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """The modules to save that the model knows; modules in the file that one of them means to PEFT alone, which
+    compares plain ends (there "classifier" means "pre_classifier" too); and the head of the task where the file holds
+    it, though a configuration that the caller gave instead of the stored one doesn't name it."""
+    names = stored.modules_to_save or ()
     known = [name for name in names if name in tree.names]
     meant = set(tree.names.matching(known))
-    ends = [path for path in tree.modules if path and path not in meant and path.endswith(tuple(names))]
-    return [*known, *(path for path in ends if any(key.startswith(f"{PREFIX}{path}.") for key in state))]
+    ends = [path for path in tree.modules if path and path.endswith(tuple(names))]
+    others = [path for path in dict.fromkeys([*ends, *head_of_task(tree, stored.task_type)]) if path not in meant]
+    return [*known, *(path for path in others if _holds_whole(state, path))]
+
+
+def _holds_whole(state: Mapping[str, Tensor], path: str) -> bool:
+    """Whether the file has tensors of the module at ``path`` itself, beside those of a branch on it or in it."""
+    own = (key for key in state if key.startswith(f"{PREFIX}{path}."))
+    return any(factor(key) is None and "base_layer" not in key.split(".") for key in own)
 
 
 def _apart_if_stored_so(tree: Tree, config: LoraConfig, state: Mapping[str, Tensor]) -> LoraConfig:
