@@ -84,6 +84,8 @@ def test_types_are_enumerations_and_lists_of_names_sets() -> None:
         ("trainable_token_indices", [1]),
         ("eva_config", {"rho": 2.0}),
         ("corda_config", {}),
+        ("corda_config", {"corda_method": "ipm"}),
+        ("lora_ga_config", {"scale": "stable"}),
         ("arrow_config", {"top_k": 2}),
         ("alora_invocation_tokens", [1, 2]),
     ],

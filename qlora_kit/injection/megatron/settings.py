@@ -74,7 +74,7 @@ def _described(core: str, arguments: dict[str, Any]) -> Any:
         ) from error
     try:
         return found.TransformerConfig(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of any kind: it divides by what it wasn't given
         known = list(getattr(found.TransformerConfig, "__dataclass_fields__", ()))
         unknown = [name for name in arguments if known and name not in known]
         near = f"; nearest to {unknown[0]!r}: {closest(unknown[0], known)}" if unknown else ""

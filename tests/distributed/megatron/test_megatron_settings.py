@@ -36,6 +36,9 @@ class TransformerConfig:
     gated_linear_unit: bool = False
     sequence_parallel: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.hidden_size // self.num_attention_heads  # divides without asking, as megatron-core does
+
 
 class _Group:
     def __init__(self, size: int = 1) -> None:
@@ -178,6 +181,7 @@ def test_arguments_of_the_model_are_taken(fork: str) -> None:
     [
         ({"num_layers": 3, "hidden_size": 8}, r"whose num_layers is 2, found 3"),
         ({"num_layers": 2, "hidden_sise": 8}, r"nearest to 'hidden_sise': \['hidden_size'"),
+        ({"num_layers": 2, "hidden_size": 8, "num_attention_heads": 0}, r"found others \(.*by zero"),
         ({"num_layers": 2}, r"expected arguments of pretend\.core's TransformerConfig, found others \(.*hidden_size"),
     ],
 )
