@@ -1,4 +1,5 @@
-"""``LoraModel`` where PEFT warns and goes on: what is merged already, or isn't; layers that were switched by hand."""
+"""``LoraModel`` where PEFT warns and goes on: what is merged already, or isn't; layers that were switched by hand;
+exclusions that nothing is excluded by."""
 
 from __future__ import annotations
 
@@ -8,10 +9,27 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..config.lora import LoraConfig
 from ..errors import AdapterError
+from ..injection.targets import with_live_exclusions
 from ..layers.by_hand import warn_merged
 from ..model.lora_model import LoraModel
 from .errors import PeftWarning
+
+
+def without_idle_exclusions(model: nn.Module, config: LoraConfig, stacklevel: int = 3) -> LoraConfig:
+    """``config`` without exclusions that ``model`` has no module of; a warning names them."""
+    if not config.exclude_modules:
+        return config
+    live = with_live_exclusions(model, config)
+    asked, left = (_listed(c.exclude_modules) for c in (config, live))
+    if idle := [name for name in asked if name not in left]:
+        warnings.warn(f"exclude_modules: no module is excluded by {idle}", PeftWarning, stacklevel)
+    return live
+
+
+def _listed(names: list[str] | str | None) -> list[str]:
+    return [names] if isinstance(names, str) else sorted(names or ())
 
 
 class LenientModel(LoraModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from qlora_kit import quantize_
 from qlora_kit.compat.peft import (
     LoraConfig,
+    LoraLayer,
     PeftModel,
     PeftWarning,
     get_base_model_state_dict,
@@ -276,3 +278,29 @@ def test_a_whole_state_brings_the_scales_of_few_bits(bits: int) -> None:
         assert not torch.equal(other(x), expected)
         other.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
         assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("excluded", [["9", "2"], "nothing", ["9"]])
+def test_exclusions_that_no_module_has_are_warned_of(excluded: Any) -> None:
+    live = [name for name in excluded if name == "2"]
+    config = LoraConfig(r=2, target_modules=["0", "2"], exclude_modules=excluded)
+    for make in (lambda: get_peft_model(mlp(), config), lambda: inject_adapter_in_model(config, mlp())):
+        with pytest.warns(PeftWarning, match=r"no module is excluded by \['(9|nothing)'\]"):
+            model = make()
+        assert [path for path, module in model.named_modules() if isinstance(module, LoraLayer)][-1].endswith(
+            "0" if live else "2"
+        )
+
+
+def test_what_pefts_layers_keep_under_private_names_can_be_set() -> None:
+    model, x = wrapped(init_lora_weights=False), torch.randn(3, 6)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    layer = model.model[0]
+    layer._active_adapter = "other"
+    assert (layer.active_adapters, layer._active_adapter) == (["other"], ["other"])
+    assert model.get_model_status().active_adapters == "irregular"
+    layer._disable_adapters = True
+    assert layer.disable_adapters
+    torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=0, atol=0)
+    layer._disable_adapters = False
+    assert not torch.equal(layer(x), layer.base_layer(x))
