@@ -28,7 +28,7 @@ from ..injection.engine import Plan
 from ..injection.heads import HEADLESS
 from .configs import LoraConfig, PeftType
 from .hub import adapter_folder
-from .lenient import LenientModel, without_idle_exclusions
+from .lenient import LenientModel, without_idle_patterns
 from .meta import to_meta_
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
@@ -90,9 +90,8 @@ class PeftModel(LenientModel):
         The last two are as for a new model, and of this adapter alone.
         """
         with self._dtype_of_new(autocast_adapter_dtype):
-            plan = super().add_adapter(
-                adapter_name, self._for_task(without_idle_exclusions(self.model, peft_config, stacklevel=4))
-            )
+            live = without_idle_patterns(self.model, self._for_task(peft_config), stacklevel=4)
+            plan = super().add_adapter(adapter_name, live)
         if low_cpu_mem_usage:
             to_meta_(self, adapter_name)
         return plan

@@ -89,7 +89,11 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
     if isinstance(names := config.target_modules, (list, set)):
         live = [name for name in names if any(path in candidates for path in tree.names.of(name))]
         changes["target_modules"] = live or names
-    config = with_live_exclusions(tree, replace(config, **changes))
+    if isinstance(excluded := config.exclude_modules, str):
+        changes["exclude_modules"] = excluded if _some(excluded, tree.modules) else None
+    else:
+        changes["exclude_modules"] = [name for name in excluded or () if name in tree.names] or None
+    config = replace(config, **changes)
     selected = _select(tree, config, candidates)
     wanted = config.layers_to_transform
     if wanted is not None and _whole_paths(config).issuperset(selected):
@@ -105,16 +109,6 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
         rank_pattern={key: rank for key, rank in config.rank_pattern.items() if _is_live(key, known)},
         alpha_pattern={key: alpha for key, alpha in config.alpha_pattern.items() if _is_live(key, known)},
     )
-
-
-def with_live_exclusions(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
-    """``config`` without exclusions that no module of ``model`` has."""
-    tree, excluded = Tree.of(model), config.exclude_modules
-    if isinstance(excluded, str):
-        live: Any = excluded if _some(excluded, tree.modules) else None
-    else:
-        live = [name for name in excluded or () if name in tree.names] or None
-    return config if live is None and excluded is None else replace(config, exclude_modules=live)
 
 
 def resolve_saved(model: nn.Module | Tree, names: Sequence[str] | None, *, tied: bool = False) -> list[str]:

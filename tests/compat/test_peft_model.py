@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -280,16 +281,38 @@ def test_a_whole_state_brings_the_scales_of_few_bits(bits: int) -> None:
         assert torch.equal(other(x), expected)
 
 
-@pytest.mark.parametrize("excluded", [["9", "2"], "nothing", ["9"]])
-def test_exclusions_that_no_module_has_are_warned_of(excluded: Any) -> None:
-    live = [name for name in excluded if name == "2"]
-    config = LoraConfig(r=2, target_modules=["0", "2"], exclude_modules=excluded)
-    for make in (lambda: get_peft_model(mlp(), config), lambda: inject_adapter_in_model(config, mlp())):
-        with pytest.warns(PeftWarning, match=r"no module is excluded by \['(9|nothing)'\]"):
-            model = make()
-        assert [path for path, module in model.named_modules() if isinstance(module, LoraLayer)][-1].endswith(
-            "0" if live else "2"
-        )
+@pytest.mark.parametrize(
+    ("fields", "idle", "kind", "adapted"),
+    [
+        ({"exclude_modules": ["9", "2"]}, ["9"], PeftWarning, "0"),
+        ({"exclude_modules": ["9"]}, ["9"], PeftWarning, "02"),
+        ({"exclude_modules": "nothing"}, ["nothing"], PeftWarning, "02"),
+        ({"rank_pattern": {"2": 3, "7": 4}}, ["7"], RuntimeWarning, "02"),
+        ({"alpha_pattern": {"7": 4, "8": 2}}, ["7", "8"], RuntimeWarning, "02"),
+    ],
+)
+def test_exclusions_and_patterns_for_what_is_not_there_are_warned_of(
+    fields: dict[str, Any], idle: list[str], kind: type[Warning], adapted: str
+) -> None:
+    asked = LoraConfig(r=2, target_modules=["0", "2"], **fields)
+    said = re.escape(f"{next(iter(fields))}: nothing that is targeted is meant by {idle}")
+    with pytest.warns(kind, match=said):
+        model = get_peft_model(mlp(), asked)
+    with pytest.warns(kind, match=said):
+        bare = inject_adapter_in_model(asked, mlp())
+    with pytest.warns(kind, match=said):
+        model.add_adapter("other", asked)
+    for layers in (model.model, bare):
+        assert "".join(name for name in "02" if isinstance(layers[int(name)], LoraLayer)) == adapted
+        if adapted.endswith("2"):
+            assert layers[2].r["default"] == fields.get("rank_pattern", {}).get("2", 2)
+
+
+def test_a_second_wrapping_says_once_what_is_not_there() -> None:
+    model = get_peft_model(mlp(), config())
+    with pytest.warns() as said:
+        get_peft_model(model, config(exclude_modules=["9"]))
+    assert len([w for w in said if "exclude_modules" in str(w.message)]) == 1
 
 
 def test_what_pefts_layers_keep_under_private_names_can_be_set() -> None:
