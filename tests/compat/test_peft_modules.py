@@ -66,7 +66,7 @@ IMPORTED = {
         LoftQConfig EvaConfig""",
     "tuners.lora.config": "LoraConfig LoftQConfig LoraRuntimeConfig EvaConfig",
     "tuners.lora.layer": "ParamWrapper LoraLayer Linear Embedding Conv1d Conv2d",
-    "tuners.lora.model": "LoraModel",
+    "tuners.lora.model": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "tuners.tuners_utils": "BaseTuner BaseTunerLayer check_target_module_exists inspect_matched_modules",
     "utils": """PeftType TaskType ModulesToSaveWrapper get_peft_model_state_dict infer_device PeftError CONFIG_NAME
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING SAFETENSORS_WEIGHTS_NAME load_peft_weights""",

@@ -6,8 +6,9 @@ from typing import Any
 
 from .....model.lora_model import LoraModel
 from ....foreign import foreign
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-__all__ = ["LoraModel"]
+__all__ = ["TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "LoraModel"]
 
 
 def __getattr__(name: str) -> Any:
