@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_llama import llama
 from torch import nn
 
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora
@@ -27,7 +29,9 @@ def disable(lora: LoraModel, folder: Path) -> None:
 
 
 def load(lora: LoraModel, folder: Path) -> None:
-    lora.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the norm stays behind
+        lora.save_pretrained(folder)
     lora.load_adapter(folder, "other")
 
 
@@ -116,3 +120,20 @@ def test_a_base_that_a_start_makes_is_frozen() -> None:
         "model.0.lora_A.default.weight",
         "model.0.lora_B.default.weight",
     ]
+
+
+def test_saving_says_what_no_adapters_file_holds(tmp_path: Path) -> None:
+    lora = apply_lora(net(), config(bias="lora_only", modules_to_save=["2"]))
+    lora.save_pretrained(tmp_path)  # biases and copies are held
+    lora.model[1].weight.requires_grad_(True)
+    lora.model[0].base_layer.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"2 parameters of the base model are trained, 0\.base_layer\.weight for one"):
+        lora.save_pretrained(tmp_path)
+
+
+def test_a_table_of_words_that_goes_along_is_held(tmp_path: Path) -> None:
+    lora = apply_lora(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.model.get_input_embeddings().weight.requires_grad_(True)
+    lora.save_pretrained(tmp_path / "held", save_embedding_layers=True)
+    with pytest.warns(UserWarning, match=r"1 parameters of the base model are trained, model\.embed_tokens\.weight"):
+        lora.save_pretrained(tmp_path / "left", save_embedding_layers=False)
