@@ -16,7 +16,7 @@ from ..naming import StandIn, base_of, unwrapped
 
 
 def dequantize(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' ``dequantize`` of the base under its adapters; what it puts there is frozen as what was there is."""
+    """transformers' ``dequantize`` of the base under its adapters; what it puts there is frozen as what was there."""
     trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
     self.model.dequantize(*args, **kwargs)
     for name, parameter in self.model.named_parameters(remove_duplicate=False):
