@@ -85,7 +85,8 @@ PARAMETERS = {
     "qlora_kit.make_plan": "model config",
     "qlora_kit.quantize_": "model bits * quant_type blocksize double_quant target_modules",
     "qlora_kit.prepare_model_for_kbit_training": """
-        model use_gradient_checkpointing gradient_checkpointing_kwargs * cast_embeddings cast_head
+        model use_gradient_checkpointing gradient_checkpointing_kwargs auto_clear_cache * cast_embeddings
+        cast_head
     """,
     "qlora_kit.check_gradients": "model **inputs",
     "qlora_kit.codec_for": "module path",

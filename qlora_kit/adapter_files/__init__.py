@@ -4,6 +4,7 @@ It knows which tensors an adapter has and what files call them; how the base kee
 computes, it must never ask.
 
 - ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors`` in a folder
+- ``keys``: what the key of a tensor says
 - ``slots``: which tensors of a model are an adapter's, and what its file calls each
 - ``words``: tables of words that go along, where some were added
 - ``parts``: factors of which each process holds a part, gathered for a file and cut from one

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..config.lora import LoraConfig
 from ..injection.adapted import Adapted
 from ..injection.stacks import taken_for_experts
-from ..naming import unwrapped
+from ..naming import canonical, unwrapped
 from .card import About, about_start
+from .slots import Slot
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,22 @@ def stored_config(adapted: Adapted, name: str) -> LoraConfig:
         return config
     kind = type(unwrapped(adapted.root))
     return replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})
+
+
+def warn_of_what_stays_behind(adapted: Adapted, slots: Iterable[Slot]) -> None:
+    """Warn of parameters of the base that are trained by the caller's own choice, and that no file of an adapter holds:
+    ``slots`` are those that are written."""
+    held = {id(slot.tensor) for slot in slots}
+    for part in adapted.parts():
+        held |= {id(tensor) for name in part.adapter_names() for tensor in part.adapter_tensors(name).values()}
+    names = [name for name, p in adapted.root.named_parameters() if p.requires_grad and id(p) not in held]
+    if names:
+        warnings.warn(
+            f"save_pretrained: {len(names)} parameters of the base model are trained, {canonical(names[0])} for one, "
+            "and an adapter's files hold none of them; name their modules in modules_to_save (biases: bias='all'), or "
+            "save the base model too",
+            stacklevel=2,
+        )
 
 
 def say_what_others_misread(adapted: Adapted) -> None:

@@ -24,6 +24,7 @@ from ..codecs.finite import all_finite
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import StorageError
 from .card import About, write_card
+from .keys import factor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -136,7 +137,7 @@ def read_adapter(
 
 
 def _check_values(weights: Path, state: Mapping[str, Tensor], *, check_finite: bool) -> None:
-    odd = [f"{key} ({t.dtype})" for key, t in state.items() if ".lora_" in key and not t.is_floating_point()]
+    odd = [f"{key} ({t.dtype})" for key, t in state.items() if factor(key) and not t.is_floating_point()]
     if odd:
         raise StorageError(
             f"{weights}: expected factors of floating-point numbers, found {len(odd)} others: {', '.join(odd[:4])}; "

@@ -18,6 +18,7 @@ from ..codecs.shards.tensors import (
     whole_shape,
 )
 from ..errors import StorageError
+from .keys import factor
 from .slots import Slot
 
 
@@ -32,7 +33,7 @@ def roles(model: nn.Module, is_main_process: bool | None, *, gathered: bool) -> 
 
 def check_gatherable(adapter_name: str, slots: Sequence[Slot]) -> None:
     """Refuse factors that are pieces of themselves, of an engine that doesn't say how to put them together."""
-    own = [slot for slot in slots if not slot.of_base and not is_sharded(slot.tensor) and ".lora_" in slot.key]
+    own = [slot for slot in slots if not slot.of_base and not is_sharded(slot.tensor) and factor(slot.key)]
     if bad := [slot.name for slot in own if slot.tensor.numel() == 0 or slot.tensor.ndim < 2]:
         raise StorageError(
             f"adapter {adapter_name!r}: expected whole factors, found {len(bad)} of {len(own)} that are empty or flat "

@@ -12,6 +12,7 @@ from ..injection.biases import bias_parameters, own_parts
 from ..layers import ModulesToSave
 from ..naming import StandIn, Tree, base_of, canonical, chain
 from .folder import PREFIX
+from .keys import is_factor_in_model
 from .words import table_paths
 
 _MOVED_BY = "moved_by"
@@ -98,5 +99,7 @@ def extra_tensors(adapted: Adapted, bias: str, tree: Tree) -> dict[str, Tensor]:
                     extras[f"{PREFIX}{path}{within}.{name}"] = tensor
     if bias == "all":
         own = {canonical(name): tensor for name, tensor in adapted.root.state_dict(keep_vars=True).items()}
-        extras.update({PREFIX + name: tensor for name, tensor in own.items() if "bias" in name and "lora_" not in name})
+        extras.update(
+            {PREFIX + name: tensor for name, tensor in own.items() if "bias" in name and not is_factor_in_model(name)}
+        )
     return extras

@@ -36,7 +36,7 @@ from ..injection.stacks import why_no_branch
 from ..injection.ties import words_of
 from ..naming import Tree, canonical
 from .backbone import METADATA_KEY
-from .beside import about, say_what_others_misread, stored_config
+from .beside import about, say_what_others_misread, stored_config, warn_of_what_stays_behind
 from .folder import PREFIX, read_adapter, write_adapter, write_resume_file
 from .gathering import check_gatherable, checked, gathered
 from .parts import own_parts, whole_parts
@@ -269,6 +269,7 @@ def save_adapter(
         slots = [(name, slot) for name in names for slot in _file_slots(adapted, name, save)]
         write_resume_file(directory, {slot.full_key: states[name][slot.key] for name, slot in slots})
     say_what_others_misread(adapted)
+    warn_of_what_stays_behind(adapted, (slot for name in adapted.configs for slot in _file_slots(adapted, name, save)))
     for name in names:
         backbone = adapted.backbones.get(name)
         metadata = {METADATA_KEY: backbone} if backbone else None

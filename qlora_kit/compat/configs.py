@@ -93,7 +93,7 @@ _IDLE = {"qalora_group_size": 16, "peft_version": PEFT_VERSION}
 #: Taken, and not written: fields of a release that files are hardly left of.
 _OF_OLD = ("enable_lora", "merge_weights")
 #: Every field of PEFT's that the core doesn't have, with the default that turns it off.
-_PEFT_DEFAULTS = {**FOREIGN_DEFAULTS, "eva_config": None}
+_PEFT_DEFAULTS = {**FOREIGN_DEFAULTS, "corda_config": None, "eva_config": None, "lora_ga_config": None}
 
 #: What there is here in place of a field, for the message that refuses it.
 _INSTEAD = {

@@ -60,14 +60,14 @@ DEFT: DeftConfig DeftModel
 """
 #: What PEFT has beside its methods: variants of LoRA, further starts, and the bases of what isn't LoRA.
 OTHERS = """
-    ArrowConfig BdLoraConfig CordaConfig DoraCaching EvaConfig KappaTuneSelector KasaConfig LoraGAConfig MixedModel
-    MontecloraConfig MontecloraTrainerMixin
-    PromptLearningConfig TrainableTokensWrapper VeloraConfig
+    ArrowConfig BdLoraConfig CordaConfig DoraCaching EvaConfig GPTQLoraLinear KappaTuneSelector KasaConfig
+    LoraGAConfig MixedModel MontecloraConfig MontecloraTrainerMixin ParamWrapper PromptLearningConfig
+    TrainableTokensWrapper VeloraConfig
     bloom_model_postprocess_past_key_value cast_mixed_precision_params compose_cartridge_adapters convert_to_lora
     create_arrow_model create_riemannian_optimizer find_kappa_target_modules get_eva_state_dict hotswap_adapter
     initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
     preprocess_corda preprocess_loraga prepare_model_for_compiled_hotswap prompt_embeddings_from_past_key_values
-    save_as_lora shift_tokens_right
+    register_peft_method save_as_lora shift_tokens_right
 """
 
 #: The names of each method by its ``PeftType``.
@@ -97,7 +97,7 @@ class _Foreign(type):
         refuse(cls.__name__)
 
     def __getattr__(cls, attribute: str) -> NoReturn:
-        if attribute.startswith("__"):  # what Python itself asks of a class
+        if attribute.startswith("_"):  # what Python itself asks of a class, "_partialmethod" for its signature say
             raise AttributeError(attribute)
         refuse(cls.__name__)
 

@@ -18,6 +18,7 @@ from ..model.loading import config_for_keys
 from ..model.lora_model import LoraModel
 from ..naming import unwrapped
 from .errors import PeftWarning
+from .lenient import without_idle_patterns
 from .meta import to_meta_
 from .model import PeftModel
 from .tasks import PeftMixedModel
@@ -60,7 +61,9 @@ def get_peft_model(
 def _with_room_(model: nn.Module, peft_config: LoraConfig, adapter_name: str) -> nn.Module:
     """The model itself, without an adapter of this name; as it was where ``peft_config`` doesn't fit it."""
     base: nn.Module = model.model if issubclass(type(model), LoraModel) else model  # type: ignore[assignment]
-    make_plan(base, peft_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said where they are added
+        make_plan(base, without_idle_patterns(base, peft_config))
     adapted = Adapted(base)
     for part in adapted.parts():
         part.delete_adapter(adapter_name)
@@ -105,6 +108,7 @@ def inject_adapter_in_model(
     Raises:
         TargetError: a key names no module of ``model``.
     """
+    peft_config = without_idle_patterns(unwrapped(model), peft_config)
     if state_dict is not None:
         peft_config = _checked_against(model, peft_config, config_for_keys(model, peft_config, state_dict))
     place = vars(unwrapped(model))

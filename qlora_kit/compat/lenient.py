@@ -1,17 +1,47 @@
-"""``LoraModel`` where PEFT warns and goes on: what is merged already, or isn't; layers that were switched by hand."""
+"""``LoraModel`` where PEFT warns and goes on: what is merged already, or isn't; layers that were switched by hand;
+exclusions that nothing is excluded by."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
-from ..errors import AdapterError
+from ..config.lora import LoraConfig
+from ..errors import AdapterError, TargetError
+from ..injection.megatron.opening import opened_parts
+from ..injection.targets import without_idle
 from ..layers.by_hand import warn_merged
 from ..model.lora_model import LoraModel
 from .errors import PeftWarning
+
+#: Fields in which PEFT passes over names that mean nothing, by how it says so.
+_IDLE = {"exclude_modules": PeftWarning, "rank_pattern": RuntimeWarning, "alpha_pattern": RuntimeWarning}
+
+
+def without_idle_patterns(model: nn.Module, config: LoraConfig, stacklevel: int = 3) -> LoraConfig:
+    """``config`` without exclusions, ranks and alphas for modules that ``model`` hasn't, or that aren't targeted; warns
+    of them."""
+    if not any(getattr(config, field) for field in _IDLE):
+        return config
+    try:
+        with opened_parts(model, config, keep=False):
+            found = without_idle(model, config)
+    except TargetError:
+        return config  # of its targets, which is said where they are used
+    live = {field: getattr(found, field) for field in _IDLE}
+    for field, kind in _IDLE.items():
+        left = _listed(live[field])
+        if idle := [name for name in _listed(getattr(config, field)) if name not in left]:
+            warnings.warn(f"{field}: nothing that is targeted is meant by {idle}", kind, stacklevel)
+    return replace(config, **live)
+
+
+def _listed(names: Iterable[str] | str | None) -> list[str]:
+    return [names] if isinstance(names, str) else sorted(names or ())
 
 
 class LenientModel(LoraModel):

@@ -12,11 +12,14 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..adapter_files.beside import about, stored_config
+from ..adapter_files.card import write_card
 from ..adapter_files.folder import PREFIX
 from ..adapter_files.tensors import adapter_slots
 from ..config import lora as core
@@ -25,7 +28,7 @@ from ..injection.engine import Plan
 from ..injection.heads import HEADLESS
 from .configs import LoraConfig, PeftType
 from .hub import adapter_folder
-from .lenient import LenientModel
+from .lenient import LenientModel, without_idle_patterns
 from .meta import to_meta_
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
@@ -87,7 +90,8 @@ class PeftModel(LenientModel):
         The last two are as for a new model, and of this adapter alone.
         """
         with self._dtype_of_new(autocast_adapter_dtype):
-            plan = super().add_adapter(adapter_name, self._for_task(peft_config))
+            live = without_idle_patterns(self.model, self._for_task(peft_config), stacklevel=4)
+            plan = super().add_adapter(adapter_name, live)
         if low_cpu_mem_usage:
             to_meta_(self, adapter_name)
         return plan
@@ -262,6 +266,12 @@ class PeftModel(LenientModel):
             save_embedding_layers=save_embedding_layers,
             **kwargs,
         )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the README.md of the active adapter, of the first where several are, as ``save_pretrained`` does."""
+        folder, name = Path(output_dir), self.active_adapters[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, stored_config(self.adapted, name), about(self.adapted, name))
 
     # -- inside ----------------------------------------------------------------------------------------
 

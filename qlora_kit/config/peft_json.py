@@ -19,12 +19,10 @@ from ..errors import ConfigError, closest
 FOREIGN_DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "corda_config": None,
     "enable_lora": None,  # 0.2
     "kasa_config": None,
     "layer_replication": None,
     "lora_bias": False,
-    "lora_ga_config": None,
     "merge_weights": False,  # 0.2
     "monteclora_config": None,
     "target_parameters": None,
@@ -37,7 +35,9 @@ FOREIGN_DEFAULTS: dict[str, Any] = {
 
 # Fields without influence on what a stored adapter computes, whatever they hold.
 WITHOUT_EFFECT = {
-    "eva_config",  # describes a start, and the weights are past it
+    "corda_config",  # describes a start, and the weights are past it, as with the next two
+    "eva_config",
+    "lora_ga_config",
     "modules_to_tie",  # derived from ensure_weight_tying
     "peft_version",
     "qalora_group_size",  # read only with use_qalora

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +12,11 @@ from torch import Tensor
 from ..adapter_files.backbone import METADATA_KEY
 from ..adapter_files.combined_config import holder_of
 from ..adapter_files.folder import PREFIX, WEIGHTS_NAME, read_adapter, read_metadata
+from ..adapter_files.keys import factor
 from ..algebra import Branch
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import AdapterError, StorageError
 from ..naming import Patterns
-
-_FACTOR = re.compile(
-    re.escape(PREFIX) + r"(?P<path>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?P<end>\.weight)?"
-)
 
 
 @dataclass
@@ -53,11 +49,11 @@ def read_stored_adapter(folder: str | Path, *, allow_pickle: bool = False) -> St
     stored = StoredAdapter(Path(folder), config, read_metadata(folder).get(METADATA_KEY))
     sides: dict[str, dict[str, str]] = {}
     for key in _once(state):
-        match = _FACTOR.fullmatch(key)
-        if match is None or (match["kind"] == "lora_") != (match["end"] is not None):
+        branch = factor(key.removeprefix(PREFIX))
+        if branch is None:
             stored.rest[key] = state[key]
         else:
-            sides.setdefault(match["path"], {})[match["side"]] = key
+            sides.setdefault(branch.path, {})[branch.side] = key
     ranks, alphas = Patterns(config.rank_pattern), Patterns(config.alpha_pattern)
     for path, found in sides.items():
         if found.keys() != {"A", "B"}:
@@ -110,7 +106,7 @@ def _once(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _is_weight(key: str) -> bool:
-    return key.endswith(".weight") and ".lora_" not in key and ".base_layer." not in key
+    return key.endswith(".weight") and factor(key) is None and ".base_layer." not in key
 
 
 def _widened(factor: Tensor) -> Tensor:

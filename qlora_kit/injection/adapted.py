@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,22 +140,33 @@ class Adapted:
         self.trainable = list(names) if trainable else []
         self.apply_state_()
 
-    def apply_state_(self) -> None:
-        """Make every layer, every ``requires_grad`` and every buffer say what the adapters' state is."""
-        at_full_size_(self.root)
+    def freeze_(self) -> None:
+        """Train nothing, as the first adapter comes. Of the base's parameters, what is trained after that is the
+        caller's own choice, and stays as it is while adapters are switched, added and deleted."""
         for module in every_module(self.root):
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad and parameter.is_floating_point():
                     parameter.requires_grad_(False)
+
+    def apply_state_(self, names: Collection[str] | None = None) -> None:
+        """Make every layer and buffer say what the adapters' state is, and so every ``requires_grad`` of the adapters
+        ``names``, of all where None."""
+        at_full_size_(self.root)
         training = [] if self.disabled else self.trainable
+        stated = list(self.configs) if names is None else names
         for part in self.parts():
             part.active_adapters = list(self.active)  # as in PEFT, held by this layer or not
             part.disable_adapters = self.disabled
-            part.set_requires_grad(training)
-        for name in training:
-            for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
-                parameter.requires_grad_(True)
+            part.set_requires_grad([name for name in stated if name not in training], False)
+            part.set_requires_grad([name for name in stated if name in training])
+        for name in stated:
+            self.train_biases_(name, name in training)
         self.buffers.show_(self.root, [] if self.disabled else self.active)
+
+    def train_biases_(self, name: str, trained: bool) -> None:
+        """Train the biases of the base that adapter ``name`` trains, or freeze them."""
+        for parameter in bias_parameters(self.root, self.configs[name].bias, name).values():
+            parameter.requires_grad_(trained)
 
     def drop_(self, *, empty: bool) -> None:
         """Give modules back to the model: those that no adapter uses any more (``empty``), or all."""

@@ -309,6 +309,9 @@ def _in_place_of(old: nn.Module, made: nn.Module, path: str) -> nn.Module:
             made = codec_for(old).housed(old, part_of_module(made, sharding))
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from error
+    for parameter in made.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(False)
     return with_hooks_of(old, made)
 
 

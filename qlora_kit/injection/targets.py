@@ -95,7 +95,10 @@ def without_idle(model: nn.Module | Tree, config: LoraConfig) -> LoraConfig:
         changes["exclude_modules"] = [name for name in excluded or () if name in tree.names] or None
     config = replace(config, **changes)
     selected = _select(tree, config, candidates)
-    if isinstance(wanted := config.layers_to_transform, list):
+    wanted = config.layers_to_transform
+    if wanted is not None and _whole_paths(config).issuperset(selected):
+        config = replace(config, layers_to_transform=None, layers_pattern=None)
+    elif isinstance(wanted, list):
         patterns = _layer_patterns(config)
         there = {_layer_of(path, patterns) for path in selected}
         config = replace(config, layers_to_transform=[index for index in wanted if index in there] or wanted)
@@ -228,7 +231,13 @@ def _only_layers(selected: list[str], config: LoraConfig) -> list[str]:
             f"layers_to_transform: no selected module in layer(s) {sorted(missing)}; the selected modules are in "
             f"layers {sorted(set(found.values()))} (layers_pattern={config.layers_pattern!r})"
         )
-    return [path for path, index in found.items() if index in indices]
+    whole = _whole_paths(config)
+    return [path for path in selected if path in whole or found.get(path) in indices]
+
+
+def _whole_paths(config: LoraConfig) -> set[str]:
+    """Targets that may be whole paths, such as "lm_head": these say themselves which layer they mean, as in PEFT."""
+    return set(config.target_modules) if isinstance(config.target_modules, (list, set)) else set()
 
 
 def _layer_patterns(config: LoraConfig) -> list[Expression]:

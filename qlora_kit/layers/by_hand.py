@@ -46,6 +46,23 @@ class SwitchedByHand:
     def active_adapter(self) -> list[str]:
         return self.active_adapters
 
+    # PEFT's attributes behind these two, which are set where its own setters do too much.
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        self.active_adapters = [names] if isinstance(names, str) else list(names)
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self.disable_adapters
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self.disable_adapters = disabled
+
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Apply ``adapter_names`` and no others, and train them unless ``inference_mode``."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -154,7 +154,7 @@ def _combined_(
         injection.undo()
         raise
     adapted.configs[name], adapted.plan = config, plan
-    adapted.apply_state_()
+    adapted.apply_state_([name])
     return report
 
 

@@ -71,7 +71,9 @@ def _add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     elif config.init_lora_weights == "loftq":  # taken at once, before shards or merges hide the codes
         adapted.backbones[name] = fingerprint(adapted.bases_of(name))
     adapted.kept_biases.keep(bias_parameters(root, config.bias, name))
-    adapted.apply_state_()
+    if len(adapted.configs) == 1:
+        adapted.freeze_()
+    adapted.apply_state_([name])
     record_start_(adapted, name)
     guard_methods_(adapted)
     return plan
@@ -150,7 +152,7 @@ def train_(adapted: Adapted, names: Sequence[str], requires_grad: bool) -> None:
         adapted.check_known(name)
     others = [name for name in adapted.trainable if name not in names]
     adapted.trainable = [*others, *names] if requires_grad else others
-    adapted.apply_state_()
+    adapted.apply_state_(names)
 
 
 def delete_(adapted: Adapted, name: str) -> None:
@@ -165,7 +167,7 @@ def delete_(adapted: Adapted, name: str) -> None:
     with adapted.mapped():
         _forget_(adapted, name)
         adapted.drop_(empty=True)
-    adapted.apply_state_()
+    adapted.apply_state_([])
     adapted.buffers.forget_(name)
 
 
@@ -176,6 +178,7 @@ def _forget_(adapted: Adapted, name: str) -> None:
     if merged:
         raise AdapterError(f"adapter {name!r} is merged (into {merged[0]}, ...); unmerge_adapter() first")
     if adapted.configs[name].bias != "none":
+        adapted.train_biases_(name, False)
         adapted.kept_biases.swap_(adapted.root)
         adapted.kept_biases.values.clear()
     for module in adapted.parts():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from ..adapter_files.backbone import METADATA_KEY, check_backbone
 from ..adapter_files.folder import PREFIX, read_adapter, read_metadata, read_resume_file
+from ..adapter_files.keys import factor
 from ..adapter_files.tensors import adapter_state, load_adapter_state_, load_resume_state_
 from ..adapter_files.words import table_paths
 from ..config.lora import LoraConfig
 from ..errors import TargetError, UnsupportedModuleError
 from ..injection.adapted import Adapted
 from ..injection.engine import Plan, make_plan
-from ..injection.heads import without_new_head
+from ..injection.heads import head_of_task, without_new_head
 from ..injection.megatron.opening import opened_parts
+from ..injection.megatron.settings import settings_that_hold
 from ..injection.targets import resolve, shortest_names, without_idle
 from ..naming import Patterns, Tree, canonical
 
@@ -55,10 +57,11 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     tree = Tree(model)
     config = dataclasses.replace(
         stored,
-        modules_to_save=_saved_names(tree, stored.modules_to_save or (), state) or None,
+        modules_to_save=_saved_names(tree, stored, state) or None,
         init_lora_weights=True,
         loftq_config=None,
         inference_mode=not trainable,
+        megatron_config=settings_that_hold(stored, model),
     )
     config = without_new_head(config)
     if config.ensure_weight_tying:
@@ -69,13 +72,22 @@ def config_for(model: nn.Module, stored: LoraConfig, state: Mapping[str, Tensor]
     return without_idle(tree, config)
 
 
-def _saved_names(tree: Tree, names: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
-    """Those of ``names`` that the model knows, and modules in the file that one of them means to PEFT alone, which
-    compares plain ends: there "classifier" means "pre_classifier" too."""
+def _saved_names(tree: Tree, stored: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """The modules to save that the model knows; modules in the file that one of them means to PEFT alone, which
+    compares plain ends (there "classifier" means "pre_classifier" too); and the head of the task where the file holds
+    it, though a configuration that the caller gave instead of the stored one doesn't name it."""
+    names = stored.modules_to_save or ()
     known = [name for name in names if name in tree.names]
     meant = set(tree.names.matching(known))
-    ends = [path for path in tree.modules if path and path not in meant and path.endswith(tuple(names))]
-    return [*known, *(path for path in ends if any(key.startswith(f"{PREFIX}{path}.") for key in state))]
+    ends = [path for path in tree.modules if path and path.endswith(tuple(names))]
+    others = [path for path in dict.fromkeys([*ends, *head_of_task(tree, stored.task_type)]) if path not in meant]
+    return [*known, *(path for path in others if _holds_whole(state, path))]
+
+
+def _holds_whole(state: Mapping[str, Tensor], path: str) -> bool:
+    """Whether the file has tensors of the module at ``path`` itself, beside those of a branch on it or in it."""
+    own = (key for key in state if key.startswith(f"{PREFIX}{path}."))
+    return any(factor(key) is None and "base_layer" not in key.split(".") for key in own)
 
 
 def _apart_if_stored_so(tree: Tree, config: LoraConfig, state: Mapping[str, Tensor]) -> LoraConfig:
@@ -113,7 +125,7 @@ def _beside(tree: Tree, plan: Plan, state: Mapping[str, Tensor]) -> list[str]:
             for path, table in tables.items()
             if table is not None and any(copy is not None and torch.equal(copy, table) for copy in copies)
         ]
-    held = {canonical(key).removeprefix(PREFIX).partition(".lora_")[0] for key in state if ".lora_" in key}
+    held = {found.path for key in state if (found := factor(canonical(key).removeprefix(PREFIX)))}
     return sorted(held - {entry.path for entry in plan.entries})
 
 
@@ -150,13 +162,13 @@ def _renamed(tree: Tree, state: Mapping[str, Tensor]) -> dict[str, str]:
     """The adapted modules, by what the file calls them, in the model's names; empty if one of them is unknown."""
     found: dict[str, str] = {}
     for key in state:
-        path, branch, _ = canonical(key).removeprefix(PREFIX).partition(".lora_")
-        if branch and path not in found:
-            own = tree.path_of(path)
+        branch = factor(canonical(key).removeprefix(PREFIX))
+        if branch is not None and branch.path not in found:
+            own = tree.path_of(branch.path)
             if own is None:
                 return {}
             # A name that the model has means that place, where the same module may stand elsewhere without a branch.
-            found[path] = own if own == path else tree.first(own)
+            found[branch.path] = own if own == branch.path else tree.first(own)
     return found
 
 
@@ -247,12 +259,13 @@ def resumed_(adapted: Adapted, name: str, folder: Path) -> bool:
 
 def record_(adapted: Adapted, name: str, config: LoraConfig, backbone: str | None) -> None:
     """Note how a loaded adapter once started and for what, which the configuration that it was injected by doesn't
-    say."""
+    say, and what that passed over."""
     adapted.configs[name] = dataclasses.replace(
         adapted.configs[name],
         init_lora_weights=config.init_lora_weights,
         loftq_config=config.loftq_config,
         task_type=config.task_type,
+        megatron_config=config.megatron_config,
     )
     if backbone:
         adapted.backbones[name] = backbone

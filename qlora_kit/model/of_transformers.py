@@ -16,9 +16,12 @@ from ..naming import StandIn, base_of, unwrapped
 
 
 def dequantize(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' ``dequantize`` of the base under its adapters; what it puts there is frozen as the rest is."""
+    """transformers' ``dequantize`` of the base under its adapters; what it puts there is frozen as what was there."""
+    trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
     self.model.dequantize(*args, **kwargs)
-    self.adapted.apply_state_()
+    for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in trained)
     return self
 
 

@@ -14,7 +14,16 @@ import pytest
 import torch
 from tiny_mlp import mlp, wrapped
 
-from qlora_kit.compat.peft import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftModel, PeftType, TaskType
+from qlora_kit.compat.peft import (
+    LoraConfig,
+    LoraLayer,
+    LoraRuntimeConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    TaskType,
+    get_peft_model,
+)
 from qlora_kit.errors import ConfigError
 
 
@@ -75,6 +84,8 @@ def test_types_are_enumerations_and_lists_of_names_sets() -> None:
         ("trainable_token_indices", [1]),
         ("eva_config", {"rho": 2.0}),
         ("corda_config", {}),
+        ("corda_config", {"corda_method": "ipm"}),
+        ("lora_ga_config", {"scale": "stable"}),
         ("arrow_config", {"top_k": 2}),
         ("alora_invocation_tokens", [1, 2]),
     ],
@@ -124,6 +135,37 @@ def test_a_configuration_given_for_loading_is_kept_and_brought_up_to_date(tmp_pa
     assert loaded.peft_config["default"] is config
     assert (config.inference_mode, config.lora_dropout) == (True, 0.5)
     assert isinstance(loaded.model[0].lora_dropout["default"], torch.nn.Dropout)
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.classifier = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.tanh(self.body(x)))
+
+
+def test_the_head_of_a_task_is_loaded_though_the_configuration_given_does_not_name_it(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["body"])
+    model, x = get_peft_model(Classifier(), config), torch.randn(4, 6)
+    torch.nn.init.normal_(model.model.classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path)
+    assert config.modules_to_save is None
+    base = Classifier()
+    base.body.load_state_dict(model.model.body.base_layer.state_dict())
+    loaded = PeftModel.from_pretrained(base, tmp_path, config=config)
+    torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=0)
+    assert config.modules_to_save == ["classifier"]
+
+
+def test_a_head_that_only_has_a_branch_is_not_trained_whole(tmp_path: Path) -> None:
+    get_peft_model(Classifier(), LoraConfig(r=2, target_modules=["classifier"])).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        Classifier(), tmp_path, config=LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["classifier"])
+    )
+    assert isinstance(loaded.model.classifier, LoraLayer)
+    assert loaded.peft_config["default"].modules_to_save is None
 
 
 def test_sets_of_targets_train_save_and_combine(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from qlora_kit import quantize_
 from qlora_kit.compat.peft import (
     LoraConfig,
+    LoraLayer,
     PeftModel,
     PeftWarning,
     get_base_model_state_dict,
@@ -276,3 +279,51 @@ def test_a_whole_state_brings_the_scales_of_few_bits(bits: int) -> None:
         assert not torch.equal(other(x), expected)
         other.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
         assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle", "kind", "adapted"),
+    [
+        ({"exclude_modules": ["9", "2"]}, ["9"], PeftWarning, "0"),
+        ({"exclude_modules": ["9"]}, ["9"], PeftWarning, "02"),
+        ({"exclude_modules": "nothing"}, ["nothing"], PeftWarning, "02"),
+        ({"rank_pattern": {"2": 3, "7": 4}}, ["7"], RuntimeWarning, "02"),
+        ({"alpha_pattern": {"7": 4, "8": 2}}, ["7", "8"], RuntimeWarning, "02"),
+    ],
+)
+def test_exclusions_and_patterns_for_what_is_not_there_are_warned_of(
+    fields: dict[str, Any], idle: list[str], kind: type[Warning], adapted: str
+) -> None:
+    asked = LoraConfig(r=2, target_modules=["0", "2"], **fields)
+    said = re.escape(f"{next(iter(fields))}: nothing that is targeted is meant by {idle}")
+    with pytest.warns(kind, match=said):
+        model = get_peft_model(mlp(), asked)
+    with pytest.warns(kind, match=said):
+        bare = inject_adapter_in_model(asked, mlp())
+    with pytest.warns(kind, match=said):
+        model.add_adapter("other", asked)
+    for layers in (model.model, bare):
+        assert "".join(name for name in "02" if isinstance(layers[int(name)], LoraLayer)) == adapted
+        if adapted.endswith("2"):
+            assert layers[2].r["default"] == fields.get("rank_pattern", {}).get("2", 2)
+
+
+def test_a_second_wrapping_says_once_what_is_not_there() -> None:
+    model = get_peft_model(mlp(), config())
+    with pytest.warns() as said:
+        get_peft_model(model, config(exclude_modules=["9"]))
+    assert len([w for w in said if "exclude_modules" in str(w.message)]) == 1
+
+
+def test_what_pefts_layers_keep_under_private_names_can_be_set() -> None:
+    model, x = wrapped(init_lora_weights=False), torch.randn(3, 6)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    layer = model.model[0]
+    layer._active_adapter = "other"
+    assert (layer.active_adapters, layer._active_adapter) == (["other"], ["other"])
+    assert model.get_model_status().active_adapters == "irregular"
+    layer._disable_adapters = True
+    assert layer.disable_adapters
+    torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=0, atol=0)
+    layer._disable_adapters = False
+    assert not torch.equal(layer(x), layer.base_layer(x))

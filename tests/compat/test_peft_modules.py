@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,24 +47,26 @@ from qlora_kit.compat.peft.utils import (
     infer_device,
     transpose,
 )
+from qlora_kit.compat.peft.utils.other import fsdp_auto_wrap_policy
 
 # What scripts import, by PEFT's module; a name that PEFT has as well is compared with it by kind.
 IMPORTED = {
     "": "get_peft_model LoraConfig PeftWarning PeftError AutoPeftModel PEFT_TYPE_TO_CONFIG_MAPPING LoraRuntimeConfig",
     "auto": "AutoPeftModelForCausalLM MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
-    "functional": "inject_adapter_in_model set_adapter delete_adapter get_peft_model_state_dict",
+    "config": "PeftConfig PeftType TaskType PeftConfigMixin PromptLearningConfig",
+    "functional": "cast_adapter_dtype inject_adapter_in_model set_adapter delete_adapter get_peft_model_state_dict",
     "helpers": "rescale_adapter_scale check_if_peft_model update_forward_signature DoraCaching",
-    "import_utils": "is_bnb_available is_bnb_4bit_available is_torchao_available is_transformers_ge_v5",
+    "import_utils": "is_bnb_available is_bnb_4bit_available is_xpu_available is_transformers_ge_v5",
     "mapping": "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING inject_adapter_in_model get_peft_config",
     "mapping_func": "get_peft_model",
     "mixed_model": "PeftMixedModel",
-    "peft_model": "PeftModel PeftModelForCausalLM get_layer_status TunerModelStatus",
+    "peft_model": "PeftModel PeftModelForCausalLM get_layer_status TunerModelStatus get_peft_model_state_dict TaskType",
     "tuners": "LoraConfig LoraModel LoHaConfig EvaConfig",
-    "tuners.lora": "LoraLayer Linear Embedding Conv2d Conv3d LoraModel LoraConfig Linear4bit LoftQConfig EvaConfig",
+    "tuners.lora": """GPTQLoraLinear LoraLayer Linear Embedding Conv2d Conv3d LoraModel LoraConfig Linear4bit
+        LoftQConfig EvaConfig""",
     "tuners.lora.config": "LoraConfig LoftQConfig LoraRuntimeConfig EvaConfig",
-    "tuners.lora.layer": "LoraLayer Linear Embedding Conv1d Conv2d",
-    "tuners.lora.model": "LoraModel",
+    "tuners.lora.layer": "ParamWrapper LoraLayer Linear Embedding Conv1d Conv2d",
+    "tuners.lora.model": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "tuners.tuners_utils": "BaseTuner BaseTunerLayer check_target_module_exists inspect_matched_modules",
     "utils": """PeftType TaskType ModulesToSaveWrapper get_peft_model_state_dict infer_device PeftError CONFIG_NAME
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING SAFETENSORS_WEIGHTS_NAME load_peft_weights""",
@@ -70,7 +74,8 @@ IMPORTED = {
     "utils.error": "PeftError NoMatchingPeftModuleError",
     "utils.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
     "utils.loftq_utils": "replace_lora_weights_loftq",
-    "utils.other": "prepare_model_for_kbit_training ModulesToSaveWrapper AuxiliaryTrainingWrapper transpose",
+    "utils.other": """prepare_model_for_kbit_training ModulesToSaveWrapper AuxiliaryTrainingWrapper transpose
+        fsdp_auto_wrap_policy""",
     "utils.peft_types": "PeftType TaskType",
     "utils.save_and_load": "get_peft_model_state_dict set_peft_model_state_dict get_base_model_state_dict",
     "utils.warning": "PeftWarning",
@@ -235,8 +240,46 @@ def test_functions_of_a_bare_model() -> None:
     assert model[0].active_adapters == ["one"]
     functional.set_requires_grad(model, "one", False)
     assert not model[0].lora_A["one"].weight.requires_grad
-    functional.delete_adapter(model, "two")
+    with pytest.raises(errors.AdapterError, match=r"prefix.*'lora_'.*'ia3_'"):
+        functional.delete_adapter(model, "two", "ia3_")
+    with pytest.raises(errors.AdapterError, match=r"layer_cls.*found Linear"):
+        functional.set_adapter(model, "two", layer_cls=nn.Linear)
+    assert functional.delete_adapter(model, "two", prefix="lora_", layer_cls=BaseTunerLayer) == ["one"]
     assert list(model[0].r) == ["one"]
+
+
+def test_an_adapters_tensors_are_brought_to_float32_on_request() -> None:
+    model = wrapped().to(torch.bfloat16)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]), autocast_adapter_dtype=False)
+    factors = {name: model.model[0].adapter_tensors(name) for name in ("default", "other")}
+    before = {key: value.clone() for key, value in factors["default"].items()}
+    functional = importlib.import_module(f"{names.__name__}.functional")
+    functional.cast_adapter_dtype(model, "default", False)
+    assert {value.dtype for value in factors["default"].values()} == {torch.bfloat16}
+    functional.cast_adapter_dtype(model, "default")
+    for key, value in model.model[0].adapter_tensors("default").items():
+        assert value.dtype == torch.float32
+        assert value.requires_grad
+        torch.testing.assert_close(value.detach(), before[key].float(), rtol=0, atol=0)
+    assert {value.dtype for value in factors["other"].values()} == {torch.bfloat16}
+    assert model.model[0].base_layer.weight.dtype == torch.bfloat16
+
+
+def test_the_first_fsdp_is_refused_with_what_to_write_for_the_second() -> None:
+    with pytest.raises(errors.ConfigError, match=r"expected FSDP2.*Sequential.*fsdp_version=2"):
+        fsdp_auto_wrap_policy(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_readme_is_written_on_request_as_beside_a_saved_adapter(tmp_path: Path) -> None:
+    model = wrapped()
+    model.save_pretrained(tmp_path / "saved")
+    model.create_or_update_model_card(tmp_path / "card" / "alone")
+    assert [path.name for path in (tmp_path / "card" / "alone").iterdir()] == ["README.md"]
+    assert (tmp_path / "card" / "alone" / "README.md").read_text() == (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_the_signature_of_a_stand_in_can_be_asked_for() -> None:
+    assert "layers_to_transform" not in inspect.signature(names.AdaLoraConfig).parameters
 
 
 def test_small_functions_of_utils() -> None:

@@ -236,6 +236,10 @@ def test_reads_what_peft_wrote_since_0_4() -> None:
     later = {"rank_pattern": {}, "alpha_pattern": None, "loftq_config": {}, "megatron_core": "megatron.core"}
     assert config == LoraConfig.from_dict({**PEFT_0_4, **later, "layers_pattern": "", "modules_to_save": []})
     assert config == LoraConfig.from_dict({**PEFT_0_4, "eva_config": {"rho": 2.0}, "init_lora_weights": "eva"})
+    started = {"corda_config": {"corda_method": "ipm"}, "lora_ga_config": {"scale": "stable"}}  # and converted since
+    assert config == LoraConfig.from_dict({**PEFT_0_4, **started, "init_lora_weights": True})
+    with pytest.raises(ConfigError, match=r"init_lora_weights.*'corda'"):
+        LoraConfig.from_dict({**PEFT_0_4, **started, "init_lora_weights": "corda"})
     assert config == LoraConfig.from_dict({**PEFT_0_4, "peft_version": "9.0", "a_field_of_tomorrow": False})
 
 

@@ -165,6 +165,17 @@ def test_layers_are_those_of_peft(pattern: object) -> None:
     assert set(paths(Numbered("model", nn.ModuleList), **names)) == adapted
 
 
+@pytest.mark.parametrize("whole", ["lm_head", "model.layers.2.self_attn.q_proj"])
+def test_a_whole_path_says_itself_which_layer_it_means(whole: str) -> None:
+    names = {"r": 1, "target_modules": ["v_proj", whole], "layers_to_transform": [1]}
+    found = paths(llama(), **names)
+    assert set(found) == {"model.layers.1.self_attn.v_proj", whole}
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**names), llama())
+    assert set(found) == {path for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    with pytest.raises(TargetError, match=r"no selected module in layer\(s\) \[1\]"):
+        paths(llama(), target_modules=["lm_head"], layers_to_transform=[1])
+
+
 def test_layers_and_exclusions() -> None:
     model = llama()
     assert paths(model, target_modules=["q_proj"], layers_to_transform=1) == ["model.layers.1.self_attn.q_proj"]

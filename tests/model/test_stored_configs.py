@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -119,6 +120,18 @@ def test_null_is_refused_where_it_would_decide_what_is_computed(field: str, tmp_
     rewrite(tmp_path, {field: None})
     with pytest.raises(ConfigError, match=f"{field}: expected"):
         LoraModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize("layers", [1, [0, 7]])
+def test_layers_say_nothing_where_all_targets_are_whole_paths(layers: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], layers_to_transform=layers, init_lora_weights=False)
+    theirs, x = peft.get_peft_model(copy.deepcopy(net), config).eval(), torch.randn(3, 4)
+    theirs.save_pretrained(str(tmp_path))
+    ours = LoraModel.from_pretrained(net, tmp_path)
+    assert list(ours.adapter_layers()) == ["0", "1"]
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_the_keys_of_the_file_still_guard_the_load(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..configs import PeftConfig
+from ..configs import PeftConfig, PeftType, TaskType
 from ..configs import PeftConfig as PeftConfigMixin
 from ..foreign import foreign
 
-__all__ = ["PeftConfig", "PeftConfigMixin"]
+__all__ = ["PeftConfig", "PeftConfigMixin", "PeftType", "TaskType"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import torch
+
 # By the middle of PEFT's function name, the package that it looks for.
 _PACKAGES = {
     "aqlm": "aqlm",
@@ -23,6 +25,13 @@ _ASKING = {f"is_{name}_available": package for name, package in _PACKAGES.items(
 
 #: No older transformers can be installed beside this toolkit.
 is_transformers_ge_v5 = True
+
+
+def is_xpu_available(check_device: bool = False) -> bool:
+    """Whether torch sees one of Intel's GPUs; with ``check_device`` whether it can also be used."""
+    if check_device and torch.xpu.is_available():
+        return torch.xpu.device_count() > 0
+    return torch.xpu.is_available()
 
 
 def __getattr__(name: str) -> Callable[[], bool]:

@@ -1,7 +1,8 @@
 """The model classes and their status."""
 
-from ..configs import PeftConfig
+from ..configs import PeftConfig, PeftType, TaskType
 from ..model import PeftModel
+from ..state import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from ..status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from ..tasks import (
     PeftModelForCausalLM,
@@ -21,8 +22,13 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
     "get_layer_status",
     "get_model_status",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
 ]

@@ -9,6 +9,7 @@ run is shared out (sizes of groups, sequence parallelism, dtypes) may differ fro
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 from torch import nn
@@ -50,6 +51,17 @@ def follow_settings(config: LoraConfig, model: nn.Module) -> None:
             )
 
 
+def settings_that_hold(stored: LoraConfig, model: nn.Module) -> dict[str, Any] | None:
+    """``megatron_config`` of a stored adapter; where it can't be read here, or is that of another model, None, and a
+    warning says so: what the adapter computes is its tensors' to say, and whether they fit is checked with them."""
+    try:
+        follow_settings(stored, model)
+    except ConfigError as error:
+        warnings.warn(f"of a stored adapter, hence passed over: {error}", stacklevel=2)
+        return None
+    return stored.megatron_config
+
+
 def _described(core: str, arguments: dict[str, Any]) -> Any:
     """The library's TransformerConfig of ``arguments``."""
     try:
@@ -62,7 +74,7 @@ def _described(core: str, arguments: dict[str, Any]) -> Any:
         ) from error
     try:
         return found.TransformerConfig(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of any kind: it divides by what it wasn't given
         known = list(getattr(found.TransformerConfig, "__dataclass_fields__", ()))
         unknown = [name for name in arguments if known and name not in known]
         near = f"; nearest to {unknown[0]!r}: {closest(unknown[0], known)}" if unknown else ""

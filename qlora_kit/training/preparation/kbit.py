@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ...codecs import Codec, protect_storage_, registered_codec
@@ -88,6 +89,7 @@ def prepare_model_for_kbit_training(
     model: Model,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
     *,
     cast_embeddings: bool = False,
     cast_head: bool = False,
@@ -101,6 +103,7 @@ def prepare_model_for_kbit_training(
         model: any torch model.
         use_gradient_checkpointing: recompute activations in the backward pass, where the model offers it.
         gradient_checkpointing_kwargs: for ``torch.utils.checkpoint``; ``use_reentrant=False`` unless given.
+        auto_clear_cache: give the memory that casts left free back to the accelerator's driver.
         cast_embeddings: hold the embeddings in float32 too. Worth its memory only if they will be trained.
         cast_head: compute the output head in float32 and return float32 logits.
 
@@ -132,12 +135,21 @@ def prepare_model_for_kbit_training(
     if head is not None:
         chosen.append(head)
     hold_in_float32_(model, chosen, keep_output=head)
+    if auto_clear_cache:
+        _clear_cache()
     protect_storage_(model)
     checkpointing = "off"
     if use_gradient_checkpointing:
         checkpointing = checkpoint_activations_(model, dict(gradient_checkpointing_kwargs or {}), changed)
     model.memory_bill = MemoryBill(memory_bill(model).bytes, before, checkpointing)  # type: ignore[assignment]
     return model
+
+
+def _clear_cache() -> None:
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    clear = None if kind is None else getattr(getattr(torch, kind.type, None), "empty_cache", None)
+    if clear is not None:
+        clear()
 
 
 #: The old name of ``prepare_model_for_kbit_training``.

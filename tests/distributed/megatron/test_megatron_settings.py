@@ -1,18 +1,24 @@
-"""``megatron_config`` and ``megatron_core``: not needed, checked where they are given."""
+"""``megatron_config`` and ``megatron_core``: not needed, checked where they are given, passed over where they are
+stored and can't be."""
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora_kit import LoraConfig, apply_lora
+from qlora_kit import LoraConfig, LoraModel, apply_lora
+from qlora_kit.adapter_files.folder import WEIGHTS_NAME
+from qlora_kit.config.lora import CONFIG_NAME
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.layers.sharded.megatron.linear import MegatronLinear
 
@@ -29,6 +35,9 @@ class TransformerConfig:
     kv_channels: int = 8
     gated_linear_unit: bool = False
     sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.hidden_size // self.num_attention_heads  # divides without asking, as megatron-core does
 
 
 class _Group:
@@ -91,6 +100,57 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.Monk
     apply_lora(model, LoraConfig(r=2, target_modules=["0"]))  # the default name alone asks for nothing
 
 
+def _stored(folder: Path, arguments: dict[str, Any], core: str = "megatron.core") -> dict[str, Tensor]:
+    """An adapter of a plain model, whose file has a ``megatron_config``; its tensors."""
+    lora = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    lora.save_pretrained(folder)
+    fields = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**fields, "megatron_config": arguments, "megatron_core": core}))
+    return load_file(folder / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("loaded_by", ["from_pretrained", "load_adapter"])
+def test_a_stored_adapter_needs_no_library_that_its_layers_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded_by: str
+) -> None:
+    for name in ("megatron", "megatron.core", "megatron.core.transformer.transformer_config"):
+        monkeypatch.setitem(sys.modules, name, None)
+    told = {"num_layers": 2, "hidden_size": 8}
+    tensors = _stored(tmp_path / "a", told)
+    model: Any = nn.Sequential(nn.Linear(4, 4))
+    said = pytest.warns(UserWarning, match=r"stored.*passed over.*megatron_config.*'megatron\.core'")
+    if loaded_by == "from_pretrained":
+        with said:
+            lora = LoraModel.from_pretrained(model, tmp_path / "a")
+        name = "default"
+    else:
+        lora, name = apply_lora(model, LoraConfig(r=2, target_modules=["0"])), "b"
+        with said:
+            lora.load_adapter(tmp_path / "a", name)
+    assert lora.peft_config[name].megatron_config == told
+    lora.save_pretrained(tmp_path / "again", selected_adapters=[name])
+    where = tmp_path / "again" / ("" if name == "default" else name)
+    again = load_file(where / WEIGHTS_NAME)
+    assert again.keys() == tensors.keys()
+    for key, tensor in again.items():
+        torch.testing.assert_close(tensor, tensors[key], rtol=0, atol=0)
+    assert json.loads((where / CONFIG_NAME).read_text())["megatron_config"] == told
+
+
+def test_a_stored_adapter_of_the_model_is_loaded_without_a_word_and_of_another_with_one(
+    fork: str, tmp_path: Path
+) -> None:
+    arguments = {"num_layers": 2, "hidden_size": 8}
+    lora = apply_lora(Model(), config(megatron_core=fork, megatron_config=arguments))
+    lora.save_pretrained(tmp_path)
+    again = LoraModel.from_pretrained(Model(), tmp_path)
+    x = torch.randn(3, 2, 8)
+    torch.testing.assert_close(again(x), lora.eval()(x))
+    with pytest.warns(UserWarning, match="passed over.*whose num_layers is 3, found 2"):
+        deeper = LoraModel.from_pretrained(Model(layers=3), tmp_path)
+    torch.testing.assert_close(deeper(x), lora(x))
+
+
 def test_a_fork_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'not_there\.core'.*install not_there\.core"):
         apply_lora(Model(), config(megatron_core="not_there.core", megatron_config={"num_layers": 2}))
@@ -121,6 +181,7 @@ def test_arguments_of_the_model_are_taken(fork: str) -> None:
     [
         ({"num_layers": 3, "hidden_size": 8}, r"whose num_layers is 2, found 3"),
         ({"num_layers": 2, "hidden_sise": 8}, r"nearest to 'hidden_sise': \['hidden_size'"),
+        ({"num_layers": 2, "hidden_size": 8, "num_attention_heads": 0}, r"found others \(.*by zero"),
         ({"num_layers": 2}, r"expected arguments of pretend\.core's TransformerConfig, found others \(.*hidden_size"),
     ],
 )

@@ -228,3 +228,14 @@ def test_a_kernel_that_takes_all_weights_at_once_finds_one_dtype() -> None:
     x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     expected = layer(x)
     assert torch.equal(prepare_model_for_kbit_training(layer)(x), expected)
+
+
+@pytest.mark.parametrize(("asked", "calls"), [({}, 1), ({"auto_clear_cache": False}, 0)])
+def test_what_casts_left_free_goes_back_to_the_accelerator(
+    asked: dict[str, bool], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
+    prepare_model_for_kbit_training(nn.Sequential(nn.LayerNorm(4)).to(torch.bfloat16), False, **asked)
+    assert len(cleared) == calls

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ....errors import ConfigError
 from ....layers import ModulesToSave as AuxiliaryTrainingWrapper
 from ....layers import ModulesToSave as ModulesToSaveWrapper
 from ....training.preparation.kbit import prepare_model_for_kbit_training
@@ -17,12 +18,26 @@ from .constants import __all__ as _constants
 __all__ = [
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "fsdp_auto_wrap_policy",
     "id_tensor_storage",
     "infer_device",
     "prepare_model_for_kbit_training",
     "transpose",
     *_constants,
 ]
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> NoReturn:
+    """PEFT's policy of what the first FSDP wraps apart; here adapters are trained under the second.
+
+    Raises:
+        ConfigError: always; says what to write instead.
+    """
+    raise ConfigError(
+        f"fsdp_auto_wrap_policy: expected FSDP2, which needs no policy of its own for adapters, found a "
+        f"{type(model).__name__} to be wrapped by FSDP1's; leave the call out and set fsdp_version=2 in accelerate's "
+        "plugin (in TrainingArguments: fsdp_config={'fsdp_version': 2}), or use qlora_kit.distributed.prepare"
+    )
 
 
 def infer_device() -> str:
