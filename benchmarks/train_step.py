@@ -60,7 +60,7 @@ def base(shape: str, storage: str) -> nn.Module:
 
 def contestants(shape: str, storage: str, rank: int, dropout: float) -> dict[str, tuple[str, Any]]:
     settings = {"r": rank, "target_modules": LINEARS, "lora_dropout": dropout, "init_lora_weights": False}
-    theirs = peft.LoraModel(base(shape, storage), peft.LoraConfig(**settings), "default").train()
+    theirs = peft.get_peft_model(base(shape, storage), peft.LoraConfig(**settings)).train()  # factors in float32 too
     ours = qlora_kit.apply_lora(base(shape, storage), qlora_kit.LoraConfig(**settings)).train()
     entrants: dict[str, tuple[str, Any]] = {
         "frozen base": ("auto", base(shape, storage)),
