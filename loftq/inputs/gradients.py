@@ -52,9 +52,7 @@ def loss_weights(
     tokens: int = _TOKENS,
     team: Team = ALONE,
 ) -> dict[str, float]:
-    """By path, E||g||^2 / (2 out), the nats a token that a mean squared error of 1 of that module's output costs. 0
-    where
-    no gradient came to.
+    """By path, E||g||^2 / (2 out): the nats a token that a mean squared error of 1 of that module's output costs.
 
     Args:
         model: called as ``model(**row)``, in evaluation mode meanwhile; its weights may be read as they are needed.
@@ -63,7 +61,7 @@ def loss_weights(
         team: shares the rows; each process has the model, and all get the same.
 
     Returns:
-        None of any path where the model's output isn't finite.
+        0 of a path that no gradient came to; nothing of any where the model's output isn't finite.
 
     Raises:
         RuntimeError: no gradient can be taken, or none that is finite: what the model computes with isn't
@@ -126,8 +124,7 @@ def _squares_of(
 
 
 def _bounded(squares: Tensor) -> float:
-    """The sum of tokens' (n,) mean squares, none counted as more than ``_MOST`` times the median of those that aren't
-    0.
+    """The sum of tokens' (n,) mean squares, none counted as more than ``_MOST`` times the median of those above 0.
 
     At a token whose embedding is 0, as that of padding is, the first norm's slope is a thousand times that of others,
     and a layer's more: the second order says nothing of real errors there, and would be all of the sum.
