@@ -31,6 +31,7 @@ class Residual:
         """Make it the model's only adapter, active and frozen; it belongs to this very base and says so."""
         adapted.configs[RESIDUAL], adapted.plan = self.config, self.plan
         adapted.backbones[RESIDUAL] = fingerprint(adapted.bases_of(RESIDUAL))
+        adapted.freeze_()
         adapted.choose_([RESIDUAL], trainable=False)
 
 
