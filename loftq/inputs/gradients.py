@@ -135,8 +135,7 @@ def _bounded(squares: Tensor) -> float:
 
 def _surprise(output: Any, mask: Tensor | None, seed: int) -> tuple[Tensor, int]:
     """The sum of -log p(y) of what is drawn from the model's ``output`` for tokens that ``mask`` doesn't hide, and how
-    many
-    these are. The output itself times random numbers where it has no logits."""
+    many these are. The output itself times random numbers where it has no logits."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     value = floats(output)[0] if logits is None else logits
     draw = torch.Generator(value.device).manual_seed(seed)

@@ -79,14 +79,15 @@ class Merger:
             return []
         self._separate(codec, base)
         delta, sharding = layer.stacked(self.task.parts), sharding_of(base)
+        measured = self._measured(path, layer)
         try:
             with nullcontext() if sharding is None else all_or_none(base):
-                if self.task.dtype is None and self.original is None and not self._measured(path, layer):
+                if self.task.dtype is None and self.original is None and not measured:
                     self._keep(codec, base)
                     codec.add_(base, *delta)
                     self._put(layer, base)
                     return []
-                weight, base_error, norms = self._ideal(path, codec, base, delta, self._measured(path, layer))
+                weight, base_error, norms = self._ideal(path, codec, base, delta, measured)
                 module, residual = self._stored(path, codec, base, weight, delta, linear=layer.family == "linear")
         except (CodecError, ConfigError) as error:
             raise MergeError(f"{path}: {error} (no layer was changed)") from error

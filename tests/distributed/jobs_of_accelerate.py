@@ -13,8 +13,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from engine_models import Rows, adapted, batch, optimizer, trained
-from jobs_of_engines import share
+from engine_models import Rows, adapted, optimizer, trained
+from jobs_of_engines import stepper
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule
@@ -52,16 +52,7 @@ def loop(engine: str, kinds: list[str], folder: str) -> dict[str, Any]:
         lora = leave_base_out_(adapted(kind, "copies", seed=3))
         model, stepped = accelerated.prepare(lora, optimizer(list(trained(lora).values())))
 
-        def step(i: int, model: Any = model, stepped: Any = stepped, accelerated: Accelerator = accelerated) -> float:
-            ids = batch(i, *share())
-            loss = model(input_ids=ids, labels=ids).loss
-            accelerated.backward(loss)
-            stepped.step()
-            stepped.zero_grad()
-            mean = loss.detach().clone()
-            dist.all_reduce(mean)
-            return mean.item() / dist.get_world_size()
-
+        step = stepper(accelerated, model, stepped)
         first = [step(0), step(1)]
         accelerated.save_state(str(place / "state"))
         dist.barrier()

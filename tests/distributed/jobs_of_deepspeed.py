@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from engine_models import ROWS, Rows, adapted, batch, optimizer, trained
-from jobs_of_engines import share
+from jobs_of_engines import stepper
 from jobs_of_sharded_files import message_of
 from tiny_llama import load
 
@@ -60,22 +60,6 @@ def accelerated(stage: int) -> Accelerator:
     own = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
     plugin = DeepSpeedPlugin(hf_ds_config=settings(stage, stage3_gather_16bit_weights_on_model_save=True) | own)
     return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-
-
-def stepper(accelerator: Accelerator, model: Any, stepped: Any) -> Callable[[int], float]:
-    """Makes a step, and gives the mean of the ranks' losses."""
-
-    def step(i: int) -> float:
-        ids = batch(i, *share())
-        loss = model(input_ids=ids, labels=ids).loss
-        accelerator.backward(loss)
-        stepped.step()
-        stepped.zero_grad()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        return mean.item() / dist.get_world_size()
-
-    return step
 
 
 def loop(runs: Sequence[Run], folder: str) -> dict[Run, Any]:

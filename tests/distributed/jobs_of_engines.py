@@ -11,7 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import torch.distributed as dist
-from engine_models import adapted, of_parameter, optimizer, seed_of, train, trained
+from engine_models import adapted, batch, of_parameter, optimizer, seed_of, train, trained
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -30,6 +30,22 @@ PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_thres
 
 def share() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
+
+
+def stepper(accelerator: Any, model: Any, stepped: Any) -> Callable[[int], float]:
+    """Of a loop under accelerate: makes a step, and gives the mean of the ranks' losses."""
+
+    def step(i: int) -> float:
+        ids = batch(i, *share())
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        stepped.step()
+        stepped.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return mean.item() / dist.get_world_size()
+
+    return step
 
 
 def prepared(lora: LoraModel, engine: str, **options: Any) -> Prepared:
