@@ -9,8 +9,10 @@ moments are for, and what becomes of a layer, must not be known here; who asks s
 - ``forwards``: a module's forward exchanged for a while
 - ``walk``: a model's forward, stopped at chosen modules
 - ``arguments``: of a module, so that it can be called again with the same
+- ``additions``: which modules' outputs are added to a stream through their block
 - ``kept_inputs``: what a block's modules are given in the original model, computed once
 - ``pairs``: of one module in two models at once
+- ``one_block``: what the modules of the block are given that a walk stands at, and what some have become
 - ``gradients``: what the model makes of errors in its modules' outputs
 - ``groups``: moments for one group of modules after the other, in the order of the forward
 """

@@ -5,11 +5,12 @@ block's statistics. Sequentially, two copies of each batch go through the model,
 modules so far have become; within a block too, the modules are done in turns, each group that shares an input after
 the groups before it. What a group is given is looked at in a forward of the block that ends where that is seen.
 
-What a module has become is given as D = Q + sBA - W and added to its output by a hook, so the model itself isn't
-touched, and may lie in memory or be read from files while it runs.
+What a module has become is given as D = Q + sBA - W, and the model itself isn't touched, and may lie in memory or be
+read from files while it runs.
 
-A row of text goes ahead, to see which blocks a forward enters. What it calls more than once, as models do that share
-layers, comes last, with the original model's inputs of all calls: at a first call nothing is known of the later ones.
+A row of text goes ahead, to see which blocks a forward enters and what modules add their outputs to. What it calls more
+than once, as models do that share layers, comes last, with the original model's inputs of all calls: at a first call
+nothing is known of the later ones.
 """
 
 from __future__ import annotations
@@ -17,35 +18,33 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.distributed.team import ALONE, Team
-from qlora_kit.naming import base_of, module_at
 
 from ..methods.factors import Factors
 from ..methods.halves import Half
+from .additions import additions_in
 from .caches import uncached
-from .kept_inputs import KeptInputs
 from .moments import (
     Collector,
     counted_statistics,
     gather,
     in_turn,
     inputs_of,
-    rows_of,
     vocabularies,
     watchable,
 )
+from .one_block import Here, Source, changed, given, given_originally, groups_of
 from .pairs import Pairs
 from .text import single_rows
-from .walk import Enough, Run, Walk, stops_for
+from .walk import Walk, stops_for
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Seen:
         tokens: how many inputs there were.
         factors: made of these moments, for all modules that are given the same inputs; None where it is one module.
         half: the same moments of every other batch, with ``cross``, where both these and the others had inputs.
+        shortfall: float32 (out, in) E[(h - h^) x^^T], with what the output is added to, h in the original model, if
+            sequential; None where there is no such stream, or none is known.
     """
 
     statistics: Tensor
@@ -65,6 +66,7 @@ class Seen:
     tokens: int
     factors: Factors | None = field(default=None, repr=False, compare=False)
     half: Half | None = field(default=None, repr=False, compare=False)
+    shortfall: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -128,7 +130,7 @@ def stages(
     paths, batches = list(paths), [uncached(model, batch) for batch in batches]
     widths = vocabularies(model, paths)
     with watchable(model), ExitStack() as stack:
-        stops, repeated = _scouted(model, batches, paths)
+        stops, repeated, streams = _scouted(model, batches, paths, sequential)
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         share = limit // (2 if sequential else 1)
         own: dict[str, Any] = {"limit": share, "folder": room, "numbers": team.numbers(len(batches))}
@@ -144,7 +146,7 @@ def stages(
                     each.arrive(stop)
             last = len(done) == len(stops)
             with staying(stop):
-                here = _Here(team, len(batches), first, walk, runs, stops[stop], widths, last)
+                here = Here(team, len(batches), first, walk, runs, stops[stop], streams, widths, last)
                 yield from _plainly(here, diagonal) if other is None else _in_turns(here, other)
     if repeated:
 
@@ -161,21 +163,23 @@ def _turn(stage: Stage) -> Iterator[Stage]:
 
 
 def _scouted(
-    model: nn.Module, batches: list[Mapping[str, Any]], paths: list[str]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Where to stop for which of ``paths``, and those of them that are called more than once in a forward.
+    model: nn.Module, batches: list[Mapping[str, Any]], paths: list[str], sequential: bool
+) -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
+    """Where to stop for which of ``paths``, those of them that are called more than once in a forward, and, if
+    ``sequential``, the streams that outputs are added to.
 
     A block whose parts are called without itself is no place to stop; its modules are their own.
     """
     stops = stops_for(model, paths)
     calls: Counter[str] = Counter()
-    with inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path])):
+    count = inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path]))
+    with count, additions_in(model, stops if sequential else {}) as streams:
         for batch in batches[:1]:
             model(**single_rows(batch)[0])
     entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
     entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
     again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]
-    return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again
+    return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again, streams
 
 
 def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:
@@ -185,28 +189,6 @@ def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:
     return {path: Seen(mean, None, count, shared[id(mean)]) for path, (mean, count) in means.items()}
 
 
-@dataclass(frozen=True)
-class _Here:
-    """Where the walk stands.
-
-    Attributes:
-        count: of all batches, whoever's.
-        first: the number of the first that stands here.
-        runs: of this process that stand here, by number.
-        paths: of the modules to be looked at.
-        last: no run has to go on from here.
-    """
-
-    team: Team
-    count: int
-    first: int
-    walk: Walk
-    runs: dict[int, Run]
-    paths: list[str]
-    widths: Mapping[str, int]
-    last: bool
-
-
 def _first(walk: Walk, team: Team) -> tuple[int, str] | None:
     """The first of all processes' unfinished runs, and where it stands."""
     here = walk.here()
@@ -214,7 +196,7 @@ def _first(walk: Walk, team: Team) -> tuple[int, str] | None:
     return min((place for place in places if place is not None), default=None)
 
 
-def _plainly(here: _Here, diagonal: bool) -> Iterator[Stage]:
+def _plainly(here: Here, diagonal: bool) -> Iterator[Stage]:
     """One stage of all modules; the pass that collects is the one that the runs go on from."""
     walk, runs = here.walk, here.runs
 
@@ -234,22 +216,23 @@ def _plainly(here: _Here, diagonal: bool) -> Iterator[Stage]:
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
 
 
-def _in_turns(here: _Here, other: Walk) -> Iterator[Stage]:
+def _in_turns(here: Here, other: Walk) -> Iterator[Stage]:
     """A stage for each group of modules that shares an input; ``other`` walks through the model as it becomes."""
-    walk, runs, widths = here.walk, here.runs, here.widths
+    walk, runs = here.walk, here.runs
     twins = {run.index: run for run in other.runs}
-    groups, once, inputs = _groups(here)
+    groups, inputs = groups_of(here)
     replaced: dict[str, Tensor] = {}
-    for leader, group in groups.items():
+    for source, group in groups.items():
 
-        def collect(leader: str = leader, group: list[str] = group) -> dict[str, Seen]:
+        def collect(source: Source = source, group: list[str] = group) -> dict[str, Seen]:
             def through(number: int, pairs: Pairs) -> None:
                 if (run := runs.get(number)) is not None:
-                    x = inputs.take(run, leader) or _input(walk, run, leader, {}, leader in once)
-                    pairs.add(number, _input(other, twins[number], leader, replaced, leader in once), x)
+                    x = given_originally(walk, run, source, inputs)
+                    pairs.add(number, given(other, twins[number], source, replaced), x)
 
-            pairs = in_turn(here.team, here.count, through, lambda apart: Pairs(widths.get(leader), apart=apart))
-            seen = _seen_of(pairs, leader, shared=len(group) > 1)
+            width = here.widths.get(source.path)
+            pairs = in_turn(here.team, here.count, through, lambda apart: Pairs(width, apart=apart))
+            seen = _seen_of(pairs, source.path, shared=len(group) > 1)
             return {} if seen is None else dict.fromkeys(group, seen)
 
         stage = Stage(group, _collect=collect)
@@ -257,87 +240,15 @@ def _in_turns(here: _Here, other: Walk) -> Iterator[Stage]:
         replaced.update(stage.replaced)
     for run in () if here.last else runs.values():
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
-        with _changed(other.model, replaced):
+        with changed(other.model, replaced):
             output = twins[run.index].forward()
         other.go_on(twins[run.index], output)
 
 
 def _seen_of(pairs: Pairs, path: str, *, shared: bool) -> Seen | None:
     """What is known of the inputs of the module at ``path``, ``shared`` with others; None if no token came."""
-    own = pairs.own
-    mean = own.matrix(path)
-    if mean is None:
+    means = pairs.means(path)
+    if means is None:
         return None
-    both = pairs.cross.matrix(path) if pairs.paired else None
-    factors = Factors() if shared else None
-    part, part_cross = pairs.half.matrix(path), pairs.half_cross.matrix(path)
-    if both is None or part is None or part_cross is None or pairs.half.count == own.count:
-        return Seen(mean, both, own.count, factors)
-    return Seen(mean, both, own.count, factors, Half(part, part_cross, pairs.half.count / own.count))
-
-
-def _groups(here: _Here) -> tuple[dict[str, list[str]], set[str], KeptInputs]:
-    """The modules by the first that is given the same input, in the order of the forward; those that no run calls more
-    than once; and their inputs. The outputs are kept, where they fit, if the runs are to go on from them."""
-    walk, paths = here.walk, here.paths
-    once, collector = set(paths), Collector(paths, diagonal=True, widths=here.widths)
-    inputs = KeptInputs(walk)
-    for run in here.runs.values():
-        calls: Counter[str] = Counter()
-
-        def receive(path: str, value: Any, run: Run = run, calls: Counter[str] = calls) -> None:
-            calls[path] += 1
-            inputs.add(run, path, value)
-            if run.index == here.first:
-                collector(path, value)
-
-        collector.begin(run.mask)
-        with inputs_of(walk.model, paths, receive):
-            output = run.forward()
-        run.kept = output if not here.last and walk.has_room(output, beside=inputs.nbytes) else None
-        collector.end()
-        once -= {path for path, count in calls.items() if count > 1}
-    once = set.intersection(*here.team.gathered(once))
-    leaders = here.team.from_rank(collector.leaders, here.first % here.team.size)
-    groups: dict[str, list[str]] = {}
-    for path, leader in leaders.items():
-        groups.setdefault(leader, []).append(path)
-    # A module that the first batch doesn't reach, an expert say, comes last and alone.
-    groups.update({path: [path] for path in paths if path not in leaders})
-    inputs.keep_only(groups)
-    return groups, once, inputs
-
-
-def _input(walk: Walk, run: Run, path: str, replaced: Mapping[str, Tensor], once: bool) -> list[Tensor]:
-    """The rows that the module at ``path`` is given, call by call, when ``run`` goes through its block; as far as
-    there if it is called ``once``."""
-    found: list[Tensor] = []
-
-    def receive(path: str, value: Tensor) -> None:
-        rows = rows_of(value, run.mask)
-        found.append(rows if once else rows.clone())  # what comes after may work in place
-        if once:
-            raise Enough
-
-    with _changed(walk.model, replaced), inputs_of(walk.model, [path], receive), suppress(Enough):
-        run.forward()
-    return found
-
-
-def _changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
-    """Inside the block, modules answer with D added to their weight."""
-    stack = ExitStack()
-    for path, change in replaced.items():
-
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, change: Tensor = change
-        ) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.is_floating_point():
-                return output + F.linear(x.float(), change).to(output.dtype)
-            rows = F.embedding(x, change.T)
-            scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
-            return output + (rows if scale is None else rows * scale).to(output.dtype)
-
-        stack.callback(module_at(model, path).register_forward_hook(hook, with_kwargs=True).remove)
-    return stack
+    own, cross, shortfall, half = means
+    return Seen(own, cross, pairs.own.count, Factors() if shared else None, half, shortfall)

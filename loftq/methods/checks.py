@@ -24,15 +24,24 @@ def check_moments(moments: Tensor) -> None:
 
 def checked_cross(cross: Tensor | None, weight: Tensor) -> Tensor | None:
     """``cross`` in float32 on the weight's device. Raises ConfigError if its shape or values can't be."""
-    if cross is None:
-        return None
     width = weight.shape[1]
-    if tuple(cross.shape) != (width, width) or not cross.float().isfinite().all():
+    return _checked("cross", "E[x x^^T]", (width, width), cross, weight)
+
+
+def checked_shortfall(shortfall: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``shortfall`` in float32 on the weight's device. Raises ConfigError if its shape or values can't be."""
+    return _checked("shortfall", "E[(h - h^) x^^T]", tuple(weight.shape), shortfall, weight)
+
+
+def _checked(name: str, what: str, shape: tuple[int, ...], moments: Tensor | None, weight: Tensor) -> Tensor | None:
+    if moments is None:
+        return None
+    if tuple(moments.shape) != shape or not moments.float().isfinite().all():
         raise ConfigError(
-            f"cross: expected finite moments E[x x^^T] of shape ({width}, {width}) for a weight {tuple(weight.shape)}, "
-            f"found {tuple(cross.shape)} or values that aren't finite; collect both models' inputs of this layer"
+            f"{name}: expected finite moments {what} of shape {shape} for a weight {tuple(weight.shape)}, found "
+            f"{tuple(moments.shape)} or values that aren't finite; collect them in both models at this layer"
         )
-    return cross.detach().to(weight.device, torch.float32)
+    return moments.detach().to(weight.device, torch.float32)
 
 
 def checked_statistics(statistics: Tensor | None, weight: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -34,9 +35,10 @@ def aligned(problem: Problem) -> LoftQResult:
 
     The weight that the original model's outputs ask for, V of ``alignment``, takes the weight's place in "cloq", under
     the quantized model's inputs x^; for E ||W x - V' x^||^2 exceeds its least by tr((V - V') R (V - V')^T), V being
-    where it is least. And the rounding leans on the adapter. (Aligning first and correcting
-    then is the idea of Align-then-Correct, 2026; the objective is the sequential one of GPTAQ, Li et al. 2025,
-    arXiv 2504.02692, in closed form.)
+    where it is least. Where the layer's output is added to a stream h, as attention's and a feed-forward's last layers'
+    are, V also makes up for what is missing there: h + W x is aimed at, and h^ is there already. And the rounding leans
+    on the adapter. (Aligning first and correcting then is the idea of Align-then-Correct, 2026; the objective is the
+    sequential one of GPTAQ, Li et al. 2025, arXiv 2504.02692, in closed form.)
 
     Without moments of a half, V is W (C + mu I)(R^ + mu I)^-1 with the metric's own damping for mu.
     """
@@ -62,9 +64,10 @@ def aligned(problem: Problem) -> LoftQResult:
 
 def _target(problem: Problem, statistics: Tensor, cross: Tensor) -> Tensor:
     """V, float32 (out, in)."""
+    also: dict[str, Any] = {"shortfall": problem.shortfall, "factors": problem.factors}
     if problem.half is None:
-        return aligned_weight(problem.weight, statistics, cross, problem.damping, factors=problem.factors)
-    return trusted_weight(problem.weight, statistics, cross, problem.half, factors=problem.factors)[0]
+        return aligned_weight(problem.weight, statistics, cross, problem.damping, **also)
+    return trusted_weight(problem.weight, statistics, cross, problem.half, **also)[0]
 
 
 def _fed_back(problem: Problem, metric: Metric, *, lean: bool, zero_error: float | None = None) -> LoftQResult:

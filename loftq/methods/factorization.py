@@ -13,7 +13,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.lowrank import check_matrix, delta
 
 from .alignment import damping_for
-from .checks import checked_cross, checked_statistics
+from .checks import checked_cross, checked_shortfall, checked_statistics
 from .factors import Factors, made
 from .halves import Half, checked_half
 from .metric import output_norm
@@ -42,6 +42,7 @@ def factorize(
     factors: Factors | None = None,
     half: Half | None = None,
     adapter_aware: bool | None = None,
+    shortfall: Tensor | None = None,
 ) -> LoftQResult:
     """Quantize ``weight`` and find the branch of rank ``rank`` that makes up for it.
 
@@ -68,6 +69,8 @@ def factorize(
         adapter_aware: for "cloq" and "aligned": round so that the adapter takes most of the error back, see
             ``leaning``; the quantized weight is then of no use without its adapter. None is the
             method's own choice: True for "aligned".
+        shortfall: for "aligned": E[(h - h^) x^^T] (out, in), h being what the layer's output is added to, in the
+            original model and, as h^, in the one that ``statistics`` are of.
 
     Raises:
         ConfigError: an argument can't work; names it.
@@ -93,6 +96,12 @@ def factorize(
             "half: expected the moments of all inputs beside those of a part, statistics (in, in) and cross, found "
             "one of them missing; pass all, or no half"
         )
+    shortfall = checked_shortfall(shortfall, weight)
+    if shortfall is not None and (cross is None or (half is not None and half.shortfall is None)):
+        raise ConfigError(
+            "shortfall: expected it beside cross, and beside the half's own where there is a half, found one of them "
+            "missing; pass all, or no shortfall"
+        )
     problem = Problem(
         weight.detach().float().contiguous(),  # the methods look at it block by block, in the order of its rows
         rank,
@@ -108,13 +117,14 @@ def factorize(
         factors,
         half,
         adapter_aware,
+        shortfall,
     )
     result = solve(problem)
     if problem.statistics is None:
         return result
     full, stored = problem.weight, result.quantized.dequantize()
     size = output_norm(full, problem.statistics) or 1.0
-    left = full - stored - delta(result.A, result.B, scaling)
+    left = (full if result.goal is None else result.goal) - stored - delta(result.A, result.B, scaling)
     return replace(
         result,
         output_error=output_norm(left, problem.statistics) / size,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora_kit.errors import ConfigError
 
-from .checks import checked_cross, checked_statistics
+from .checks import checked_cross, checked_shortfall, checked_statistics
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Half:
     Attributes:
         statistics, cross: float32 (in, in) E[x^ x^^T] and E[x x^^T].
         share: of all inputs, those that these are, above 0 and below 1.
+        shortfall: float32 (out, in) E[(h - h^) x^^T], where the whole's is known.
     """
 
     statistics: Tensor
     cross: Tensor
     share: float
+    shortfall: Tensor | None = None
 
 
 def checked_half(half: Half | None, weight: Tensor) -> Half | None:
@@ -39,4 +41,4 @@ def checked_half(half: Half | None, weight: Tensor) -> Half | None:
             f"half: expected full moments (in, in) of a share of the inputs between 0 and 1, found "
             f"{tuple(half.statistics.shape)} of {half.share!r}; collect them with the whole's"
         )
-    return Half(statistics, cross, half.share)
+    return Half(statistics, cross, half.share, checked_shortfall(half.shortfall, weight))

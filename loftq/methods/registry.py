@@ -46,6 +46,8 @@ class Problem:
             the other.
         adapter_aware: let rounding lean on the adapter, see ``loftq.methods.leaning``, or not; None is the method's
             own choice.
+        shortfall: float32 (out, in) E[(h - h^) x^^T] of what the layer's output is added to, h in the original model
+            and h^ in the quantized, or None where it is added to nothing that is known.
     """
 
     weight: Tensor
@@ -62,6 +64,7 @@ class Problem:
     factors: Factors | None = None
     half: Half | None = None
     adapter_aware: bool | None = None
+    shortfall: Tensor | None = None
 
     def metric(self, *, diagonal: bool = False) -> Metric:
         """That of the ``statistics``, see ``Metric.of``; made once for all problems that share ``factors``."""
@@ -98,8 +101,8 @@ class LoftQResult:
         quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
         error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
         goal: what Q + sBA comes close to where that isn't W itself, float32 (out, in).
-        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned and of the zero
-            start, where statistics R were given.
+        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned, E being what it leaves of
+            the ``goal``, and of the zero start, where statistics R were given.
     """
 
     quantized: Quantized

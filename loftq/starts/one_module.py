@@ -109,6 +109,7 @@ def _quantized_start(request: Request, options: LoftQConfig, seen: Seen | None, 
         residual,
         (A, B),
         seen,
+        result.goal,
         zero_output_error=result.zero_output_error,
         quant_type=result.quantized.quant_type,
         steps=len(result.history),
@@ -137,14 +138,19 @@ def _measured(
     residual: Tensor,
     factors: tuple[Tensor, Tensor],
     seen: Seen | None,
+    goal: Tensor | None = None,
     **known: Any,
 ) -> LayerReport:
-    """The errors of what is stored; ``residual``, which is W - Q, is used up."""
+    """The errors of what is stored; of outputs, by what is left of the ``goal``, which is W if None.
+
+    ``residual``, which is W - Q, is used up."""
     size = norm(weight) or 1.0
     quantization_error = norm(residual) / size
     A, B = factors
     error = norm(residual.addmm_(B, A, alpha=-request.scaling)) / size
     if seen is not None:
+        if goal is not None:
+            residual.add_(goal).sub_(weight)
         known["output_error"] = output_norm(residual, seen.statistics) / (output_norm(weight, seen.statistics) or 1.0)
         known["tokens"] = seen.tokens
         if seen.statistics.dim() == 2:

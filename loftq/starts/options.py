@@ -83,4 +83,5 @@ def factorize_as(
         factors=None if seen is None else seen.factors,
         half=None if seen is None else seen.half,
         adapter_aware=options.adapter_aware,
+        shortfall=None if seen is None else seen.shortfall,
     )

@@ -123,16 +123,24 @@ def aligned_weight(weight: np.ndarray, inputs: np.ndarray, seen: np.ndarray, pul
     return np.linalg.lstsq(rows, goals, rcond=None)[0].T
 
 
-def error_on_others(weight: np.ndarray, found: np.ndarray, moments: np.ndarray, cross: np.ndarray) -> float:
-    """E ||W x - V x^||^2 on inputs of these moments, less E ||W x||^2, which V doesn't change, a row at a time."""
-    rows = zip(weight.astype(np.float64), found.astype(np.float64), strict=True)
-    return float(sum(v @ moments @ v - 2 * w @ cross @ v for w, v in rows))
+def error_on_others(
+    weight: np.ndarray, found: np.ndarray, moments: np.ndarray, cross: np.ndarray, shortfall: np.ndarray | None = None
+) -> float:
+    """E ||e + W x - V x^||^2 on inputs of these moments, less E ||e + W x||^2, which V doesn't change, a row at a time.
+    ``shortfall`` is E[e x^^T]; None where e is 0."""
+    short = np.zeros(weight.shape) if shortfall is None else shortfall
+    rows = zip(weight.astype(np.float64), found.astype(np.float64), short, strict=True)
+    return float(sum(v @ moments @ v - 2 * (w @ cross + s) @ v for w, v, s in rows))
 
 
-def change_towards(weight: np.ndarray, moments: np.ndarray, cross: np.ndarray, pull: float) -> np.ndarray:
-    """D = W (C - R)(R + pull)^-1, by a system for each row."""
+def change_towards(
+    weight: np.ndarray, moments: np.ndarray, cross: np.ndarray, pull: float, shortfall: np.ndarray | None = None
+) -> np.ndarray:
+    """D = (W (C - R) + S)(R + pull)^-1, by a system for each row."""
     pulled = moments + pull * np.eye(len(moments))
-    return np.stack([np.linalg.solve(pulled.T, (cross - moments).T @ row) for row in weight.astype(np.float64)])
+    short = np.zeros(weight.shape) if shortfall is None else shortfall
+    goals = [(cross - moments).T @ row + s for row, s in zip(weight.astype(np.float64), short, strict=True)]
+    return np.stack([np.linalg.solve(pulled.T, goal) for goal in goals])
 
 
 def unlikelihood(moments: np.ndarray, others: np.ndarray, pull: float) -> float:

@@ -70,8 +70,8 @@ def seen_of(make: Any, team: Team = ALONE, *, count: int = 3, **options: Any) ->
     model, found = make(), dict[str, Any]()
     for stage in stages(model, tokens(count, padded=True), targets(model), team=team, **options):
         for path, seen in stage.seen().items():
-            half = None if seen.half is None else (seen.half.statistics, seen.half.cross)
-            found[path] = (seen.statistics, seen.cross, half, seen.tokens)
+            half = None if seen.half is None else (seen.half.statistics, seen.half.cross, seen.half.shortfall)
+            found[path] = (seen.statistics, seen.cross, half, seen.tokens, seen.shortfall)
             if options.get("sequential"):
                 weight: Any = model.get_submodule(path).weight
                 change = (0.1 * weight).detach().float()

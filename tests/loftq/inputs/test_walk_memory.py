@@ -23,8 +23,8 @@ def statistics_of(walk: Iterable[Stage]) -> dict[str, list[Tensor]]:
     found = {}
     for stage in walk:
         for path, seen in stage.seen().items():
-            half = [] if seen.half is None else [seen.half.statistics, seen.half.cross]
-            found[path] = [seen.statistics, *([] if seen.cross is None else [seen.cross]), *half]
+            half = [] if seen.half is None else [seen.half.statistics, seen.half.cross, seen.half.shortfall]
+            found[path] = [each for each in (seen.statistics, seen.cross, seen.shortfall, *half) if each is not None]
     return found
 
 

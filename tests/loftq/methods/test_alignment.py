@@ -5,6 +5,9 @@ The halves are real ones: rows of one text, found from one half, held against th
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from reference.starts import change_towards, error_on_others, sequential_error, 
 from torch import Tensor
 
 from loftq import factorize
-from loftq.methods.alignment import PULLS, Trust, trusted, trusted_damping, trusted_weight
+from loftq.methods.alignment import PULLS, Trust, aligned_weight, trusted, trusted_damping, trusted_weight
 from loftq.methods.factors import Factors
 from loftq.methods.halves import Half
 from qlora_kit.errors import ConfigError
@@ -36,38 +39,61 @@ def rows(count: int, seed: int = 0, off: float = 0.2, text: int = 0) -> tuple[Te
     return x, x + x @ lasting + off * mixing.std() * torch.randn(count, IN, generator=draw)
 
 
-class Text:
-    """Moments of all ``count`` inputs and of the first of them, in float64 and as the library gets them."""
+def missing(seen: Tensor, seed: int = 0, text: int = 0) -> Tensor:
+    """What a stream falls short of, rows of ``OUT``: in part a fixed map of the layer's inputs, in part chance."""
+    models, draw = (torch.Generator().manual_seed(number) for number in (1000 + seed, 2000 + 10 * seed + text))
+    known = seen @ (torch.randn(IN, OUT, generator=models) * 0.01)
+    return known + known.std() * torch.randn(len(seen), OUT, generator=draw)
 
-    def __init__(self, count: int, first: int, seed: int = 0, off: float = 0.2) -> None:
-        x, seen = (each.double().numpy() for each in rows(count, seed, off))
-        self.x, self.seen, self.share = x, seen, first / count
-        self.parts = [
-            (seen[s].T @ seen[s] / len(seen[s]), x[s].T @ seen[s] / len(seen[s]))
-            for s in (slice(0, first), slice(first, None))
-        ]
-        self.R, self.C = seen.T @ seen / count, x.T @ seen / count
+
+class Text:
+    """Moments of all ``count`` inputs and of the first of them, in float64 and as the library gets them.
+
+    Args:
+        stream: the layer's output is added to a stream that something is missing in.
+    """
+
+    def __init__(self, count: int, first: int, seed: int = 0, off: float = 0.2, *, stream: bool = False) -> None:
+        x, seen = rows(count, seed, off)
+        short = missing(seen, seed).double().numpy() if stream else None
+        x, seen = x.double().numpy(), seen.double().numpy()
+        self.share = first / count
+        whole, *self.parts = (
+            [None if each is None else each[s].T @ seen[s] / len(seen[s]) for each in (seen, x, short)]
+            for s in (slice(None), slice(0, first), slice(first, None))
+        )
+        self.R, self.C, self.S = whole
         self.unit = float(np.trace(self.R)) / IN
 
     @property
     def given(self) -> tuple[Tensor, Tensor, Half]:
-        R, C, R1, C1 = (torch.from_numpy(each).float() for each in (self.R, self.C, *self.parts[0]))
-        return R, C, Half(R1, C1, self.share)
+        R, C = self.as_given(self.R, self.C)
+        return R, C, Half(*self.as_given(*self.parts[0][:2]), self.share, *self.as_given(*self.parts[0][2:]))
+
+    @staticmethod
+    def as_given(*moments: np.ndarray | None) -> list[Any]:
+        return [None if each is None else torch.from_numpy(each).float() for each in moments]
+
+    @property
+    def short(self) -> dict[str, Tensor]:
+        return {} if self.S is None else {"shortfall": torch.from_numpy(self.S).float()}
 
     def error(self, full: np.ndarray, pull: float, part: float) -> float:
         """Of both halves, each with what was found from the other, an input counting as any other."""
         total = 0.0
         for own, other, counts in ((0, 1, 1 - self.share), (1, 0, self.share)):
-            change = part * change_towards(full, *self.parts[own], pull * self.unit)
-            total += counts * error_on_others(full, full + change, *self.parts[other])
+            (R, C, S), others = self.parts[own], self.parts[other]
+            change = part * change_towards(full, R, C, pull * self.unit, S)
+            total += counts * error_on_others(full, full + change, *others)
         return total
 
 
 @pytest.mark.parametrize(("count", "first"), [(400, 200), (60, 30), (60, 20), (20, 10)])
 @pytest.mark.parametrize("off", [0.02, 0.3])
-def test_no_other_pull_or_part_does_better_on_the_other_half(count: int, first: int, off: float) -> None:
-    text, full = Text(count, first, off=off), weight()
-    trust = trusted(full, *text.given)
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_other_pull_or_part_does_better_on_the_other_half(count: int, first: int, off: float, stream: bool) -> None:
+    text, full = Text(count, first, off=off, stream=stream), weight()
+    trust = trusted(full, *text.given, **text.short)
     W = full.double().numpy()
     nothing = text.error(W, 1.0, 0.0)
     size = float(np.trace(W @ text.R @ W.T))
@@ -98,13 +124,68 @@ def test_on_other_text_it_beats_following_the_text_all_the_way() -> None:
         assert errors[0] < errors[2] * 1.01
 
 
-def test_the_weight_is_that_of_all_rows_with_half_the_pull() -> None:
-    text, full = Text(80, 40), weight()
-    found, trust = trusted_weight(full, *text.given)
+def test_a_weight_of_more_rows_than_inputs_is_told_the_same() -> None:
+    """It is looked at in fewer rows."""
+    text = Text(60, 20, off=0.3)
+    tall = torch.cat([weight(seed) for seed in range(4)])
+    assert len(tall) > IN
+    trust, W = trusted(tall, *text.given), tall.double().numpy()
+    size = float(np.trace(W @ text.R @ W.T))
+    assert trust.gain > 0
+    gain = text.error(W, trust.pull, 0.0) - text.error(W, trust.pull, trust.part)
+    assert trust.gain == pytest.approx(gain / size, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_weight_is_that_of_all_rows_with_half_the_pull(stream: bool) -> None:
+    text, full = Text(80, 40, stream=stream), weight()
+    found, trust = trusted_weight(full, *text.given, **text.short)
     W = full.double().numpy()
     part = 2 * trust.part / (1 + trust.part)
-    expected = W + part * change_towards(W, text.R, text.C, trust.pull / 2 * text.unit)
+    expected = W + part * change_towards(W, text.R, text.C, trust.pull / 2 * text.unit, text.S)
     np.testing.assert_allclose(found.double().numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_is_missing_in_the_stream_is_made_up_for_on_other_text_too() -> None:
+    for seed in range(4):
+        text, full = Text(200, 100, seed, stream=True), weight(seed)
+        x, seen = rows(3000, seed, 0.2, text=1)
+        short = missing(seen, seed, text=1).double().numpy()
+        x, seen, W = x.double().numpy(), seen.double().numpy(), full.double().numpy()
+        V, U = (trusted_weight(full, *text.given, **given)[0].double().numpy() for given in (text.short, {}))
+        left = [float(np.mean((short + x @ W.T - seen @ each.T) ** 2)) for each in (V, U, W)]
+        assert left[0] < 0.8 * left[1]
+        assert left[0] < 0.8 * left[2]
+
+
+def test_without_halves_a_shortfall_is_made_up_for_all_the_way() -> None:
+    """The reference is least squares over the samples."""
+    text, full = Text(300, 150, stream=True), weight()
+    R, C, _ = text.given
+    W = full.double().numpy()
+    V = aligned_weight(full, R, C, 1e-3, **text.short).double().numpy()
+    pulled = W + change_towards(W, text.R, text.C, 1e-3 * text.unit, text.S)
+    np.testing.assert_allclose(V, pulled, atol=1e-5 * np.abs(pulled).max())
+    given = {"statistics": R, "cross": C, "quant_type": "uniform8", "blocksize": 8, "damping": 1e-3}
+    result = factorize(full, 3, method="aligned", **given, **text.short)
+    assert result.goal is not None
+    np.testing.assert_allclose(result.goal.double().numpy(), pulled, atol=1e-5 * np.abs(pulled).max())
+
+
+def test_a_shortfall_that_can_t_be_is_refused() -> None:
+    text = Text(60, 30, stream=True)
+    R, C, half = text.given
+    short, given = text.short["shortfall"], {"method": "aligned", "statistics": R}
+    with pytest.raises(
+        ConfigError, match=r"shortfall: expected finite moments .* of shape \(13, 24\).*found \(24, 24\)"
+    ):
+        factorize(weight(), 3, cross=C, half=half, shortfall=R, **given)
+    with pytest.raises(ConfigError, match="shortfall: expected it beside cross"):
+        factorize(weight(), 3, shortfall=short, **given)
+    with pytest.raises(ConfigError, match="beside the half's own"):
+        factorize(weight(), 3, cross=C, half=replace(half, shortfall=None), shortfall=short, **given)
+    with pytest.raises(ConfigError, match=r"shortfall: .*aren't finite"):
+        factorize(weight(), 3, cross=C, half=half, shortfall=short * torch.inf, **given)
 
 
 @pytest.mark.parametrize(("count", "first"), [(400, 200), (60, 20), (20, 10)])
@@ -113,7 +194,7 @@ def test_damping_makes_the_other_half_likeliest(count: int, first: int) -> None:
     damping = trusted_damping(*text.given)
 
     def cost(pull: float) -> float:
-        (own, _), (other, _) = text.parts
+        (own, *_), (other, *_) = text.parts
         total = (1 - text.share) * unlikelihood(own, other, pull * text.unit)
         return total + text.share * unlikelihood(other, own, pull * text.unit)
 

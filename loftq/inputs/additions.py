@@ -1,0 +1,109 @@
+"""Which modules' outputs are added to a stream that goes through a block, as attention's and a feed-forward's last
+layers' are, and where that stream is given to a module just before.
+
+Nothing is known of the model's source. While a forward runs, the first rows of what modules are given and give are
+remembered, until their block is left; where a module's output plus what an earlier one was given is, bit for bit, what
+a later one is given or the block returns, the earlier one is given the stream. A block that does more than add, with a
+norm or a factor on what comes back or two branches added at once, shows no such sum, and nothing is said of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qlora_kit.naming import Tree
+
+# Rows that are compared.
+_TELLING = 16
+
+
+@contextmanager
+def additions_in(model: nn.Module, blocks: Mapping[str, Iterable[str]]) -> Iterator[dict[str, str]]:
+    """Inside the block, a forward of ``model`` fills in, for those modules in ``blocks`` whose output is added to a
+    stream, the path of the module that is given the stream as it was before.
+
+    Args:
+        blocks: modules of interest by the path of the block that holds them.
+    """
+    found: dict[str, str] = {}
+    modules = Tree(model).modules
+    with ExitStack() as stack:
+        for block, paths in blocks.items():
+            record = _Record(list(paths))
+            for path, module in modules.items():
+                if path.startswith(f"{block}."):
+                    _watch(module, path, record, stack)
+
+            def leave(module: nn.Module, args: Any, output: Any, record: _Record = record) -> None:
+                found.update(record.streams(output))
+                record.clear()
+
+            stack.callback(modules[block].register_forward_hook(leave).remove)
+        yield found
+
+
+def _watch(module: nn.Module, path: str, record: _Record, stack: ExitStack) -> None:
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record.give(path, args[0] if args else next(iter(kwargs.values()), None))
+
+    stack.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
+    if path in record.paths:
+
+        def made(module: nn.Module, args: Any, output: Any) -> None:
+            record.make(path, output)
+
+        stack.callback(module.register_forward_hook(made).remove)
+
+
+class _Record:
+    """What went in and out of modules of a block, in the order of a forward: first rows, and how many there were."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        self.clear()
+
+    def clear(self) -> None:
+        self._given: list[tuple[str, Tensor, int]] = []
+        # With the number of inputs before it.
+        self._made: dict[str, tuple[int, Tensor, int]] = {}
+        self._calls: Counter[str] = Counter()
+
+    def give(self, path: str, value: Any) -> None:
+        self._calls[path] += 1
+        self._given += [(path, *rows) for rows in _first_rows(value)]
+
+    def make(self, path: str, value: Any) -> None:
+        for rows in _first_rows(value):
+            self._made[path] = len(self._given), *rows
+
+    def streams(self, output: Any) -> dict[str, str]:
+        """By module, the one that is given the stream: of several the last before it."""
+        ends = [("", *rows) for value in tree_leaves(output) for rows in _first_rows(value)]
+        found = {}
+        for path, (time, own, count) in self._made.items():
+            if self._calls[path] != 1 or not own.any():
+                continue
+            before = [(at, rows) for at, rows, n in self._given[:time] if n == count and rows.shape == own.shape]
+            after = [rows for _, rows, n in [*self._given[time:], *ends] if n == count and rows.shape == own.shape]
+            streams = (
+                at
+                for at, rows in reversed(before)
+                if at != path and self._calls[at] == 1 and any(torch.equal(rows + own, total) for total in after)
+            )
+            if (stream := next(streams, None)) is not None:
+                found[path] = stream
+        return found
+
+
+def _first_rows(value: Any) -> Iterator[tuple[Tensor, int]]:
+    """Copies, since what comes after may work in place; nothing of what isn't rows."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+        rows = value.detach().reshape(-1, value.shape[-1])
+        yield rows[:_TELLING].clone(), len(rows)
