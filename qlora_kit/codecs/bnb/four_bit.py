@@ -27,6 +27,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from ...errors import CodecError
+from ...kernels.scratch import gathered
 from .. import blockwise
 from ..base import checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
@@ -35,7 +36,6 @@ from ..pieces import assembled, row_pieces
 from ..plain_weight import Trial, filled, holding_values, reason_against_computed
 from ..quantized import BNB_BLOCKSIZES, Quantized, Quantizer, Scales, quantize_matrix
 from ..registry import codec_for, register_codec
-from ..scratch import gathered
 from .common import stock_forward
 from .kernel import KERNEL_DTYPES, kernel_is_right, kernel_pieces, misread
 from .layout import is_repacked, scales_of, standard_bytes

@@ -10,13 +10,13 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 
 from ...errors import CodecError
+from ...kernels.scratch import scratch
 from ..base import autocast_dtype, checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..pieces import row_pieces
 from ..plain_weight import Trial, filled, holding_values, reason_against_computed
 from ..quantized import Quantized, Quantizer, Scales, quantize_matrix
 from ..registry import register_codec
-from ..scratch import scratch
 from .common import stock_forward
 
 

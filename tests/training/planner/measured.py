@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_kit import LoraConfig, apply_lora, prepare_model_for_kbit_training, quantize_
-from qlora_kit.codecs.scratch import release_scratch
+from qlora_kit.kernels.scratch import release_scratch
 from qlora_kit.layers.fused import thin
 from qlora_kit.training import use_chunked_loss
 
