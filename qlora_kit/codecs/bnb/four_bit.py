@@ -322,8 +322,7 @@ def linear_of_codes(
         compress_statistics=nested,
         quant_type=kind,
         quant_storage=quant_storage,
-        module=module,
-        bnb_quantized=True,
+        bnb_quantized=True,  # and of no ``module``, as after a move: that would keep both until garbage is collected
     )
     adopt_(module, state)
     take_bias_(module, linear)
