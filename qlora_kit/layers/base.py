@@ -92,8 +92,9 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         itself, which a family needn't change."""
         return None
 
-    def stacked_branches(self, x: Tensor, *factors: Any) -> Tensor:
-        """The branches of several adapters, each of its own part of ``x`` (adapters, inputs, in)."""
+    def stacked_branches(self, x: Tensor, *factors: Any) -> tuple[Tensor, float]:
+        """The branches of several adapters, each of its own part of ``x`` (adapters, inputs, in), and a number that
+        they are multiplied with as they are added."""
         raise NotImplementedError
 
     # -- the life of an adapter --------------------------------------------------------------------------
