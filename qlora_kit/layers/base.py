@@ -204,7 +204,7 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
 
     def check_held_whole(self) -> None:
         """Raise an AdapterError if the base was sharded after it was adapted: this layer's factors are whole."""
-        if is_tensor_parallel(self.base_layer):
+        if is_tensor_parallel(self._modules["base_layer"]):  # type: ignore[arg-type]
             raise AdapterError(
                 f"{type(self.base_layer).__name__}: expected a layer adapted after it was shared out to several "
                 "processes, found one that was before; call parallelize_module on the model first and apply_lora then "

@@ -81,7 +81,8 @@ class LinearAdapter(AdapterLayer):
 
     def _evaluated(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The plain form in evaluation: s goes into the sum, which spares a step of decoding one call."""
-        result = self.codec.forward(self.base_layer, x)
+        base: Any = self._modules["base_layer"]  # as an attribute it costs as much as a small product
+        result = self.codec.forward(base, x)
         for name in names:
             y = self._low_rank(x, name)
             y = y if y.dtype is result.dtype else y.to(result.dtype)

@@ -187,7 +187,7 @@ class Codec4bit(DenseCodec):
         state = state_of(module)
         if state is None:
             return
-        if misread(module) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
+        if misread(module, state) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
             module.forward = partial(_lookup_forward, module)
         if not is_repacked(state):
             return
@@ -226,7 +226,8 @@ class Codec4bit(DenseCodec):
                 f"{described(module)}.weight: expected a quantized weight, found {module.weight.dtype} not yet "
                 "quantized; move the model to its device first, e.g. model.to('cpu') or model.to('cuda')"
             )
-        if module.support_avx512bf16_for_cpu or is_repacked(state) or not kernel_is_right(module, x):
+        misreads = x.device.type == "cpu" and misread(module, state)  # of the state at hand: it is asked at each call
+        if module.support_avx512bf16_for_cpu or is_repacked(state) or misreads:
             self.protect_(module)
         if not module.compute_type_is_set:  # bitsandbytes settles it at the first forward, from the input
             module.set_compute_type(x)

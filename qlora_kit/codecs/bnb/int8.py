@@ -205,11 +205,12 @@ def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
 def _bring_along_(module: Any) -> None:
     """Codes and scales to where the weight is: bitsandbytes leaves its second hold on them behind where a model around
     the module is moved to another device."""
-    device = module.weight.device
-    for holder in (module.weight, module.state):
+    weight = module.weight
+    device = weight.device
+    for holder in (weight, module.state):
         codes = holder.CB
         if codes is not None and codes.device != device:
-            holder.CB, holder.SCB = module.weight.data, holder.SCB.to(device)
+            holder.CB, holder.SCB = weight.data, holder.SCB.to(device)
 
 
 def _store_int8_(module: Any, codes: Tensor, scales: Tensor) -> None:
