@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora_kit
-from qlora_kit.codecs.native import product_dtype
+from qlora_kit.kernels.native import product_dtype
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: By name: the bits that linears are brought to (None: dense), and the dtype of everything else.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.codecs.trellis.search import best_path, nearest_paths
-from qlora_kit.codecs.trellis.window import look_up
+from qlora_kit.kernels.window import look_up
 
 # Bits of a code, bits that a value depends on, steps.
 TABLES = ((2, 8, 25), (3, 9, 18), (4, 10, 14))

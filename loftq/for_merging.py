@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.algebra import Branch, Recipe, combine
 from qlora_kit.codecs.codebooks import is_rotated
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.lowrank import add_product_, norm, share_arrived
+from qlora_kit.lowrank.algebra import Branch, Recipe, combine
 from qlora_kit.merging.agreement import Batches
 from qlora_kit.merging.requantize import Grid, Rounded
 

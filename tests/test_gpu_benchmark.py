@@ -61,7 +61,7 @@ def test_the_tests_are_the_files_that_are_marked(gpu: Any) -> None:
     checks = importlib.import_module("on_gpu.checks")
     own, others = checks.files(checks.OWN), checks.files("")
     assert set(own) == {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/cuda").glob("test_*.py")}
-    assert {"tests/codecs/test_bnb_four_bit.py", "tests/codecs/kernels/test_cuda.py"} <= set(others)
+    assert {"tests/codecs/test_bnb_four_bit.py", "tests/kernels/test_cuda.py"} <= set(others)
 
 
 def test_what_no_time_is_left_for_is_skipped_and_said_so(

@@ -19,12 +19,12 @@ PACKAGES = ("qlora_kit", "loftq")
 
 # A room is a folder or a single module. Rooms of one line don't know each other.
 FLOORS = """
-errors compat.neighbours
+errors compat.neighbours kernels
 codecs naming
 checkpoints lowrank
 config layers
 injection hf_quantizer
-initializers algebra training.preparation training
+initializers lowrank.algebra training.preparation training
 adapter_files
 merging
 model
@@ -53,7 +53,7 @@ HOMES = {
     "megatron": set(),
     "peft": set(),
     "transformer_engine": set(),
-    "triton": {"qlora_kit.codecs.kernels.triton_code"},
+    "triton": {"qlora_kit.kernels.triton_code"},
 }
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from qlora_kit.codecs.trellis.rotation import rotate
 from qlora_kit.errors import ConfigError
-from qlora_kit.lowrank import SAFE_NORMS, norm
+from qlora_kit.lowrank import norm
+from qlora_kit.lowrank.products import SAFE_NORMS
 
 from .checks import check_moments
 

@@ -265,6 +265,10 @@ def plan(
     ] = None,
     blocksize: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant/--single-quant", help="Scales in 8 bits.")] = False,
+    merge_aware: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Trained to be merged into this type: nf4, signed2, int8, ..., or same.", metavar="TYPE"),
+    ] = None,
     world_size: Annotated[int, typer.Option(help="GPUs that share the run; the plan is of one.")] = 1,
     engine: Annotated[str, typer.Option(help="How they do: ddp, fsdp2, zero2, zero3 or tp.")] = "ddp",
     compare: Annotated[bool, typer.Option("--compare", help="The peak at every number of bits too.")] = False,
@@ -295,6 +299,7 @@ def plan(
             quant_type=quant_type,
             blocksize=blocksize,
             double_quant=double_quant,
+            merge_aware=merge_aware,
             world_size=world_size,
             engine=engine,
         )

@@ -1,7 +1,7 @@
 """How a base module keeps its weight: ``read`` gives it in float32 (out, in), ``write_`` stores it.
 
-A codec answers for one storage format and never asks what is done with the weight. One is found by the module's type,
-and says whether it holds that module's matrix.
+A codec answers for one storage format and never asks what is done with the weight: how packed ones are multiplied
+with is ``kernels``'. One is found by the module's type, and says whether it holds that module's matrix.
 
 - ``base``: ``Codec``, what every one promises
 - ``registry``: from a module to its codec, by its type and by what the codec says of it
@@ -9,7 +9,6 @@ and says whether it holds that module's matrix.
 - ``dense``: one floating-point ``weight``: linear, embedding (transposed), convolution (flattened)
 - ``conv1d``: transformers' ``Conv1D``, stored (in, out)
 - ``packed``: ``PackedLinear``, 2, 3, 4 or 8 bits without a gap
-- ``kernels/``: how packed weights are multiplied with, device by device
 - ``bnb/``: bitsandbytes' 4-bit and int8 linears
 - ``quantized``: a quantized matrix as data: codes, scales, and what reads them back
 - ``blockwise``: codes and scales of blocks
@@ -18,8 +17,6 @@ and says whether it holds that module's matrix.
 - ``packing``: codes in bytes
 - ``lookup``: a linear layer's function straight from its codec
 - ``pieces``: a matrix some rows at a time
-- ``scratch``: memory for a dense weight that is multiplied with once
-- ``native``: the dtype to multiply in on a device
 - ``finite``: is every value of a tensor finite?
 - ``shards/``: what this process holds a part of, and others the rest
 - ``autocast``: arithmetic on weights keeps its dtype within a forward's autocast

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CodecError
+from ..kernels.reading import scale_blocks_
 from .finite import all_finite
-from .kernels.reading import scale_blocks_
 
 # Values that are looked up at a time on a CPU: their temporaries together fill a few MB.
 _CHUNK = 1 << 18

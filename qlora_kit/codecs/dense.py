@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CodecError
+from ..kernels.scratch import scratch
 from .autocast import without_autocast
 from .base import Codec, autocast_dtype, checked_weight, described, not_finite
 from .finite import all_finite
 from .pieces import row_pieces
 from .plain_weight import Trial, filled, holding_values, reason_against_forward, reason_against_weight
 from .registry import register_codec, registered_type
-from .scratch import scratch
 
 
 @register_codec(nn.Linear)

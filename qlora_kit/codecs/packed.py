@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from .. import kernels
+from ..kernels.reading import Reader
 from .base import Codec, autocast_dtype, checked_weight
 from .codebooks import codebook, scheme
 from .dense import dense_linear, take_bias_
-from .kernels.reading import Reader
 from .lookup import frozen_linear
 from .packing import pack, packed_bytes, unpack
 from .pieces import row_pieces

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
-from .kernels.look_up import chunks, group_values, look_up_
+from ..kernels.look_up import chunks, group_values, look_up_
 
 # bits -> (codes, bytes) of a group.
 GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError, ConfigError
+from ..kernels.window import look_up
 from .blockwise import dequantize, quantize, quantize_range
 from .codebooks import Scheme, codebook, scheme
 from .pieces import row_pieces
 from .trellis.fit import nearest
 from .trellis.rotation import rotate, unrotate
-from .trellis.window import look_up
 
 # The scales of a weight are themselves quantized in blocks of 256, as in bitsandbytes.
 SCALES_BLOCKSIZE = 256

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..adapter_files.backbone import METADATA_KEY
 from ..adapter_files.combined_config import check_apart, combined_config, holder_of, rank_fields
 from ..adapter_files.folder import PREFIX, write_adapter
-from ..algebra import Combined, CombineReport, Recipe, Weights, combine_layers
 from ..checkpoints.files import check_new_folder
 from ..config.checks import check_int
 from ..errors import AdapterError, ConfigError, StorageError
+from ..lowrank.algebra import Combined, CombineReport, Recipe, Weights, combine_layers
 from .stored_adapter import StoredAdapter, check_once, parameter_name, read_stored_adapter
 
 

@@ -13,9 +13,9 @@ from ..adapter_files.backbone import METADATA_KEY
 from ..adapter_files.combined_config import holder_of
 from ..adapter_files.folder import PREFIX, WEIGHTS_NAME, read_adapter, read_metadata
 from ..adapter_files.keys import factor
-from ..algebra import Branch
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import AdapterError, StorageError
+from ..lowrank.algebra import Branch
 from ..naming import Patterns
 
 

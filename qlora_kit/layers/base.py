@@ -92,8 +92,9 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
         itself, which a family needn't change."""
         return None
 
-    def stacked_branches(self, x: Tensor, *factors: Any) -> Tensor:
-        """The branches of several adapters, each of its own part of ``x`` (adapters, inputs, in)."""
+    def stacked_branches(self, x: Tensor, *factors: Any) -> tuple[Tensor, float]:
+        """The branches of several adapters, each of its own part of ``x`` (adapters, inputs, in), and a number that
+        they are multiplied with as they are added."""
         raise NotImplementedError
 
     # -- the life of an adapter --------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class AdapterLayer(AdjustedByHand, MergedLayer, MergeAwareLayer, StandIn):
 
     def check_held_whole(self) -> None:
         """Raise an AdapterError if the base was sharded after it was adapted: this layer's factors are whole."""
-        if is_tensor_parallel(self.base_layer):
+        if is_tensor_parallel(self._modules["base_layer"]):  # type: ignore[arg-type]
             raise AdapterError(
                 f"{type(self.base_layer).__name__}: expected a layer adapted after it was shared out to several "
                 "processes, found one that was before; call parallelize_module on the model first and apply_lora then "

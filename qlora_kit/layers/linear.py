@@ -81,7 +81,8 @@ class LinearAdapter(AdapterLayer):
 
     def _evaluated(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The plain form in evaluation: s goes into the sum, which spares a step of decoding one call."""
-        result = self.codec.forward(self.base_layer, x)
+        base: Any = self._modules["base_layer"]  # as an attribute it costs as much as a small product
+        result = self.codec.forward(base, x)
         for name in names:
             y = self._low_rank(x, name)
             y = y if y.dtype is result.dtype else y.to(result.dtype)
@@ -129,18 +130,25 @@ class LinearAdapter(AdapterLayer):
         """A (adapters, in, r), B (adapters, r, out) and the scaling, or several (adapters, 1, 1)."""
         parts: Any = self._modules
         As, Bs, dropouts = ([parts[part]._modules[name] for name in names] for part in _PARTS)
-        if any(isinstance(d, nn.Dropout) and d.training for d in dropouts) or not all(map(_plain, (*As, *Bs))):
+        for dropout in dropouts:
+            if type(dropout) is not nn.Identity and dropout.training:
+                return None
+        if not (all(map(_plain, As)) and all(map(_plain, Bs))):
             return None
-        if len({(factor.weight.shape, factor.weight.dtype) for factor in As}) > 1:
+        A_weights, B_weights = [_weight(A) for A in As], [_weight(B) for B in Bs]
+        first = A_weights[0]
+        if any(A.shape != first.shape or A.dtype is not first.dtype for A in A_weights):
             return None
-        A, B = (torch.stack([factor.weight for factor in factors]).mT for factors in (As, Bs))
+        A, B = torch.stack(A_weights).mT, torch.stack(B_weights).mT
         scalings = [self.scaling[name] for name in names]
-        same = len(set(scalings)) == 1  # a number needs no way to the device
+        same = scalings.count(scalings[0]) == len(scalings)  # a number needs no way to the device
         return A, B, scalings[0] if same else A.new_tensor(scalings).view(-1, 1, 1)
 
-    def stacked_branches(self, x: Tensor, *factors: Any) -> Tensor:
-        A, B, scaling = factors
-        return torch.bmm(torch.bmm(self.cast_input(x, A.dtype), A) * scaling, B)
+    def stacked_branches(self, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> tuple[Tensor, float]:
+        narrow = torch.bmm(self.cast_input(x, A.dtype), A)
+        if isinstance(scaling, Tensor):
+            return torch.bmm(narrow * scaling, B), 1.0
+        return torch.bmm(narrow, B), scaling
 
 
 _PARTS = ("lora_A", "lora_B", "lora_dropout")
@@ -151,10 +159,13 @@ def _plain(factor: Any) -> bool:
     return type(factor) is nn.Linear and not watched(factor) and "forward" not in vars(factor)
 
 
+def _weight(factor: Any) -> Tensor:
+    """``factor.weight``, in less time."""
+    weight: Tensor | None = factor._parameters.get("weight")
+    return factor.weight if weight is None else weight  # a replica's is no parameter of its own
+
+
 def _product(factor: Any, x: Tensor) -> Tensor:
     """``factor(x)``, called as a function where nobody could see the difference."""
-    if _plain(factor):
-        weight = factor._parameters.get("weight")
-        return F.linear(x, factor.weight if weight is None else weight)  # a replica's is no parameter of its own
-    product: Tensor = factor(x)
+    product: Tensor = F.linear(x, _weight(factor)) if _plain(factor) else factor(x)
     return product

@@ -41,12 +41,12 @@ def _picked(x: Tensor, where: Where) -> Tensor:
     return x[where] if isinstance(where, slice) else x.index_select(0, where)
 
 
-def _add_(result: Tensor, where: Where, part: Tensor) -> None:
+def _add_(result: Tensor, where: Where, part: Tensor, scale: float = 1.0) -> None:
     part = part.to(result.dtype)
     if isinstance(where, slice):
-        result[where].add_(part)
+        result[where].add_(part, alpha=scale)
     else:
-        result.index_add_(0, where, part)
+        result.index_add_(0, where, part, alpha=scale)
 
 
 @left_to_python
@@ -65,8 +65,8 @@ def forward_by_rows(layer: Any, rows: Rows, x: Tensor, *args: Any, **kwargs: Any
     result = layer.codec.forward(layer.base_layer, x, *args, **kwargs)
     if (even := rows.side_by_side(groups)) is not None and (factors := layer.stacked_factors(even.names)) is not None:
         own = _picked(x, even.where)
-        part = layer.stacked_branches(own.reshape(len(even.names), -1, own.shape[-1]), *factors)
-        _add_(result, even.where, part.view(*own.shape[:-1], -1))
+        part, scale = layer.stacked_branches(own.reshape(len(even.names), -1, own.shape[-1]), *factors)
+        _add_(result, even.where, part.view(*own.shape[:-1], -1), scale)
         return result
     return add_branches_(result, x, groups, layer)
 

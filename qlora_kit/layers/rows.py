@@ -60,7 +60,9 @@ class Rows:
         self.copies = copies
         self.lengths = set() if lengths is None else lengths
         self.path_of = path_of
+        self._distinct = tuple(dict.fromkeys(self.names))
         self._where: dict[Any, dict[str, Where]] = {}
+        self._asked: dict[Any, dict[str, Where]] = {}  # the same, by what is at hand at each call
         self._even: dict[int, Even | None] = {}  # by the id of one of these
 
     def own(self, names: Container[str]) -> tuple[str, ...]:
@@ -74,6 +76,14 @@ class Rows:
         Raises:
             AdapterError: it isn't known which rows of ``x`` belong to which of the batch.
         """
+        held = tuple([name for name in self._distinct if name in names])
+        asked = held, x.shape, x.dtype, x.device
+        if (found := self._asked.get(asked)) is None:
+            found = self._asked[asked] = self._find(layer, x, held)
+        return found
+
+    def _find(self, layer: Any, x: Tensor, names: Container[str]) -> dict[str, Where]:
+        """What ``where`` gives for the first such inputs."""
         own = self.own(names)
         if self.layers is None and x.shape[:1] != (len(own),):
             raise AdapterError(

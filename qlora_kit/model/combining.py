@@ -1,7 +1,7 @@
 """Adapters combined into a new one on the model that holds them: ``LoraModel.add_weighted_adapter``.
 
 Only factors are read: how the base keeps its weight, and in how many bits, plays no part, and no start runs, so a
-base that LoftQ quantized for the sources stays as it is. The arithmetic is ``algebra``'s.
+base that LoftQ quantized for the sources stays as it is. The arithmetic is ``lowrank.algebra``'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 
 from ..adapter_files.backbone import fingerprint
 from ..adapter_files.combined_config import check_apart, combined_config, holder_of
-from ..algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_layers, distance
 from ..config.checks import check_bool, check_choice
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
@@ -23,6 +22,7 @@ from ..injection.adapted import Adapted
 from ..injection.engine import Plan, Request, Start, inject_, make_plan
 from ..injection.heads import without_new_head
 from ..layers import AdapterLayer, ModulesToSave
+from ..lowrank.algebra import Branch, Combined, CombineReport, Recipe, Weights, combine_layers, distance
 from ..naming import module_at
 from .life import check_new
 
@@ -67,7 +67,7 @@ def add_weighted_adapter(
         combination_type: PEFT's "svd" (the best approximation of the weighted sum), "linear" (cheap, with
             cross terms), "cat" (ranks add up), "ties", "dare_linear", "dare_ties", "magnitude_prune" (on the
             factors) and these with "_svd" (on the deltas); "exact" (the weighted sum in the smallest rank that
-            holds it), "knots" and "iso_c". See ``qlora_kit.algebra``.
+            holds it), "knots" and "iso_c". See ``qlora_kit.lowrank.algebra``.
         svd_rank: of the result. None: the largest of the sources', for "svd" and "..._svd"; all that there is,
             for "exact", "knots", "iso_c".
         svd_clamp: quantile in (0.5, 1] at which the factors of the SVD types are cut off. PEFT's is of signed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +20,17 @@ from qlora_kit.codecs import codec_for, shielded_storage
 from qlora_kit.codecs.bnb import kernel_is_right, quantize_linear
 from qlora_kit.codecs.dense import DenseCodec
 from qlora_kit.errors import CodecError, UnsupportedModuleError
+
+
+def test_what_is_dropped_is_freed_at_once() -> None:
+    module = make(64, 64, 64)
+    found = weakref.ref(module.weight.untyped_storage())
+    gc.disable()
+    try:
+        del module
+        assert found() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -27,6 +27,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from ...errors import CodecError
+from ...kernels.scratch import gathered
 from .. import blockwise
 from ..base import checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
@@ -35,7 +36,6 @@ from ..pieces import assembled, row_pieces
 from ..plain_weight import Trial, filled, holding_values, reason_against_computed
 from ..quantized import BNB_BLOCKSIZES, Quantized, Quantizer, Scales, quantize_matrix
 from ..registry import codec_for, register_codec
-from ..scratch import gathered
 from .common import stock_forward
 from .kernel import KERNEL_DTYPES, kernel_is_right, kernel_pieces, misread
 from .layout import is_repacked, scales_of, standard_bytes
@@ -187,7 +187,7 @@ class Codec4bit(DenseCodec):
         state = state_of(module)
         if state is None:
             return
-        if misread(module) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
+        if misread(module, state) and "forward" not in module.__dict__ and not self._reason_against_forward(module):
             module.forward = partial(_lookup_forward, module)
         if not is_repacked(state):
             return
@@ -226,7 +226,8 @@ class Codec4bit(DenseCodec):
                 f"{described(module)}.weight: expected a quantized weight, found {module.weight.dtype} not yet "
                 "quantized; move the model to its device first, e.g. model.to('cpu') or model.to('cuda')"
             )
-        if module.support_avx512bf16_for_cpu or is_repacked(state) or not kernel_is_right(module, x):
+        misreads = x.device.type == "cpu" and misread(module, state)  # of the state at hand: it is asked at each call
+        if module.support_avx512bf16_for_cpu or is_repacked(state) or misreads:
             self.protect_(module)
         if not module.compute_type_is_set:  # bitsandbytes settles it at the first forward, from the input
             module.set_compute_type(x)
@@ -322,8 +323,7 @@ def linear_of_codes(
         compress_statistics=nested,
         quant_type=kind,
         quant_storage=quant_storage,
-        module=module,
-        bnb_quantized=True,
+        bnb_quantized=True,  # and of no ``module``, as after a move: that would keep both until garbage is collected
     )
     adopt_(module, state)
     take_bias_(module, linear)

@@ -10,13 +10,13 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 
 from ...errors import CodecError
+from ...kernels.scratch import scratch
 from ..base import autocast_dtype, checked_weight, described
 from ..dense import DenseCodec, dense_linear, take_bias_
 from ..pieces import row_pieces
 from ..plain_weight import Trial, filled, holding_values, reason_against_computed
 from ..quantized import Quantized, Quantizer, Scales, quantize_matrix
 from ..registry import register_codec
-from ..scratch import scratch
 from .common import stock_forward
 
 
@@ -205,11 +205,12 @@ def _int8_parts(module: Any) -> tuple[Tensor, Tensor]:
 def _bring_along_(module: Any) -> None:
     """Codes and scales to where the weight is: bitsandbytes leaves its second hold on them behind where a model around
     the module is moved to another device."""
-    device = module.weight.device
-    for holder in (module.weight, module.state):
+    weight = module.weight
+    device = weight.device
+    for holder in (weight, module.state):
         codes = holder.CB
         if codes is not None and codes.device != device:
-            holder.CB, holder.SCB = module.weight.data, holder.SCB.to(device)
+            holder.CB, holder.SCB = weight.data, holder.SCB.to(device)
 
 
 def _store_int8_(module: Any, codes: Tensor, scales: Tensor) -> None:

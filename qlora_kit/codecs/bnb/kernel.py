@@ -7,6 +7,7 @@ from math import lcm
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from ..pieces import row_pieces
@@ -35,9 +36,10 @@ def kernel_is_right(module: Any, x: Tensor) -> bool:
     Its CPU kernels start a new block with each row, which holds only when a row is a whole number of blocks; and in
     float64 they compute garbage.
     """
-    return x.device.type != "cpu" or state_of(module) is None or not misread(module)
+    state = state_of(module) if x.device.type == "cpu" else None
+    return state is None or not misread(module, state)
 
 
-def misread(module: Any) -> bool:
-    """Whether its CPU kernels misread this module, which is quantized."""
-    return bool(module.in_features % state_of(module).blocksize) or module.compute_dtype == torch.float64  # type: ignore[union-attr]
+def misread(module: Any, state: QuantState) -> bool:
+    """Whether its CPU kernels misread this module, which is quantized and has that state."""
+    return module.in_features % state.blocksize != 0 or module.compute_dtype is torch.float64

@@ -4,8 +4,7 @@ At as many bits that leaves far less squared error than a table for single value
 at 2 bits, where the best table leaves 0.118 and no code can leave less than 0.0625 (``benchmarks/RESULTS.md``).
 
 - ``rotation``: the change of basis
-- ``window``: from codes to values
-- ``tables``: the values
+- ``tables``: what codes stand for, by the numbers of ``kernels.window``
 - ``search``: the best codes for given values
 - ``fit``: a matrix's codes and scales
 """

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CodecError
+from ...kernels.window import look_up
 from .search import nearest_paths
-from .window import look_up
 
 # Columns that tell whether a row is one of codes and a scale, and the error that float32's sums leave of such a row,
 # relative to its size; the nearest codes leave a tenth or more of a row that isn't.

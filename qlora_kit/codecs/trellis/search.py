@@ -1,4 +1,5 @@
-"""The codes of a row whose values come closest to given ones: Viterbi's search through the trellis (``window``).
+"""The codes of a row whose values come closest to given ones: Viterbi's search through the trellis of
+``kernels.window``.
 
 The least cost of ending in each state is carried along a row; it is exact, for all paths into a state but the best are
 no better later on either. Rows are independent, and some are searched side by side, as many as leave the costs of a

@@ -1,4 +1,4 @@
-"""The tables of the trellis types, in thousandths; what a number of ``window`` stands for, in units of a row's scale.
+"""The tables of the trellis types, in thousandths; what a number of ``kernels.window`` stands for, in a row's scales.
 
 Fitted to independent normal values by Lloyd's steps through the search itself (each level to the mean of the values
 that are read as it), from quantiles of the normal distribution in random order: ``benchmarks/trellis_tables.py``.

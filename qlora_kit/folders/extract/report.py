@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...algebra.records import FILLED_UP
+from ...lowrank.algebra.records import FILLED_UP
 
 #: How a tensor outside the low-rank part is stored: not at all, in a whole module, or as a bias.
 LEFT, WHOLE, BIAS = "left", "whole", "bias"

@@ -24,13 +24,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...adapter_files.folder import write_adapter
-from ...algebra import one_rank
-from ...algebra.exact import exact_rank, rank_for_energy
 from ...checkpoints.files import check_new_folder
 from ...checkpoints.pair import CheckpointPair, norm
 from ...config.checks import check_device, check_int, failure
 from ...errors import ConfigError, StorageError
-from ...lowrank import LEAST_COLUMNS, factor_pair, pick_solver, truncated_svd
+from ...lowrank import factor_pair, pick_solver, truncated_svd
+from ...lowrank.algebra import one_rank
+from ...lowrank.algebra.exact import exact_rank, rank_for_energy
+from ...lowrank.decomposition import LEAST_COLUMNS
 from ...merging.task import DTYPES, storage_name
 from .contents import Contents
 from .report import ExtractedModule, ExtractReport

@@ -12,7 +12,7 @@ the product of rank r, reads the input once more and the output twice. Here
 - where a float32 product has more tokens than the weight has worth of rows, s B A is added to the weight instead,
   which is cheaper than two passes over the tokens (RunLoRA, arXiv 2312.03415, picks orders by shape likewise).
 
-Precision. Products that a device has no instructions for are computed in float32 (``codecs.native``). Factors keep
+Precision. Products that a device has no instructions for are computed in float32 (``kernels.native``). Factors keep
 their digits (``thin``), and a sum is rounded to the activations' dtype once. With u = 2^-9 (bfloat16) or 2^-12
 (float16): y is within 2 u (|y| + |y0|) of its value in float32, y0 the base's output, and gradients within 8 u of the
 largest element of theirs; in float32 both differ by the order of sums only. The tests hold these.
@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from ...codecs import Codec
 from ...codecs.autocast import without_autocast
 from ...codecs.base import autocasts
-from ...codecs.native import product_dtype
-from ...codecs.scratch import is_scratch, scratch
 from ...errors import AdapterError
+from ...kernels.native import product_dtype
+from ...kernels.scratch import is_scratch, scratch
 from . import thin
 from .branch import Branch
 

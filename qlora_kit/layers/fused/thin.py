@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...codecs.native import product_dtype
+from ...kernels.native import product_dtype
 
 
 def narrow(x: Tensor, factor: Tensor) -> Tensor:

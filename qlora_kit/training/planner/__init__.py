@@ -7,6 +7,7 @@ It knows nothing of training itself: it makes the calls that a user makes, on te
 - ``cards``: GPUs and what they have
 - ``empty``: the model without values, quantized, prepared and with adapters
 - ``step``: one training step on it
+- ``merged``: what a step holds that is trained through a merge's rounding
 - ``live``: bytes that are held at each moment
 - ``kernels``: a GPU's kernels, on the meta device
 - ``depth``: a deep model's step from two shallow ones

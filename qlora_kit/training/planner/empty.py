@@ -68,7 +68,11 @@ def make_empty(model: str | os.PathLike[str], settings: Settings) -> Empty:
             offered = _prepare_(base, settings)
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
         config = LoraConfig(
-            r=settings.rank, lora_alpha=settings.rank, target_modules=targets, lora_dropout=settings.dropout
+            r=settings.rank,
+            lora_alpha=settings.rank,
+            target_modules=targets,
+            lora_dropout=settings.dropout,
+            merge_aware=settings.merge_aware,
         )
         lora = apply_lora(base, config, adapter_dtype=getattr(torch, settings.adapter_dtype)).train()
         peak = before + max((sum(moment) for moment in live.moments), default=0)

@@ -16,6 +16,7 @@ from .world import on_each
 
 _PARTS = {
     "activations": "activations, kept for the backward",
+    "merged": "weights as they will be merged",
     "loss": "logits and loss",
     "gradients": "gradients",
     "backward": "work of the backward",
@@ -105,6 +106,7 @@ class Estimator:
         parts = {**empty.bytes, "optimizer states": states - paged}
         # torch's AdamW computes with a copy of the parameters' size, bitsandbytes' in place.
         in_step = {"gradients": gradients, "work of the optimizer": gradients if settings.optimizer == "adamw" else 0}
+        in_step[_PARTS["merged"]] = held["merged"]  # kept from step to step
         if sum(in_step.values()) > sum(held.values()):
             held, moment = in_step, "optimizer step"
         else:

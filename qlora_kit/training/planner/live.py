@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .kernels import hidden_bytes
 
 #: What bytes are for.
-KINDS = ("activations", "loss", "gradients", "backward")
+KINDS = ("activations", "merged", "loss", "gradients", "backward")
 Moment = tuple[int, ...]
 
 
@@ -51,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].is_meta and (answer := _YES.get(func)) is not None:
-            self.assumed += func is not _ITEM and self.kind != "loss"  # there it is which tokens count
+            self.assumed += func not in _OWN and self.kind != "loss"  # there it is which tokens count
             return answer(*args)
         if func is _INDEX and args[0].is_meta and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.assumed += self.kind != "loss"
@@ -95,6 +95,8 @@ class LiveBytes(TorchDispatchMode):
 
 _INDEX = torch.ops.aten.index.Tensor
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_EQUAL = torch.ops.aten.equal.default  # of factors that nothing was written to since
+_OWN = (_ITEM, _EQUAL)
 
 
 def _all_places(mask: Tensor) -> Tensor:
@@ -112,5 +114,6 @@ def _places(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 _YES: dict[Any, Callable[..., Any]] = {
     _ITEM: lambda x: True if x.dtype == torch.bool else 1,
+    _EQUAL: lambda x, y: True,
     torch.ops.aten.nonzero.default: _all_places,
 }

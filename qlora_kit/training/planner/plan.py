@@ -74,7 +74,10 @@ def plan_memory(
 
 def _at(settings: Settings, bits: int) -> Settings:
     """The same at another number of bits, in the type that is usual for it."""
-    return settings if bits == settings.bits else settings.but(bits=bits, quant_type=None)
+    if bits == settings.bits:
+        return settings
+    rounded = bits < 16 or settings.merge_aware != "same"  # a merge into 16 bits rounds to no fewer
+    return settings.but(bits=bits, quant_type=None, merge_aware=settings.merge_aware if rounded else None)
 
 
 def _notes(estimator: Estimator, settings: Settings) -> list[str]:

@@ -147,6 +147,8 @@ def _offered(estimator: Estimator, settings: Settings) -> Iterator[tuple[dict[st
         half = settings.batch // 2
         steps = settings.accumulation * -(-settings.batch // half)
         yield {"batch": half, "accumulation": steps}, "fewer rows at a time, more times"
+    if settings.merge_aware is not None:
+        yield {"merge_aware": None}, "not trained for its merge, which then loses more"
     for bits in BITS[BITS.index(settings.bits) + 1 :]:
         yield {"bits": bits, "quant_type": None}, f"weights in {bits} bits: the model changes"
     if settings.rank > 8:

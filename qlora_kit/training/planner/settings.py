@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ...config.checks import check_bool, check_choice, check_int, check_names, failure
 from ...config.loftq import DEFAULT_TYPES
+from ...config.merge_aware import MergeAware
 from .optimizers import OPTIMIZERS
 
 #: Of the weights that adapters stand on; at 16 they stay as they are.
@@ -28,6 +29,7 @@ class Settings:
         rank, targets, dropout: of the adapters, as in ``LoraConfig``.
         seq, batch: tokens a row, and rows.
         accumulation: batches to a step of the optimizer.
+        merge_aware: the storage that adapters are trained to be merged into, as in ``LoraConfig``: "nf4", "same".
         dtype: of what isn't quantized, and of activations.
         adapter_dtype: of the adapters and their gradients.
         optimizer: of ``optimizers.OPTIMIZERS``.
@@ -59,6 +61,7 @@ class Settings:
     double_quant: bool = False
     world_size: int = 1
     engine: str = "ddp"
+    merge_aware: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -72,8 +75,18 @@ class Settings:
         check_choice("attention", self.attention, ("sdpa", "eager"), "pass attention='sdpa'")
         for name in ("checkpointing", "chunked_loss", "double_quant"):
             check_bool(name, getattr(self, name))
+        if self.merge_aware is not None:
+            self._check_merge_aware(self.merge_aware)
         names = check_names("targets", self.targets, regex=True) if self.targets != "all-linear" else self.targets
         object.__setattr__(self, "targets", names if isinstance(names, str) else tuple(names or ()))
+
+    def _check_merge_aware(self, value: Any) -> None:
+        object.__setattr__(self, "merge_aware", MergeAware.of({"into": value}).into)
+        if self.dropout:
+            raise failure("dropout", "0 with merge_aware", self.dropout, "pass dropout=0.0")
+        if self.world_size > 1 and self.engine in ("zero3", "tp"):
+            fix = "pass engine='fsdp2', 'zero2' or 'ddp'"
+            raise failure("engine", "one that leaves a GPU whole weights to round (merge_aware)", self.engine, fix)
 
     def but(self, **others: Any) -> Settings:
         """The same with ``others`` in the place of its own."""
@@ -95,6 +108,7 @@ class Settings:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         extras = [f"{self.attention} attention", self.optimizer]
         extras += ["checkpointing"] * self.checkpointing + ["chunked loss"] * self.chunked_loss
+        extras += [f"trained for a merge into {self.merge_aware}"] * (self.merge_aware is not None)
         extras += [f"on {self.world_size} GPUs by {self.engine}"] * (self.world_size > 1)
         return (
             f"{self.bits} bits ({self.storage}), rank {self.rank} on {targets}, {self.batch} x {self.seq:,} tokens in "

@@ -18,6 +18,7 @@ from ..chunked_loss import use_chunked_loss, use_untried
 from .empty import Empty, quiet
 from .kernels import OnCard
 from .live import LiveBytes, Moment
+from .merged import merged_weights
 from .settings import Settings
 
 # Batches that have a next word to be told.
@@ -56,7 +57,7 @@ def trace_step(empty: Empty, settings: Settings, *, flash: bool = True) -> Trace
     live = LiveBytes((*model.parameters(), *model.buffers(), *batch.values()))
     hooks = [p.register_post_accumulate_grad_hook(lambda p: live.becomes(p.grad, "gradients")) for p in trained]
     try:
-        with quiet(), OnCard(flash), live:
+        with quiet(), OnCard(flash), live, merged_weights(model, trained, live):
             if settings.accumulation > 1:
                 _hold_gradients(trained, live)
             loss = _loss(model, batch, settings, live)

@@ -10,7 +10,7 @@ from reference import trellis as ref
 from qlora_kit.codecs.trellis import search
 from qlora_kit.codecs.trellis.search import best_path, codes_of, nearest_paths
 from qlora_kit.codecs.trellis.tables import TABLES
-from qlora_kit.codecs.trellis.window import look_up
+from qlora_kit.kernels.window import look_up
 
 # Bits, memory, width: 4096 paths at most.
 KINDS = [(2, 4, 6), (2, 3, 5), (2, 2, 5), (2, 8, 6), (3, 5, 4), (3, 3, 4), (4, 5, 3), (4, 4, 3), (2, 4, 1)]

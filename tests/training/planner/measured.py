@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_kit import LoraConfig, apply_lora, prepare_model_for_kbit_training, quantize_
-from qlora_kit.codecs.scratch import release_scratch
+from qlora_kit.kernels.scratch import release_scratch
 from qlora_kit.layers.fused import thin
 from qlora_kit.training import use_chunked_loss
 
@@ -74,7 +74,7 @@ def as_on_a_card() -> Iterator[None]:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, and the scales that bitsandbytes keeps beside them."""
+    """Parameters and buffers, the scales that bitsandbytes keeps beside them, and weights as they will be merged."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
@@ -84,6 +84,9 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
         scales = getattr(getattr(module, "weight", None), "SCB", None)
         if isinstance(scales, Tensor):
             yield scales
+        if (kept := getattr(module, "_kept", None)) is not None:
+            yield from tensors_of(kept.merged.module)
+            yield from (factor.values for factor in kept.factors)
 
 
 def measured_peak(
@@ -97,6 +100,7 @@ def measured_peak(
     batch: int,
     dtype: str = "bfloat16",
     chunked_loss: bool = False,
+    merge_aware: str | None = None,
 ) -> int:
     """The peak of the second step of AdamW, whose states are there from its start."""
     model = getattr(transformers, model_class).from_pretrained(folder, dtype=getattr(torch, dtype))
@@ -104,7 +108,8 @@ def measured_peak(
         prepare_model_for_kbit_training(quantize_(model, bits), use_gradient_checkpointing=checkpointing)
     elif checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    lora = apply_lora(model, LoraConfig(r=rank, target_modules="all-linear")).train()
+    config = LoraConfig(r=rank, target_modules="all-linear", merge_aware=merge_aware)
+    lora = apply_lora(model, config).train()
     if chunked_loss:
         use_chunked_loss(lora)
     trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]

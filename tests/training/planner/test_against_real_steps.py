@@ -15,7 +15,7 @@ from qlora_kit.training.planner import MemoryPlan, plan_memory
 # Tables of a few numbers aren't in a plan, nor what a packed weight is looked up in: that is most of what 2 and 3 bits
 # are apart, and it is no more for a large layer than for these, of 64 by 64.
 NEAR = {16: 0.02, 8: 0.02, 4: 0.02, 3: 0.1, 2: 0.06}
-FUSED_NEAR = 0.1
+FUSED_NEAR = AWARE_NEAR = 0.1
 SIZE = {"rank": 8, "seq": 96, "batch": 2}
 pytestmark = [
     pytest.mark.slow,
@@ -71,6 +71,25 @@ def test_so_it_is_with_a_chunked_loss(branch: str, tmp_path: Path) -> None:
     settings = {"bits": 4, "checkpointing": True, "dtype": "float32", "chunked_loss": True}
     plan, real = planned_and_real("llama", tmp_path, branch, **settings)
     assert abs(plan.total / real - 1) < FUSED_NEAR, f"planned {plan.total:,}, measured {real:,}\n{plan}"
+
+
+# Storage of the base and of the merge, the same or others, in both branches.
+AWARE = [
+    *((4, "same", checkpointing, branch) for checkpointing in (True, False) for branch in ("auto", "plain")),
+    *((bits, "same", True, "auto") for bits in (8, 2)),
+    *((16, "nf4", True, branch) for branch in ("auto", "plain")),
+    *((4, into, True, "auto") for into in ("int8", "signed2", "rotated3")),
+]
+
+
+@pytest.mark.parametrize(("bits", "into", "checkpointing", "branch"), AWARE)
+def test_so_it_is_through_the_rounding_of_a_merge(
+    bits: int, into: str, checkpointing: bool, branch: str, tmp_path: Path
+) -> None:
+    settings = {"bits": bits, "checkpointing": checkpointing, "merge_aware": into}
+    plan, real = planned_and_real("llama", tmp_path, branch, **settings)
+    assert abs(plan.total / real - 1) < AWARE_NEAR, f"planned {plan.total:,}, measured {real:,}\n{plan}"
+    assert plan.estimate.parts["weights as they will be merged"] > 0
 
 
 def test_the_branches_differ_by_what_they_keep(tmp_path: Path) -> None:

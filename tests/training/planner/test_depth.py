@@ -14,13 +14,19 @@ from qlora_kit.training.planner.step import trace_step
 
 # Layers all alike, of two kinds by turns, after one of another kind, with experts, beside an encoder.
 MODELS = [("llama", 1), ("gemma2", 2), ("deepseek-v3", 1), ("mixtral", 1), ("t5", 1), ("gpt2", 1)]
-CASES = [*((name, period, True) for name, period in MODELS), ("llama", 1, False)]
+CASES = [
+    *((name, period, True, None) for name, period in MODELS),
+    ("llama", 1, False, None),
+    ("gemma2", 2, True, "nf4"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "period", "checkpointing"), CASES)
-def test_it_is_what_the_whole_model_holds(name: str, period: int, checkpointing: bool, tmp_path: Path) -> None:
-    settings = Settings(seq=40, batch=2, rank=4, checkpointing=checkpointing)
+@pytest.mark.parametrize(("name", "period", "checkpointing", "merge_aware"), CASES)
+def test_it_is_what_the_whole_model_holds(
+    name: str, period: int, checkpointing: bool, merge_aware: str | None, tmp_path: Path
+) -> None:
+    settings = Settings(seq=40, batch=2, rank=4, checkpointing=checkpointing, merge_aware=merge_aware)
     empty = make_empty(config_folder(tmp_path, name, layers=8), settings)
     stack = stack_of(empty.model.model)
     assert stack is not None

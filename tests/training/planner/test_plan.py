@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import config_folder
@@ -97,6 +98,42 @@ def test_a_batch_more_and_dropout_and_accumulation_cost(folder: Path) -> None:
     assert plan_memory(folder, optimizer="paged-adamw", **SIZE).estimate.paged > 0
 
 
+def test_a_merge_that_is_trained_for_costs_its_weights(folder: Path) -> None:
+    without = plan_memory(folder, **SIZE)
+    asked = plan_memory(folder, merge_aware="NF4", compare=True, **SIZE)
+    kept = asked.estimate.parts["weights as they will be merged"]
+    assert kept > without.estimate.parts["k-bit weights"]
+    assert asked.total - without.total == pytest.approx(kept, rel=0.1)
+    assert "trained for a merge into nf4" in str(asked)
+    assert asked.by_bits is not None
+    assert asked.by_bits[2] < asked.total
+    same = plan_memory(folder, merge_aware="same", compare=True, **SIZE)
+    assert same.by_bits is not None
+    assert same.by_bits[16] == plan_memory(folder, bits=16, **SIZE).total  # there nothing is rounded
+    assert same.by_bits[4] == asked.by_bits[4] == asked.total
+    tight = plan_memory(folder, merge_aware="nf4", memory=without.total + CONTEXT, **SIZE)
+    assert {"merge_aware": None} in [change.options for change in tight.changes]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"merge_aware": "nf5"}, "merge_aware: expected 'same' or one of"),
+        ({"dropout": 0.1}, "dropout: expected 0 with merge_aware"),
+        ({"world_size": 2, "engine": "zero3"}, "engine: expected one that leaves"),
+        ({"world_size": 2, "engine": "tp"}, "engine: expected one that leaves"),
+    ],
+)
+def test_merges_that_cannot_be_trained_for(folder: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_memory(folder, **{**SIZE, "merge_aware": "nf4", **settings})
+
+
+def test_a_merge_into_16_bits_rounds_nothing(folder: Path) -> None:
+    with pytest.raises(TargetError, match="merge_aware='same'"):
+        plan_memory(folder, bits=16, merge_aware="same", **SIZE)
+
+
 def test_an_encoder_is_planned_too(tmp_path: Path) -> None:
     plan = plan_memory(config_folder(tmp_path, "bert", layers=4), **SIZE)
     assert plan.estimate.parts["activations, kept for the backward"] > 0
@@ -156,11 +193,12 @@ def test_a_model_that_is_not_there() -> None:
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    words = f"plan --model {folder} --rank 4 --seq 64 --memory 790MiB --json {out}".split()
+    words = f"plan --model {folder} --rank 4 --seq 64 --memory 790MiB --merge-aware nf4 --json {out}".split()
     outcome = CliRunner().invoke(app, words)
     assert outcome.exit_code == 0, outcome.output
     assert "fits" in outcome.output
-    assert json.loads(out.read_text())["settings"]["rank"] == 4
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["rank"], settings["merge_aware"]) == (4, "nf4")
     outcome = CliRunner().invoke(app, ["plan", "--model", str(folder), "--gpu", "t5"])
     assert outcome.exit_code == 1
     assert "--gpu: expected a GPU that is known here, found 't5'" in outcome.output
