@@ -79,8 +79,9 @@ def starting(names: Sequence[str]) -> Iterator[str]:
         ]
         weights = layers * sum(rows * columns for rows, columns in shapes)
         inputs = [hidden, hidden, hidden, inner]  # q, k and v; o; gate and up; down
-        moments = 4 * 4 * max(inputs) ** 2
-        passed = layers * BATCHES * 4 * 4 * sum(width**2 for width in inputs)
+        streams = [0, hidden, 0, hidden]  # o's and down's outputs are added to one
+        sizes = [4 * (4 * width**2 + 2 * out * width) for width, out in zip(inputs, streams, strict=True)]
+        moments, passed = max(sizes), layers * BATCHES * sum(sizes)
         forward = 2 * weights * TOKENS
         yield (
             f"| {name} | {weights / 1e9:.1f} | {_hours(weights / STARTED)} | {_hours(weights / STARTED / 8)} | "

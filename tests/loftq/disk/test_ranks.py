@@ -86,12 +86,18 @@ def test_moments_of_one_batch_for_two_processes(seen: list[Any]) -> None:
 
 @pytest.mark.parametrize(("sequential", "matrices"), [(False, 1), (True, 4)])
 def test_what_goes_from_one_to_the_next(sequential: bool, matrices: int, seen: list[Any]) -> None:
-    """A float32 matrix of inputs by inputs for each distinct input, or four where the quantized model is seen too, and
-    the tokens' frequencies: after each of the three batches to the next, and in the end to all."""
+    """A float32 matrix of inputs by inputs for each distinct input, or four where the quantized model is seen too, two
+    of outputs by inputs where these are added to a stream, and the tokens' frequencies: after each of the three batches
+    to the next, and in the end to all."""
     expected = 0
-    for path, (moments, *_) in seen[0]["llama", sequential].items():
+    streams = 0
+    for path, (moments, *_, shortfall) in seen[0]["llama", sequential].items():
+        if shortfall is not None:
+            streams += 1
+            expected += 3 * 2 * shortfall.nbytes
         if path.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj"):  # they share their input
             expected += 3 * moments.nbytes * (matrices if moments.dim() == 2 else 1)
+    assert streams == (4 if sequential else 0)
     assert sum(rank["llama", sequential, "sent"] for rank in seen) == expected
 
 
