@@ -12,11 +12,12 @@ there is what the callers provide: second moments of the inputs, and inputs of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from torch import Tensor
 
+from qlora_kit.codecs.codebooks import is_rotated
 from qlora_kit.codecs.quantized import Quantized, Quantizer
 from qlora_kit.errors import ConfigError, closest
 from qlora_kit.lowrank import norm
@@ -24,6 +25,9 @@ from qlora_kit.lowrank import norm
 from .factors import Factors, made
 from .halves import Half
 from .metric import DAMPING, Metric, output_norm
+
+# Rows that are rounded to see what rounding leaves of rotated ones.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,17 @@ class Problem:
 
     @cached_property
     def zero_norms(self) -> tuple[float, float]:
-        """||E|| and, with statistics R, sqrt(tr(E R E^T)), else 0, of that residual E."""
-        residual = self.zero_residual()
-        return norm(residual), 0.0 if self.statistics is None else output_norm(residual, self.statistics)
+        """||E|| and, with statistics R, sqrt(tr(E R E^T)), else 0, of that residual E.
+
+        A rotated type leaves about the same share of each row, and its codes may take a search: there some rows tell.
+        """
+        weight, told = self.weight, 1.0
+        if is_rotated(self.quantize.quant_type) and len(weight) > _ROWS:
+            weight = weight[:: len(weight) // _ROWS].contiguous()
+            told = norm(self.weight) / (norm(weight) or 1.0)
+        residual = replace(self, weight=weight).zero_residual()
+        felt = 0.0 if self.statistics is None else output_norm(residual, self.statistics)
+        return told * norm(residual), told * felt
 
     def ended(self, history: Sequence[float]) -> bool:
         """Whether alternations with the errors ``history`` so far are over: enough, or the last was no better."""
@@ -97,7 +109,8 @@ class LoftQResult:
         A, B: its factors, float32 (rank, in) and (out, rank), row i of A as long as column i of B.
         history: relative error of W - Q - s B A after each step that ran, in the norm that the method minimizes:
             Frobenius, or weighted by the inputs; 0 where W is 0.
-        zero_error: ||W - quantize(W)|| / ||W|| (Frobenius), the error of the zero start.
+        zero_error: ||W - quantize(W)|| / ||W|| (Frobenius), the error of the zero start; of rotated types as some rows
+            tell it.
         quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
         error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
         goal: what Q + sBA comes close to where that isn't W itself, float32 (out, in).

@@ -9,6 +9,7 @@ import torch
 from reference import trellis as ref
 from torch import Tensor
 
+from loftq import factorize
 from loftq.methods import trellis
 from loftq.methods.metric import Metric
 from loftq.methods.rounding import round_by_search, round_with_feedback
@@ -144,3 +145,19 @@ def test_a_trellis_leaves_less_than_single_values_do(bits: int) -> None:
     ]
     assert errors[0] < 0.85 * errors[1]
     assert scheme(f"trellis{bits}").bits == scheme(f"rotated{bits}").bits == bits
+
+
+@pytest.mark.parametrize("quant_type", ["trellis2", "rotated3"])
+def test_some_rows_tell_what_a_zero_start_leaves(quant_type: str) -> None:
+    """Against all rows; these differ in size a hundredfold, and their inputs by as much."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-1, 1, 400)[torch.randperm(400, generator=draw)]
+    weight = torch.randn(400, 96, generator=draw) * sizes[:, None]
+    root = torch.randn(96, 96, generator=draw) * torch.logspace(-1, 1, 96)
+    given = {"rank": 4, "quant_type": quant_type, "blocksize": "row", "statistics": root @ root.T}
+    result = factorize(weight, method="cloq", **given)
+    residual = (weight - Quantizer(quant_type, None)(weight).dequantize()).double()
+    R = (root @ root.T).double()
+    assert result.zero_error == pytest.approx(float(residual.norm() / weight.double().norm()), rel=0.03)
+    felt = [torch.trace(m @ R @ m.T) for m in (residual, weight.double())]
+    assert result.zero_output_error == pytest.approx(float((felt[0] / felt[1]).sqrt()), rel=0.05)
