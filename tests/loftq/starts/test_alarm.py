@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from loftq import start_report
 from loftq.cli import app
-from loftq.starts.alarm import OUTPUT, SEQUENTIAL, WEIGHT
+from loftq.starts.alarm import FITTED, OUTPUT, SEQUENTIAL, WEIGHT
 from loftq.starts.report import LayerReport, Report
 from qlora_kit import LoftQConfig, LoraConfig, apply_lora
 
@@ -40,9 +40,10 @@ def report(method: str, *errors: Any) -> Report:
         ("aligned", [(0.5, SEQUENTIAL - 0.01)] * 3, None),
         ("aligned", [(0.05, SEQUENTIAL + 0.01)] * 3, "more bits, a higher rank"),
         # On little text more is left than was measured.
-        ("aligned", [(0.05, OUTPUT + 0.01, 99)], "more text: these are of 3.1 tokens for each input of a layer"),
-        ("aligned", [(0.05, OUTPUT + 0.01, 128)], None),
-        ("aligned", [(0.05, OUTPUT - 0.01, 99)], None),
+        ("aligned", [(0.05, FITTED + 0.01, 99)], "more text: these are of 3.1 tokens for each input of a layer"),
+        ("qera", [(0.05, OUTPUT + 0.01, 99)], "more text: these are of 3.1 tokens for each input of a layer"),
+        ("aligned", [(0.05, FITTED + 0.01, 128)], None),
+        ("aligned", [(0.05, FITTED - 0.01, 99)], None),
         # Of a layer that no text reached nothing is known.
         ("aligned", [(0.5, None), (0.5, 0.1)], None),
         ("of_ones_own", [(0.05, OUTPUT + 0.01)], "method 'aligned'"),
