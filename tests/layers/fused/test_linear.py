@@ -135,6 +135,28 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
         assert (ours - plain).abs().max() <= 16 * torch.finfo(dtype).eps * plain.abs().max()
 
 
+@casts
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_of_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Gradients come in the factors' dtype, and both forms give the same to its rounding."""
+    layer = fused_layer(BASES[name](dtype), 2)
+    for adapter in layer.active_adapters:
+        for factor in layer.adapter_tensors(adapter).values():
+            factor.data = factor.data.bfloat16()
+    factors = [f for adapter in layer.active_adapters for f in layer.adapter_tensors(adapter).values()]
+    x, grad = torch.randn(6, 64).to(dtype).requires_grad_(), torch.randn(6, 24).to(dtype)
+    found: dict[str, list[Tensor]] = {}
+    for kind in ("plain", "fused"):
+        with qlora_kit.set_branch(kind):
+            y = layer(x)
+        found[kind] = [y, *torch.autograd.grad(y, [x, *factors], grad)]
+    assert {g.dtype for g in found["fused"][2:]} == {torch.bfloat16}
+    for plain, ours in zip(found["plain"], found["fused"], strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * plain.abs().max()
+
+
 # -- what is kept ------------------------------------------------------------------------------------------
 
 
@@ -246,7 +268,7 @@ def test_functorch_computes_the_plain_form() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracing does it
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-@pytest.mark.parametrize("name", ["dense", "conv1d", "packed", "packed, 8-bit scales"])
+@pytest.mark.parametrize("name", ["dense", "conv1d", "4-bit", "8-bit", "packed", "packed, 8-bit scales"])
 def test_compiled_without_a_break(name: str, kind: str) -> None:
     layer = fused_layer(packed(double_quant=True) if "scales" in name else BASES[name](torch.float32))
     x, outcomes = torch.randn(5, 64, requires_grad=True), []
