@@ -129,6 +129,17 @@ def empty_model(model: str | os.PathLike[str], dtype: torch.dtype, attention: st
     return _without_weights(model, _config(model, {}), attention, dtype=dtype)
 
 
+def stored_by(model: str | os.PathLike[str]) -> str | None:
+    """The quantization method that the configuration of a folder or of a name on the Hub says; None for 16 bits.
+
+    Raises:
+        StorageError: as ``empty_model``.
+    """
+    found = getattr(_config(model, {}), "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
 def _without_weights(
     folder: str | os.PathLike[str], config: Any, attention: str | None = None, **options: Any
 ) -> nn.Module:

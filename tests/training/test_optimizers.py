@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 import qlora_kit.compat.peft.optimizers as compat
 from qlora_kit import AdapterError, ConfigError, LoraConfig, LoraModel, apply_lora
 from qlora_kit.training.optimizers import lora_fa_, lora_plus, lora_plus_groups, optimizer, optimizer_class
+from qlora_kit.training.optimizers.named import NAMES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning"),
@@ -192,6 +194,8 @@ def test_an_error_leaves_a_trainable() -> None:
         ("lion_8bit", "Lion8bit", {}),
         ("paged_lion_8bit", "PagedLion8bit", {}),
         ("ademamix_8bit", "AdEMAMix8bit", {}),
+        ("ademamix_32bit", "AdEMAMix", {}),
+        ("paged_ademamix_32bit", "PagedAdEMAMix", {}),
         ("sgd_8bit", "SGD8bit", {"momentum": 0.9}),
         ("rmsprop_8bit", "RMSprop8bit", {}),
     ],
@@ -209,6 +213,34 @@ def test_names(name: str, kind: str, settings: dict[str, Any]) -> None:
         made.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_steps(name: str) -> None:
+    p = nn.Parameter(torch.ones(80, 64))
+    model = nn.ParameterList([p])
+    momentum = {"momentum": 0.9} if name.startswith(("sgd", "lars")) else {}
+    made = optimizer(name, model, lr=1e-2, **momentum)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        made.step()
+    assert (p < 1).all()
+
+
+def test_bitsandbytes_ademamix_of_32_bits_lacks_a_state() -> None:
+    """Why another class of it is taken; where this fails its own name can be."""
+    p = nn.Parameter(torch.ones(8, 4))
+    made = bnb.optim.AdEMAMix32bit([p])
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+        made.step()
+
+
+@pytest.mark.parametrize("name", ["sgd_8bit", "lars_32bit"])
+def test_momentum_is_asked_for(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"momentum: expected a number above 0 \(.*bit\), found None; pass momentum="):
+        optimizer(name, adapted(), lr=1e-3)
 
 
 def test_eight_bits_are_eight_bits_but_for_tables() -> None:

@@ -3,6 +3,9 @@
 A state of 8 bits takes a quarter of AdamW's 8 bytes a parameter; bitsandbytes keeps tensors of fewer than 4,096 numbers
 in 32 bits. So are the states of trained tables of words, most of whose rows seldom get a gradient, as its documentation
 advises. Paging is CUDA's: elsewhere bitsandbytes says that it keeps the states where they are.
+
+Of its two AdEMAMix in 32 bits the one that says so in its name makes one first state where the step writes two
+(0.50.2), past its end on a GPU; the other, which is in 32 bits by default, makes both and is taken.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ...config.checks import failure
 from ...errors import ConfigError, closest
 from .roles import roles_of
 
@@ -38,22 +42,27 @@ _OF_BITSANDBYTES = {
     for paged in (False, True)[: 1 + can_be_paged]
     for bits in (8, 32)
 }
+_OF_BITSANDBYTES |= {"ademamix_32bit": "AdEMAMix", "paged_ademamix_32bit": "PagedAdEMAMix"}
+_WITH_MOMENTUM = ("SGD", "LARS")
 NAMES = (*_OF_TORCH, *_OF_BITSANDBYTES)
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
     """The optimizer called ``name``: "adamw", "adam", "sgd", "adafactor" of torch; "adamw_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", ... of bitsandbytes.
+    "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", ... of bitsandbytes. Spellings of
+    ``qlora-kit plan`` mean the same: "paged-adamw-8bit", and "lion" or "paged-adamw" for those of 32 bits.
 
     Raises:
         ConfigError: none is; names the closest.
     """
-    if name in _OF_TORCH:
-        return getattr(torch.optim, _OF_TORCH[name])
-    if name in _OF_BITSANDBYTES:
-        from bitsandbytes import optim
+    spelled = name.replace("-", "_")
+    if spelled in _OF_TORCH:
+        return getattr(torch.optim, _OF_TORCH[spelled])
+    for found in (spelled, f"{spelled}_32bit"):
+        if found in _OF_BITSANDBYTES:
+            from bitsandbytes import optim
 
-        return getattr(optim, _OF_BITSANDBYTES[name])
+            return getattr(optim, _OF_BITSANDBYTES[found])
     raise ConfigError(f"optimizer: expected one of {len(NAMES)} names, found {name!r}; closest: {closest(name, NAMES)}")
 
 
@@ -61,6 +70,9 @@ def made(kind: str | type[Optimizer], model: nn.Module, groups: Iterable[dict[st
     """An optimizer of ``groups``, empty ones left out; ``model`` is whose parameters they are."""
     found = optimizer_class(kind) if isinstance(kind, str) else kind
     if found.__module__.partition(".")[0] == "bitsandbytes":
+        momentum = settings.get("momentum")
+        if found.__name__.startswith(_WITH_MOMENTUM) and not momentum:
+            raise failure("momentum", f"a number above 0 ({found.__name__})", momentum, "pass momentum=0.9")
         _keep_tables_in_32_bits(model)
     return found([group for group in groups if group["params"]], **settings)
 
@@ -88,7 +100,7 @@ def optimizer(
 
     Raises:
         AdapterError: nothing is trained.
-        ConfigError: an unknown name.
+        ConfigError: an unknown name; SGD and LARS of bitsandbytes without ``momentum``, which they can't do.
     """
     roles = roles_of(model)
     decaying = [*roles.A, *roles.B, *roles.tables, *roles.matrices]

@@ -39,14 +39,23 @@ def _factored(p: Tensor) -> int:
 OPTIMIZERS: dict[str, Callable[[Tensor], int]] = {
     "adamw": _same(2),
     "adamw-8bit": _eight_bit(2),
+    "adamw-32bit": _full(2),
     "paged-adamw": _full(2),
     "paged-adamw-8bit": _eight_bit(2),
     "lion": _full(1),
     "lion-8bit": _eight_bit(1),
+    "paged-lion": _full(1),
+    "paged-lion-8bit": _eight_bit(1),
     "adafactor": _factored,
     "sgd-momentum": _same(1),
     "sgd": _same(0),
 }
+
+
+def named(optimizer: str) -> str:
+    """The name of ``OPTIMIZERS`` for one of ``training.optimizers``: "paged-adamw" for "paged_adamw_32bit"."""
+    hyphens = optimizer.replace("_", "-")
+    return hyphens if hyphens in OPTIMIZERS else hyphens.removesuffix("-32bit")
 
 
 def state_bytes(optimizer: str, parameters: Iterable[Tensor]) -> int:

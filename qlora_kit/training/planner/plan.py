@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ...checkpoints.model_folder import stored_by
 from ...config.checks import failure
 from .cards import Card, card_named
 from .estimate import Estimator
@@ -91,5 +92,7 @@ def _notes(estimator: Estimator, settings: Settings) -> list[str]:
         notes.append("the model has no head whose loss could be chunked: planned with the whole")
     if estimator(settings).assumed:
         notes.append("the model's forward picks places by value: planned as if it picked all, so this is the most")
+    if (method := stored_by(estimator.model)) is not None:
+        notes.append(f"stored by {method}: planned as if it came in 16 bits, its linear layers in {settings.storage}")
     plan = empty.model.plan
     return notes + [str(part) for part in (plan.left_out if plan else ())]

@@ -10,7 +10,7 @@ import torch
 from ...config.checks import check_bool, check_choice, check_int, check_names, failure
 from ...config.loftq import DEFAULT_TYPES
 from ...config.merge_aware import MergeAware
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, named
 
 #: Of the weights that adapters stand on; at 16 they stay as they are.
 BITS = (16, 8, 4, 3, 2)
@@ -32,7 +32,7 @@ class Settings:
         merge_aware: the storage that adapters are trained to be merged into, as in ``LoraConfig``: "nf4", "same".
         dtype: of what isn't quantized, and of activations.
         adapter_dtype: of the adapters and their gradients.
-        optimizer: of ``optimizers.OPTIMIZERS``.
+        optimizer: of ``optimizers.OPTIMIZERS``, or as ``training.optimizers`` has it: "paged_adamw_8bit".
         checkpointing: recompute the layers' activations in the backward pass.
         chunked_loss: compute the loss a few tokens at a time, so that the logits of all are never there.
         world_size: GPUs that share the run; the plan is of one of them.
@@ -70,6 +70,8 @@ class Settings:
             check_int(name, getattr(self, name), 1, f"pass {name}={getattr(type(self), name)}")
         check_choice("dtype", self.dtype, DTYPES, "pass dtype='bfloat16'")
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES, "pass adapter_dtype='float32'")
+        if isinstance(self.optimizer, str):
+            object.__setattr__(self, "optimizer", named(self.optimizer))
         check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS), "pass optimizer='adamw'")
         check_choice("engine", self.engine, ENGINES, "pass engine='fsdp2'")
         check_choice("attention", self.attention, ("sdpa", "eager"), "pass attention='sdpa'")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import qlora_kit
-from qlora_kit import LoraConfig, LoraModel, apply_lora
+from qlora_kit import AdapterError, LoraConfig, LoraModel, apply_lora
 from qlora_kit.layers.fused import blocks
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -175,6 +175,63 @@ def test_the_same_fine_tune_ends_the_same(bits: int | None) -> None:
         ends.append(loss.item())
     assert ends[0] < 4.0
     assert abs(ends[0] - ends[1]) < 0.02 * ends[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("name", "count"), [("llama", 12), ("phi3", 8), ("t5", 12)])
+def test_gradcheck(name: str, count: int, dropout: float) -> None:
+    """Through what is made again, with two adapters; the masks are of the same seed in each call."""
+    settings = {"target_modules": "all-linear", "lora_dropout": dropout, "init_lora_weights": False}
+    lora = apply_lora(MODELS[name](), LoraConfig(r=2, **settings), "a")
+    lora.add_adapter("b", LoraConfig(r=3, **settings))
+    lora.set_adapter(["a", "b"])
+    block = fitted(lora.double().train())[0]
+    width = next(module.in_features for module in block.modules() if isinstance(module, nn.Linear))
+    x = torch.randn(2, width, dtype=torch.float64, requires_grad=True)
+    trained = [p for p in block.parameters() if p.requires_grad]
+    assert len(trained) == count
+
+    def call(*_: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return block(x)
+
+    torch.autograd.gradcheck(call, (x, *trained), fast_mode=True)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    block = fitted(adapted(llama()))[0]
+    x = torch.randn(3, 64, requires_grad=True)
+    with pytest.raises(AdapterError, match="create_graph=True"):
+        torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 4, 2])
+def test_a_scaler_over_float16_finds_the_same_scale(bits: int | None) -> None:
+    """Autocast in float16 from a scale that overflows: steps are skipped until it doesn't, on either form alike."""
+    ends = []
+    for kind in ("plain", "fused"):
+        model = llama()
+        if bits:
+            qlora_kit.quantize_(model, bits)
+        lora = apply_lora(model, LoraConfig(r=4, target_modules="all-linear")).train()
+        optimizer = torch.optim.AdamW((p for p in lora.parameters() if p.requires_grad), lr=3e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        ids = torch.arange(24).view(2, 12)
+        with qlora_kit.set_branch(kind):
+            for _ in range(20):
+                with torch.autocast("cpu", dtype=torch.float16):
+                    loss = lora(input_ids=ids, labels=ids).loss
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        ends.append((loss.item(), scaler.get_scale()))
+    (plain, scale), (ours, found) = ends
+    assert scale < 2.0**24
+    assert max(scale, found) <= 2 * min(scale, found)
+    assert abs(ours - plain) < 0.02 * plain
 
 
 def test_an_activation_that_autocast_computes_in_float32() -> None:

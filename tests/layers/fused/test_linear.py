@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from adapted_layers import adapt, branches
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from adapted_layers import branches
+from fused_bases import BASES, casts, fused_layer, packed
 from reference import branches as ref
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 import qlora_kit
-from qlora_kit import AdapterError, AdapterLayer, ConfigError
+from qlora_kit import AdapterError, ConfigError
 from qlora_kit.codecs import codec_for
-from qlora_kit.codecs.packed import pack_linear
-from qlora_kit.codecs.quantized import quantize_matrix
 from qlora_kit.layers.fused import linear as fused
 from qlora_kit.layers.fused import thin
 from qlora_kit.layers.fused.choice import why_plain
-
-
-def packed(dtype: torch.dtype = torch.float32, quant_type: str = "signed2", **options: Any) -> nn.Module:
-    linear = nn.Linear(64, 24).to(dtype)
-    return pack_linear(linear, quantize_matrix(linear.weight.detach().float(), quant_type, 64, **options))
-
-
-BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
-    "dense": lambda dtype: nn.Linear(64, 24).to(dtype),
-    "conv1d": lambda dtype: Conv1D(24, 64).to(dtype),
-    "4-bit": lambda dtype: Linear4bit(64, 24, quant_type="nf4", compute_dtype=dtype).to("cpu"),
-    "8-bit": lambda dtype: Linear8bitLt(64, 24, has_fp16_weights=False).to(dtype).to("cpu"),
-    "packed": packed,
-    "rotated": lambda dtype: packed(dtype, "trellis2"),
-}
-casts = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-
-
-def fused_layer(base: nn.Module, adapters: int = 1, **config: Any) -> AdapterLayer:
-    lora, layer = adapt(base, adapters, fan_in_fan_out=isinstance(base, Conv1D), **config)
-    lora.train()
-    return layer
 
 
 def kept(layer: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -133,6 +105,28 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     for plain, ours in zip(found["plain"], found["fused"], strict=True):
         assert ours.dtype == plain.dtype
         assert (ours - plain).abs().max() <= 16 * torch.finfo(dtype).eps * plain.abs().max()
+
+
+@casts
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_of_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Gradients come in the factors' dtype, and both forms give the same to its rounding."""
+    layer = fused_layer(BASES[name](dtype), 2)
+    for adapter in layer.active_adapters:
+        for factor in layer.adapter_tensors(adapter).values():
+            factor.data = factor.data.bfloat16()
+    factors = [f for adapter in layer.active_adapters for f in layer.adapter_tensors(adapter).values()]
+    x, grad = torch.randn(6, 64).to(dtype).requires_grad_(), torch.randn(6, 24).to(dtype)
+    found: dict[str, list[Tensor]] = {}
+    for kind in ("plain", "fused"):
+        with qlora_kit.set_branch(kind):
+            y = layer(x)
+        found[kind] = [y, *torch.autograd.grad(y, [x, *factors], grad)]
+    assert {g.dtype for g in found["fused"][2:]} == {torch.bfloat16}
+    for plain, ours in zip(found["plain"], found["fused"], strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * plain.abs().max()
 
 
 # -- what is kept ------------------------------------------------------------------------------------------
@@ -246,7 +240,7 @@ def test_functorch_computes_the_plain_form() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracing does it
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-@pytest.mark.parametrize("name", ["dense", "conv1d", "packed", "packed, 8-bit scales"])
+@pytest.mark.parametrize("name", ["dense", "conv1d", "4-bit", "8-bit", "packed", "packed, 8-bit scales"])
 def test_compiled_without_a_break(name: str, kind: str) -> None:
     layer = fused_layer(packed(double_quant=True) if "scales" in name else BASES[name](torch.float32))
     x, outcomes = torch.randn(5, 64, requires_grad=True), []
@@ -283,68 +277,3 @@ def test_a_parameter_changed_before_the_backward_is_noticed() -> None:
         layer.adapter_tensors("a0")["lora_B.weight"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-# -- what is done with its parts ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64)])
-@pytest.mark.parametrize("name", BASES)
-@casts
-def test_an_output_may_be_written_to(name: str, shape: tuple[int, ...]) -> None:
-    """As Falcon and Llama 4 write into what a linear layer gives them."""
-    layer = fused_layer(BASES[name](torch.float32))
-    gradients = []
-    for kind in ("plain", "fused"):
-        layer.zero_grad()
-        torch.manual_seed(2)
-        with qlora_kit.set_branch(kind):
-            y = layer(torch.randn(shape))
-        y += 1
-        torch.relu_(y).square().sum().backward()
-        gradients.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
-    assert len(gradients[0]) == 2
-    for expected, found in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_no_tokens(shape: tuple[int, ...], dropout: float) -> None:
-    layer = fused_layer(nn.Linear(64, 24), lora_dropout=dropout)
-    y = layer(torch.randn(shape, requires_grad=True))
-    assert y.shape == (*shape[:-1], 24)
-    y.sum().backward()
-    assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
-
-
-def test_a_base_weight_changed_before_the_backward_is_noticed() -> None:
-    layer = fused_layer(nn.Linear(8, 6))
-    y = layer(torch.randn(3, 8, requires_grad=True))
-    with torch.no_grad():
-        layer.base_layer.weight.mul_(2)
-    with pytest.raises(AdapterError, match=r"Linear\.weight: expected the weight of the forward pass"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_a_replica_whose_weights_are_no_parameters(kind: str) -> None:
-    """As DataParallel makes them: tensors among a module's attributes, through which gradients go."""
-    layer = fused_layer(nn.Linear(8, 6))
-    x = torch.randn(3, 8)
-    copies: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in layer.modules()}
-    for module, copy in copies.items():
-        for name, child in module._modules.items():
-            copy._modules[name] = copies[child] if child is not None else None
-        for name, parameter in module._parameters.items():
-            copy._parameters.update({name: None} if parameter is None else {})
-            if parameter is not None:
-                setattr(copy, name, parameter * 1)
-    with qlora_kit.set_branch(kind):
-        copies[layer](x).sum().backward()
-        found = [p.grad.clone() for p in layer.parameters() if p.grad is not None and p.requires_grad]
-        layer.zero_grad()
-        layer(x).sum().backward()
-    expected = [p.grad for p in layer.parameters() if p.grad is not None]
-    assert len(expected) == 2
-    torch.testing.assert_close(found, expected)

@@ -156,6 +156,18 @@ def test_cards_by_their_names(name: str) -> None:
     assert card_named("A100-SXM-80GB") is CARDS["a100-80"]
 
 
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+def test_weights_that_are_stored_otherwise(method: str, folder: Path, tmp_path: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128, "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    told = f"stored by {method}: planned as if it came in 16 bits, its linear layers in nf4"
+    plan = plan_memory(tmp_path, **SIZE)
+    assert told in plan.notes
+    assert plan.total == plan_memory(folder, **SIZE).total
+    assert not any("stored by" in note for note in plan_memory(folder, **SIZE).notes)
+
+
 def test_the_search_asks_little_of_a_line() -> None:
     asked = []
     assert largest(lambda n: asked.append(n) or 100 + 7 * n, 1000, 1, 1, 4096) == 128
