@@ -4,8 +4,8 @@ A state of 8 bits takes a quarter of AdamW's 8 bytes a parameter; bitsandbytes k
 in 32 bits. So are the states of trained tables of words, most of whose rows seldom get a gradient, as its documentation
 advises. Paging is CUDA's: elsewhere bitsandbytes says that it keeps the states where they are.
 
-Of its two AdEMAMix in 32 bits the one that says so in its name makes one first state where the step writes two
-(0.50.2), past its end on a GPU; the other, which is in 32 bits by default, makes both and is taken.
+Of its two AdEMAMix in 32 bits the one that says so in its name makes one first state where the step uses two (0.50.2);
+the other, which is in 32 bits by default, makes both and is taken.
 """
 
 from __future__ import annotations
