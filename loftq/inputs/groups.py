@@ -56,7 +56,7 @@ class Seen:
         cross: E[x x^^T] if sequential.
         tokens: how many inputs there were.
         factors: made of these moments, for all modules that are given the same inputs; None where it is one module.
-        half: the same moments of every other batch, with ``cross``, where both these and the others had inputs.
+        half: the same moments of the first half of the batches, with ``cross``, where these and the others had inputs.
         shortfall: float32 (out, in) E[(h - h^) x^^T], with what the output is added to, h in the original model, if
             sequential; None where there is no such stream, or none is known.
     """
@@ -231,7 +231,7 @@ def _in_turns(here: Here, other: Walk) -> Iterator[Stage]:
                     pairs.add(number, given(other, twins[number], source, replaced), x)
 
             width = here.widths.get(source.path)
-            pairs = in_turn(here.team, here.count, through, lambda apart: Pairs(width, apart=apart))
+            pairs = in_turn(here.team, here.count, through, lambda apart: Pairs(width, here.count, apart=apart))
             seen = _seen_of(pairs, source.path, shared=len(group) > 1)
             return {} if seen is None else dict.fromkeys(group, seen)
 

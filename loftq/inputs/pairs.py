@@ -26,14 +26,17 @@ class Given:
 class Pairs:
     """Moments of a module's inputs in the model as it becomes, and with the original's, batch by batch; and of what the
     stream that its output is added to falls short of the original's. Memory: two matrices, or three, and as many for
-    every other batch.
+    the first half of the batches: a text's later part is often about other things, and what the halves confirm of each
+    other then holds for more than the one text.
 
     Args:
         width: of the vocabulary, where the inputs are tokens.
+        count: of all batches.
         apart: of one batch alone, for another to ``take``.
     """
 
-    def __init__(self, width: int | None, *, apart: bool = False) -> None:
+    def __init__(self, width: int | None, count: int, *, apart: bool = False) -> None:
+        self.count = count
         self.width, self.paired, self.followed = width, width is None, width is None
         self.own, self.cross = Moments(diagonal=width is not None, apart=apart), Moments(apart=apart)
         self.half, self.half_cross = Moments(apart=apart), Moments(apart=apart)
@@ -41,20 +44,20 @@ class Pairs:
 
     def add(self, number: int, seen: Given, x: Given) -> None:
         """Take in the batch of that ``number``: what is given as the model becomes, and in the original."""
-        even = self.paired and number % 2 == 0
+        early = self.paired and 2 * number < self.count
         for mine in seen.rows:
             if self.width is None:
-                self.own.add(mine, part=self.half if even else None)
+                self.own.add(mine, part=self.half if early else None)
             else:
                 self.own.add_tokens(mine, self.width)
         # A router may send other tokens here than it used to.
         self.paired = self.paired and _lengths(seen.rows) == _lengths(x.rows)
         for mine, its in zip(seen.rows, x.rows, strict=True) if self.paired else ():
-            self.cross.add(its, mine, part=self.half_cross if even else None)
+            self.cross.add(its, mine, part=self.half_cross if early else None)
         lengths = _lengths(seen.stream), _lengths(x.stream)
         self.followed = self.followed and self.paired and lengths == (_lengths(seen.rows),) * 2
         for mine, became, was in zip(seen.rows, seen.stream, x.stream, strict=True) if self.followed else ():
-            self.shortfall.add(was.float() - became.float(), mine, part=self.half_shortfall if even else None)
+            self.shortfall.add(was.float() - became.float(), mine, part=self.half_shortfall if early else None)
 
     def take(self, part: Pairs) -> None:
         """Take in the batch of ``part``, as if it had been given to this."""
@@ -65,7 +68,7 @@ class Pairs:
 
     def means(self, path: str) -> tuple[Tensor, Tensor | None, Tensor | None, Half | None] | None:
         """E[x^ x^^T], where the models' inputs are pairs E[x x^^T], where there is a stream E[(h - h^) x^^T], and the
-        same of every other batch, where both these and the others had inputs. None if no input came.
+        same of the first half of the batches, where these and the others had inputs. None if no input came.
 
         Raises:
             ConfigError: an input isn't finite; names ``path``.

@@ -7,7 +7,7 @@ So the change of the weight is pulled towards none, and taken in part,
 
     V = W + alpha D(mu),    D(mu) = M (R + mu I)^-1,    M = W (C - R)
 
-and both numbers are chosen by how much they help on inputs that D wasn't found from. The batches are dealt out in two
+and both numbers are chosen by how much they help on inputs that D wasn't found from. The batches are parted in two
 halves. With D_k of one half, the other's error is, up to what depends on neither number,
 
     E_o ||W x - (W + alpha D_k) x^||^2 = const - 2 alpha <D_k, M_o> + alpha^2 tr(D_k R_o D_k^T)
