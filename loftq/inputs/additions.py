@@ -10,7 +10,7 @@ norm or a factor on what comes back or two branches added at once, shows no such
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_kit.naming import Tree
 
+from .moments import inputs_of
+
 # Rows that are compared.
 _TELLING = 16
 
 
 @contextmanager
-def additions_in(model: nn.Module, blocks: Mapping[str, Iterable[str]]) -> Iterator[dict[str, str]]:
+def additions_in(model: nn.Module, blocks: Mapping[str, Collection[str]]) -> Iterator[dict[str, str]]:
     """Inside the block, a forward of ``model`` fills in, for those modules in ``blocks`` whose output is added to a
     stream, the path of the module that is given the stream as it was before.
 
@@ -33,15 +35,19 @@ def additions_in(model: nn.Module, blocks: Mapping[str, Iterable[str]]) -> Itera
         blocks: modules of interest by the path of the block that holds them.
     """
     found: dict[str, str] = {}
-    modules = Tree(model).modules
+    modules, records = Tree(model).modules, {block: _Record() for block in blocks}
+    inside = {path: records[block] for path in modules if (block := _holder(path, records)) is not None}
     with ExitStack() as stack:
+        stack.enter_context(inputs_of(model, inside, lambda path, value: inside[path].give(path, value)))
         for block, paths in blocks.items():
-            record = _Record(list(paths))
-            for path, module in modules.items():
-                if path.startswith(f"{block}."):
-                    _watch(module, path, record, stack)
+            for path in inside.keys() & paths:
 
-            def leave(module: nn.Module, args: Any, output: Any, record: _Record = record) -> None:
+                def made(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+                    inside[path].make(path, output)
+
+                stack.callback(modules[path].register_forward_hook(made).remove)
+
+            def leave(module: nn.Module, args: Any, output: Any, record: _Record = records[block]) -> None:
                 found.update(record.streams(output))
                 record.clear()
 
@@ -49,24 +55,19 @@ def additions_in(model: nn.Module, blocks: Mapping[str, Iterable[str]]) -> Itera
         yield found
 
 
-def _watch(module: nn.Module, path: str, record: _Record, stack: ExitStack) -> None:
-    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.give(path, args[0] if args else next(iter(kwargs.values()), None))
-
-    stack.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
-    if path in record.paths:
-
-        def made(module: nn.Module, args: Any, output: Any) -> None:
-            record.make(path, output)
-
-        stack.callback(module.register_forward_hook(made).remove)
+def _holder(path: str, blocks: Container[str]) -> str | None:
+    """The one of ``blocks`` that holds the module at ``path``, None if none does."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in blocks:
+            return path
+    return None
 
 
 class _Record:
     """What went in and out of modules of a block, in the order of a forward: first rows, and how many there were."""
 
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:

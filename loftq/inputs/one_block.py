@@ -96,8 +96,8 @@ def groups_of(here: Here) -> tuple[dict[Source, list[str]], KeptInputs]:
     """The modules by where their common input is looked at, in the order of the forward, and the inputs. The outputs
     are kept, where they fit, if the runs are to go on from them."""
     walk, paths = here.walk, here.paths
-    once, collector = set(paths), Collector(paths, diagonal=True, widths=here.widths)
-    watched = {*paths, *(here.streams[path] for path in paths if path in here.streams)}
+    targets, collector = set(paths), Collector(paths, diagonal=True, widths=here.widths)
+    once, watched = targets, {*targets, *(here.streams[path] for path in paths if path in here.streams)}
     inputs = KeptInputs(walk)
     for run in here.runs.values():
         calls: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def groups_of(here: Here) -> tuple[dict[Source, list[str]], KeptInputs]:
         def receive(path: str, value: Any, run: Run = run, calls: Counter[str] = calls) -> None:
             calls[path] += 1
             inputs.add(run, path, value)
-            if run.index == here.first and path in collector.paths:
+            if run.index == here.first and path in targets:
                 collector(path, value)
 
         collector.begin(run.mask)
@@ -113,7 +113,7 @@ def groups_of(here: Here) -> tuple[dict[Source, list[str]], KeptInputs]:
             output = run.forward()
         run.kept = output if not here.last and walk.has_room(output, beside=inputs.nbytes) else None
         collector.end()
-        once -= {path for path, count in calls.items() if count > 1}
+        once = once - {path for path, count in calls.items() if count > 1}
     once = set.intersection(*here.team.gathered(once))
     leaders = here.team.from_rank(collector.leaders, here.first % here.team.size)
     sharing: dict[str, list[str]] = {}

@@ -40,7 +40,7 @@ def aligned(problem: Problem) -> LoftQResult:
     on the adapter. (Aligning first and correcting then is the idea of Align-then-Correct, 2026; the objective is the
     sequential one of GPTAQ, Li et al. 2025, arXiv 2504.02692, in closed form.)
 
-    Without moments of a half, V is W (C + mu I)(R^ + mu I)^-1 with the metric's own damping for mu.
+    Without moments of a half, V is (W (C + mu I) + S)(R^ + mu I)^-1 with the metric's own damping for mu.
     """
     metric = problem.metric()
     lean = problem.adapter_aware is not False

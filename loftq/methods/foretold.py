@@ -21,11 +21,8 @@ from qlora_kit.codecs.trellis.rotation import rotate
 from .factors import made
 from .leaning import leaning_metric
 from .metric import LEAST_DAMPING, Metric, output_norm
-from .registry import Problem
+from .registry import Problem, some_rows
 from .rounding import round_by_search
-
-# Rows that are rounded to see what rounding leaves.
-_ROWS = 64
 
 
 @torch.no_grad()
@@ -43,7 +40,7 @@ def foretold_error(problem: Problem) -> float | None:
     rotated = is_rotated(problem.quantize.quant_type)
     what = "felt", rotated, problem.rank, problem.damping, problem.solver, problem.seed
     felt = made(problem.factors, (R,), what, lambda: _felt(metric, rotated, mu))
-    rows = weight[:: max(1, len(weight) // _ROWS)].contiguous()
+    rows = some_rows(weight)
     lost = rows - _rounded(rows, problem, metric)
     columns = rotate(lost) if rotated else lost[:, metric.order]
     return float((len(weight) * (columns.double().square().mean(0) @ felt)).sqrt()) / size

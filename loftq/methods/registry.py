@@ -26,7 +26,7 @@ from .factors import Factors, made
 from .halves import Half
 from .metric import DAMPING, Metric, output_norm
 
-# Rows that are rounded to see what rounding leaves of rotated ones.
+# Rows that are rounded to see what rounding leaves of all.
 _ROWS = 64
 
 
@@ -87,10 +87,8 @@ class Problem:
 
         A rotated type leaves about the same share of each row, and its codes may take a search: there some rows tell.
         """
-        weight, told = self.weight, 1.0
-        if is_rotated(self.quantize.quant_type) and len(weight) > _ROWS:
-            weight = weight[:: len(weight) // _ROWS].contiguous()
-            told = norm(self.weight) / (norm(weight) or 1.0)
+        weight = some_rows(self.weight) if is_rotated(self.quantize.quant_type) else self.weight
+        told = norm(self.weight) / (norm(weight) or 1.0) if weight is not self.weight else 1.0
         residual = replace(self, weight=weight).zero_residual()
         felt = 0.0 if self.statistics is None else output_norm(residual, self.statistics)
         return told * norm(residual), told * felt
@@ -98,6 +96,13 @@ class Problem:
     def ended(self, history: Sequence[float]) -> bool:
         """Whether alternations with the errors ``history`` so far are over: enough, or the last was no better."""
         return len(history) == self.steps or (len(history) > 1 and history[-1] >= history[-2])
+
+
+def some_rows(matrix: Tensor) -> Tensor:
+    """Evenly spaced rows of ``matrix``, 64 to 127, or all where there are no more: what rounding leaves of them tells
+    of all."""
+    step = len(matrix) // _ROWS
+    return matrix[::step].contiguous() if step > 1 else matrix
 
 
 @dataclass(frozen=True)
