@@ -27,6 +27,7 @@ from qlora_kit.initializers import planned
 from qlora_kit.injection.engine import PlanEntry, Request, request_for
 from qlora_kit.naming import module_at
 
+from ..inputs.batches import evenly
 from ..inputs.gradients import loss_weights
 from ..inputs.groups import Seen, stages
 from ..inputs.text import calibration_batches
@@ -37,6 +38,9 @@ from ..starts.kept_dense import kept_dense, reason_of
 from ..starts.options import factorize_as, foretold_as, module_bytes
 from ..starts.startable import DENSE, checked
 from .budget import Budget, Choice, check_possible, choose, mean_bits
+
+# So many of the text's tokens choices are made by; more of them don't change what types leave beside one another.
+TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def allocate(
     else:
         batches = calibration_batches(options, model)
         told = gradients_told(model, batches, requests, options, budget)
-        for stage in stages(model, batches, requests):
+        for stage in stages(model, evenly(batches, TOKENS), requests):
             for path in stage.paths:
                 measure(path, stage.seen().get(path))
         for path in requests.keys() - found.keys():

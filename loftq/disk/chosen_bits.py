@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from qlora_kit.checkpoints.journal import Journal
 from qlora_kit.distributed.team import ALONE, Team
 
-from ..bits.allocation import costs_of, decide, gradients_told, measured, undecided
+from ..bits.allocation import TOKENS, costs_of, decide, gradients_told, measured, undecided
 from ..bits.budget import check_possible
+from ..inputs.batches import evenly
 from ..inputs.groups import Seen
 from ..methods.registry import needs_of
 from .calibration import offloaded, streamed_stages
@@ -94,7 +95,8 @@ def allocated(
     if wanted:
         with offloaded(checkpoint, folder) as model:
             told = gradients_told(model, batches, entries, task.loftq, budget, team)
-    with streamed_stages(task, checkpoint, folder, batches, wanted=wanted, measuring=True, team=team) as walk:
+    few = evenly(batches, TOKENS) if wanted else batches
+    with streamed_stages(task, checkpoint, folder, few, wanted=wanted, measuring=True, team=team) as walk:
         for stage in walk:
             if todo := [path for path in stage.paths if path not in known]:
                 measure(todo, stage.seen())

@@ -4,6 +4,7 @@ Whatever the model: its own forward is run and only stopped, never imitated, and
 moments are for, and what becomes of a layer, must not be known here; who asks says what a layer has become.
 
 - ``text``: the text: a file, tokens, or what every Python brings along
+- ``batches``: parts of it
 - ``caches``: no cache is made or read while text goes through
 - ``moments``: E[x x^T] of chosen modules from one pass
 - ``forwards``: a module's forward exchanged for a while
@@ -12,7 +13,8 @@ moments are for, and what becomes of a layer, must not be known here; who asks s
 - ``additions``: which modules' outputs are added to a stream through their block
 - ``kept_inputs``: what a block's modules are given in the original model, computed once
 - ``pairs``: of one module in two models at once
-- ``one_block``: what the modules of the block are given that a walk stands at, and what some have become
+- ``replaced``: the modules of a block that have become something else, and their answers
+- ``one_block``: what the modules of the block are given that a walk stands at
 - ``gradients``: what the model makes of errors in its modules' outputs
 - ``groups``: moments for one group of modules after the other, in the order of the forward
 """

@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.distributed.team import ALONE, Team
 from qlora_kit.naming import module_at
 
+from .batches import evenly, single_rows
 from .forwards import forward_exchanged_
 from .moments import watchable
-from .text import single_rows
 from .walk import floats, stops_for
 
 # So many of the text's tokens are looked at, of rows that lie evenly in it.
@@ -67,7 +67,7 @@ def loss_weights(
         RuntimeError: no gradient can be taken, or none that is finite: what the model computes with isn't
             differentiable.
     """
-    paths, rows = list(paths), _rows(batches, tokens)
+    paths, rows = list(paths), evenly([row for batch in batches for row in single_rows(batch)], tokens)
     found: dict[int, tuple[dict[str, float], int]] = {}
     with watchable(model), _frozen(model), _recomputed(model, paths):
         for number in team.numbers(len(rows)):
@@ -85,14 +85,6 @@ def loss_weights(
     if not all(map(math.isfinite, sums.values())):
         raise RuntimeError("values that aren't finite")
     return {path: square / (2 * counts) for path, square in sums.items()}
-
-
-def _rows(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
-    """Single rows, evenly taken, of about so many tokens together; whole batches where they aren't rows."""
-    rows = [row for batch in batches for row in single_rows(batch)]
-    size = max((value.numel() for value in rows[0].values() if isinstance(value, Tensor)), default=1)
-    wanted = max(1, min(len(rows), tokens // max(1, size)))
-    return [rows[number * len(rows) // wanted] for number in range(wanted)]
 
 
 def _squares_of(

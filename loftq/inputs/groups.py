@@ -31,6 +31,7 @@ from qlora_kit.distributed.team import ALONE, Team
 from ..methods.factors import Factors
 from ..methods.halves import Half
 from .additions import additions_in
+from .batches import single_rows
 from .caches import uncached
 from .moments import (
     Collector,
@@ -41,9 +42,9 @@ from .moments import (
     vocabularies,
     watchable,
 )
-from .one_block import Here, Source, changed, given, given_originally, groups_of
+from .one_block import Here, Source, given, given_originally, groups_of
 from .pairs import Pairs
-from .text import single_rows
+from .replaced import Replaced
 from .walk import Walk, stops_for
 
 
@@ -221,7 +222,7 @@ def _in_turns(here: Here, other: Walk) -> Iterator[Stage]:
     walk, runs = here.walk, here.runs
     twins = {run.index: run for run in other.runs}
     groups, inputs = groups_of(here)
-    replaced: dict[str, Tensor] = {}
+    replaced = Replaced(other)
     for source, group in groups.items():
 
         def collect(source: Source = source, group: list[str] = group) -> dict[str, Seen]:
@@ -237,12 +238,14 @@ def _in_turns(here: Here, other: Walk) -> Iterator[Stage]:
 
         stage = Stage(group, _collect=collect)
         yield from _turn(stage)
-        replaced.update(stage.replaced)
+        replaced.changes.update(stage.replaced)
     for run in () if here.last else runs.values():
         walk.go_on(run, run.forward() if run.kept is None else run.kept)
-        with changed(other.model, replaced):
-            output = twins[run.index].forward()
-        other.go_on(twins[run.index], output)
+        twin = twins[run.index]
+        with replaced.answering(twin):
+            output = twin.forward()
+        replaced.drop(twin)
+        other.go_on(twin, output)
 
 
 def _seen_of(pairs: Pairs, path: str, *, shared: bool) -> Seen | None:

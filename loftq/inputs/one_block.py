@@ -1,25 +1,21 @@
-"""A block that a walk stands at: which of its modules share an input, what each is given, and what some have become.
-
-What a module has become is given as D and added to its output by a hook, so the model itself isn't touched.
-"""
+"""A block that a walk stands at: which of its modules share an input, and what each is given."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.distributed.team import Team
-from qlora_kit.naming import base_of, module_at
 
 from .kept_inputs import KeptInputs
 from .moments import Collector, inputs_of, rows_of
 from .pairs import Given
+from .replaced import Replaced
 from .walk import Enough, Run, Walk
 
 
@@ -66,8 +62,8 @@ class Source:
         return [self.path] if self.stream is None else [self.stream, self.path]
 
 
-def given(walk: Walk, run: Run, source: Source, replaced: Mapping[str, Tensor]) -> Given:
-    """What comes to ``source`` when ``run`` goes through its block whose modules have become what ``replaced`` says."""
+def given(walk: Walk, run: Run, source: Source, replaced: Replaced | None = None) -> Given:
+    """What comes to ``source`` when ``run`` goes through its block, in which some modules may be ``replaced``."""
     found = Given()
 
     def receive(path: str, value: Tensor) -> None:
@@ -78,7 +74,8 @@ def given(walk: Walk, run: Run, source: Source, replaced: Mapping[str, Tensor]) 
         if last:
             raise Enough
 
-    with changed(walk.model, replaced), inputs_of(walk.model, source.paths, receive), suppress(Enough):
+    answers = nullcontext() if replaced is None else replaced.answering(run)
+    with answers, inputs_of(walk.model, source.paths, receive), suppress(Enough):
         run.forward()
     return found
 
@@ -87,7 +84,7 @@ def given_originally(walk: Walk, run: Run, source: Source, inputs: KeptInputs) -
     """The same in the original model, as it was kept or computed again."""
     kept = [inputs.take(run, path) for path in source.paths]
     if any(rows is None for rows in kept):
-        return given(walk, run, source, {})
+        return given(walk, run, source)
     *stream, rows = (rows or [] for rows in kept)
     return Given(rows, stream[0] if stream else [])
 
@@ -128,22 +125,3 @@ def groups_of(here: Here) -> tuple[dict[Source, list[str]], KeptInputs]:
         groups[Source(path, path in once, stream)] = group
     inputs.keep_only({path for source in groups for path in source.paths})
     return groups, inputs
-
-
-def changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
-    """Inside the block, modules answer with D added to their weight."""
-    stack = ExitStack()
-    for path, change in replaced.items():
-
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, change: Tensor = change
-        ) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.is_floating_point():
-                return output + F.linear(x.float(), change).to(output.dtype)
-            rows = F.embedding(x, change.T)
-            scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
-            return output + (rows if scale is None else rows * scale).to(output.dtype)
-
-        stack.callback(module_at(model, path).register_forward_hook(hook, with_kwargs=True).remove)
-    return stack

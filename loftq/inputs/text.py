@@ -229,15 +229,3 @@ def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     if decodes and "input_ids" in batch and not any("decoder" in key or key == "labels" for key in batch):
         batch["decoder_input_ids"] = batch["input_ids"]
     return uncached(model, batch)
-
-
-def single_rows(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of ``batch``, each a batch; ``batch`` itself where that isn't rows."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    counts = {value.shape[0] if value.dim() else 0 for value in tensors}
-    if len(counts) != 1 or not (count := counts.pop()):
-        return [batch]
-    return [
-        {key: value[k : k + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for k in range(count)
-    ]

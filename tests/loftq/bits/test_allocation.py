@@ -144,6 +144,17 @@ def test_layers_that_the_model_makes_little_of_get_few_bits(method: str) -> None
     assert found.error == pytest.approx(sum(c.error * c.importance for c in found.choices.values()))  # type: ignore[operator]
 
 
+def test_choices_are_made_by_a_part_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = allocate(llama(), asked(method="qera"), bits=3).choices
+    part = allocate(llama(), asked(method="qera", calibration=rows()[:5]), bits=3).choices
+    monkeypatch.setattr("loftq.bits.allocation.TOKENS", rows()[:5].numel())
+    found = allocate(llama(), asked(method="qera"), bits=3).choices
+    for path, choice in found.items():
+        if choice.bits == part[path].bits:
+            assert choice.error == pytest.approx(part[path].error, rel=1e-4)
+        assert choice.error != whole[path].error
+
+
 def test_without_gradients_shares_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no gradient")
