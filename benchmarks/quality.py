@@ -7,10 +7,11 @@ from both. "nf" rows have the published NormalFloat tables, all others the defau
 method's own allocation is used, or with "rule" the first layers get 4 bits and the rest 2.
 
 The folder of ``real_models`` has rows and texts of its own: English news, measured on 16 rows; unless the row says
-otherwise calibrated on 32 other rows of the same domain, which is more than a user may have: the rows "on code" and
-"built-in text" have other domains. peft's LoftQ runs on CUDA only; "loftq T=5, nf" is its loop at scaling 1, best
-iterate kept. Of every start there are seconds (of wall clock, the allocation of bits included) and the process's peak
-of resident memory while it is made, model included, on Linux.
+otherwise calibrated on 32 other rows of the same domain, which is more than a user may have: the rows "on code", "on
+news and code" and "built-in text" have other domains. Before any fine-tune code is measured on 16 rows too. peft's
+LoftQ runs on CUDA only; "loftq T=5, nf" is its loop at scaling 1, best iterate kept. Of every start there are seconds
+(of wall clock, the allocation of bits included; then of processors) and the process's peak of resident memory while it
+is made, model included, on Linux.
 
 On MiniLM: the output's relative error and the mean cosine of sentence embeddings.
 
@@ -50,7 +51,7 @@ from qlora_kit.demo.training import fine_tune_, perplexity
 BITS = (2.0, 2.25, 2.5, 3.0, 4.0)
 # Perplexity is to be so much above that of 16 bits, as a share of it, for shares of the difference to say something.
 _LEAST_GAP = 0.02
-_HEADS = {"MiniLM": "output error | cosine", "model": "before | after | gaps | cost"}
+_HEADS = {"MiniLM": "output error | cosine", "model": "before (code) | after | gaps | cost"}
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -111,11 +112,13 @@ def measure(
         return
     model = Source(folder, "cpu", torch.float32).dense()
     forget_peak()
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     lora = started(start, bits, rank, model, own)
     del model
-    row |= {"seconds": time.monotonic() - began, "peak": peak()}
+    row |= {"seconds": time.monotonic() - began, "processor": time.process_time() - used, "peak": peak()}
     row["before"] = perplexity(lora, windows.held_out)
+    if own is not None:
+        row["code"] = perplexity(lora, own["other_test"])
     state.save()
     kept = {name: p.detach().clone() for name, p in lora.named_parameters() if p.requires_grad}
     for seed in todo:
@@ -156,7 +159,8 @@ def peak() -> int | None:
 def text(row: dict[str, Any]) -> str:
     after = list(row["after"].values())
     spread = f" ± {statistics.stdev(after):.2f}" if len(after) > 1 else ""
-    return f"{row['before']:.2f} | " + (f"{statistics.mean(after):.2f}{spread}" if after else "")
+    code = f" ({row['code']:.2f})" if "code" in row else ""
+    return f"{row['before']:.2f}{code} | " + (f"{statistics.mean(after):.2f}{spread}" if after else "")
 
 
 def minilm(state: State, rank: int) -> None:
@@ -195,6 +199,7 @@ def _cells(model: str, found: dict[str, Any], name: str, full: dict[str, Any] | 
     if not row:
         return " | | | "
     cost = f"{row['seconds']:.0f} s" if "seconds" in row else ""
+    cost += f", {row['processor']:.0f} s" if "processor" in row else ""
     cost += f", {row['peak'] / 1e9:.1f} GB" if row.get("peak") else ""
     against = found.get("loftq T=5, nf") or found.get("loftq T=5")
     if full is None or against is None:
@@ -240,7 +245,10 @@ def main() -> None:
                 own, starts = None, STARTS
                 if is_real(folder):
                     found = texts(tokenizer)
-                    own, starts = {"own": found.calibration, "other": found.other_calibration}, REAL_STARTS
+                    mixed = torch.stack([found.calibration, found.other_calibration], 1).flatten(0, 1)
+                    own = {"own": found.calibration, "other": found.other_calibration, "mixed": mixed}
+                    own["other_test"] = found.other_test
+                    starts = REAL_STARTS
                 for start in starts:
                     if (bits == 16 and start.name != "zero") or (start.bits and bits not in start.bits):
                         continue

@@ -26,8 +26,8 @@ class Start:
         zero: quantize plainly and begin with B = 0.
         rule: how bits are allocated where the mean is between two.
         bits: where the row stands; empty is everywhere.
-        text, rows: what the real model is calibrated on: "own", the test's domain, "other", or "builtin"; how many
-            rows of 256 tokens.
+        text, rows: what the real model is calibrated on: "own", the test's domain, "other", "mixed" of both in turns,
+            or "builtin"; how many rows of 256 tokens.
     """
 
     name: str
@@ -63,7 +63,9 @@ def _real_starts() -> list[Start]:
     aligned: dict[str, Any] = {"method": "aligned"}
     trellis: dict[str, Any] = {**aligned, "quant_type": "trellis", "loftq_iter": 1}
     kvo: dict[str, Any] = {**trellis, "bits_pattern": {"[kvo]_proj": 3}}
+    nothing: dict[str, Any] = {"loftq_iter": 1, "double_quant": False, "method": "auto", "calibration_tokens": 512}
     return [
+        Start("no options", nothing, text="builtin", rows=128, bits=(2, 3)),
         Start("zero, nf (QLoRA)", {"quant_type": "nf"}, zero=True, bits=(2, 3)),
         Start("loftq T=5, nf", {"quant_type": "nf"}, bits=(2, 3)),
         Start("zero", zero=True),
@@ -78,14 +80,18 @@ def _real_starts() -> list[Start]:
         Start("aligned, built-in text, 128 rows", aligned, text="builtin", rows=128, bits=(2, 3, 4)),
         Start("cloq, on code", {"method": "cloq"}, text="other", bits=(2,)),
         Start("loftq T=1, trellis", {"quant_type": "trellis", "loftq_iter": 1}, bits=(2, 3, 4)),
-        *(Start(f"aligned, trellis, {rows} rows", trellis, rows=rows, bits=(2, 3, 4)) for rows in (32, 128)),
+        *(Start(f"aligned, trellis, {rows} rows", trellis, rows=rows, bits=(2, 3, 4)) for rows in (8, 32, 128)),
+        *(
+            Start(f"aligned, trellis, {words}, {rows} rows", trellis, text=text, rows=rows, bits=(2, 3, 4))
+            for text, words in (("other", "on code"), ("mixed", "on news and code"), ("builtin", "built-in text"))
+            for rows in (32, 128)
+        ),
         Start("aligned, trellis, rule", trellis, rule="first-layers", bits=(2.25, 2.5)),
         *(
             Start(f"aligned, trellis, under a budget, {rows} rows", trellis, rows=rows, bits=_MEANS)
             for rows in (32, 128)
         ),
         *(Start(f"aligned, trellis, k, v and o at 3 bits, {n} rows", kvo, rows=n, bits=(2,)) for n in (32, 128)),
-        Start("aligned, trellis, built-in text, 128 rows", trellis, text="builtin", rows=128, bits=(2,)),
     ]
 
 
@@ -93,7 +99,8 @@ STARTS, REAL_STARTS = _all_starts(), _real_starts()
 
 
 def lora_config(start: Start, bits: float, rank: int, texts: Mapping[str, Tensor] | None = None) -> LoraConfig:
-    """The configuration of a row; ``texts`` are the real model's: "own" and "other", rows of tokens to calibrate on."""
+    """The configuration of a row; ``texts`` are the real model's, rows of tokens by what ``Start.text`` calls
+    them."""
     options: dict[str, Any] = {"loftq_iter": 1 if start.zero else 5, "double_quant": True, "method": "loftq"}
     if texts is None:
         options |= BUILTIN_ROWS

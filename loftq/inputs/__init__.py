@@ -9,6 +9,7 @@ moments are for, and what becomes of a layer, must not be known here; who asks s
 - ``moments``: E[x x^T] of chosen modules from one pass
 - ``forwards``: a module's forward exchanged for a while
 - ``walk``: a model's forward, stopped at chosen modules
+- ``holdings``: which memory each of many holds
 - ``arguments``: of a module, so that it can be called again with the same
 - ``additions``: which modules' outputs are added to a stream through their block
 - ``kept_inputs``: what a block's modules are given in the original model, computed once

@@ -108,7 +108,8 @@ def groups_of(here: Here) -> tuple[dict[Source, list[str]], KeptInputs]:
         collector.begin(run.mask)
         with inputs_of(walk.model, watched, receive):
             output = run.forward()
-        run.kept = output if not here.last and walk.has_room(output, beside=inputs.nbytes) else None
+        if not here.last and walk.has_room(output, beside=inputs.nbytes):
+            run.keep(output)
         collector.end()
         once = once - {path for path, count in calls.items() if count > 1}
     once = set.intersection(*here.team.gathered(once))

@@ -19,8 +19,8 @@ from qlora_kit.naming import base_of, module_at
 from .forwards import forward_exchanged_
 from .walk import Run, Walk
 
-# The number of a run, a module's path, and the number of its call in the forward.
-_Call = tuple[int, str, int]
+# A module's path, and the number of its call in the forward.
+_Call = tuple[str, int]
 
 
 class Replaced:
@@ -34,8 +34,8 @@ class Replaced:
     def __init__(self, walk: Walk) -> None:
         self.walk, self.nbytes = walk, 0
         self.changes: dict[str, Tensor] = {}
-        # With their versions: what comes after may work in place.
-        self._answers: dict[_Call, tuple[Tensor, int]] = {}
+        # By run, with their versions: what comes after may work in place.
+        self._answers: dict[int, dict[_Call, tuple[Tensor, int]]] = {}
 
     @contextmanager
     def answering(self, run: Run) -> Iterator[None]:
@@ -50,26 +50,23 @@ class Replaced:
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
-    def get(self, call: _Call) -> Tensor | None:
+    def get(self, run: Run, call: _Call) -> Tensor | None:
         """The answer of ``call``, if it was kept and is as it was."""
-        answer, version = self._answers.get(call, (None, 0))
+        answer, version = self._answers.get(run.index, {}).get(call, (None, 0))
         return answer if answer is not None and answer._version == version else None
 
-    def put(self, call: _Call, answer: Tensor) -> None:
+    def put(self, run: Run, call: _Call, answer: Tensor) -> None:
         """Keep ``answer`` in the place of an earlier one, if there is room."""
-        self._forget(call)
+        answers = self._answers.setdefault(run.index, {})
+        if call in answers:
+            self.nbytes -= answers.pop(call)[0].nbytes
         if self.walk.has_room(answer, beside=self.nbytes):
-            self._answers[call] = answer, answer._version
+            answers[call] = answer, answer._version
             self.nbytes += answer.nbytes
 
     def drop(self, run: Run) -> None:
         """Forget the answers in ``run``, which goes on."""
-        for call in [call for call in self._answers if call[0] == run.index]:
-            self._forget(call)
-
-    def _forget(self, call: _Call) -> None:
-        if call in self._answers:
-            self.nbytes -= self._answers.pop(call)[0].nbytes
+        self.nbytes -= sum(answer.nbytes for answer, _ in self._answers.pop(run.index, {}).values())
 
 
 class _Forward:
@@ -86,7 +83,7 @@ class _Forward:
 
         def make(own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                self.known = None if self.anew else self.modules.get(self._call(path))
+                self.known = None if self.anew else self.modules.get(self.run, (path, self.calls[path]))
                 self.anew = self.known is None
                 return own(*args, **kwargs) if self.known is None else self.known
 
@@ -102,14 +99,11 @@ class _Forward:
             if answer is None:
                 x = args[0] if args else next(iter(kwargs.values()))
                 answer = output + _added(module, x, change).to(output.dtype)
-                self.modules.put(self._call(path), answer)
+                self.modules.put(self.run, (path, self.calls[path]), answer)
             self.calls[path] += 1
             return answer
 
         return hook
-
-    def _call(self, path: str) -> _Call:
-        return self.run.index, path, self.calls[path]
 
 
 def _added(module: nn.Module, x: Tensor, change: Tensor) -> Tensor:

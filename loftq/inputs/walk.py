@@ -32,6 +32,7 @@ from qlora_kit.naming import Tree, module_at
 from .arguments import Changes, Copies
 from .caches import configs_of
 from .forwards import forward_exchanged_
+from .holdings import Holdings
 
 Batch = Mapping[str, Any]
 # Where a module keeps its hooks, and bytes that are copied to or from a file at a time.
@@ -101,16 +102,22 @@ class Run:
                 output = module(*args, **kwargs)
             self._changes = copies.changes()
             if keep:
-                self.kept = output
+                self.keep(output)
         finally:
             self.walk.keep_bound()
         return output
+
+    def keep(self, output: Any) -> None:
+        """Keep the ``output`` of the module that it stands at, to go on with."""
+        self.kept = output
+        self._note()
 
     def resume(self, output: Any) -> None:
         """Go on to the next stop, with ``output`` of the module that the run stands at: of its last whole call."""
         self.fill()
         self._output, self._changes = self._changes.settle(output), Changes()
         self.at, self.args, self.kwargs, self.kept = None, (), {}, None
+        self._note()
         self._go_on()
 
     def abandon(self) -> None:
@@ -123,8 +130,8 @@ class Run:
 
     def spill(self, folder: Path) -> None:
         """Move the activations that it holds to files in ``folder``."""
-        foreign = self.walk.foreign(self)
         stored = {t.untyped_storage().data_ptr(): t for t in self.tensors() if t.untyped_storage().resizable()}
+        foreign = self.walk.foreign(self, stored)
         own = [tensor for pointer, tensor in stored.items() if pointer and pointer not in foreign]
         for number, tensor in enumerate(own):
             path = folder / f"run-{self.walk.number}-{self.index}-{number}.bin"
@@ -136,36 +143,39 @@ class Run:
                     file.write(part.clone().cpu().numpy())
             self.spilled.append((flat, path))
             storage.resize_(0)
+        self._note(counts=False)  # what is left is others' too
 
     def fill(self) -> None:
         """Bring back what ``spill`` took away."""
+        if not self.spilled:
+            return
         for flat, path in self.spilled:
             flat.untyped_storage().resize_(flat.numel())
             with path.open("rb") as file:
                 for part in flat.split(_PIECE):
                     part.copy_(torch.frombuffer(bytearray(file.read(part.numel())), dtype=torch.uint8))
         self._drop_files()
+        self._note()
 
     def tensors(self) -> list[Tensor]:
         """The floating-point tensors among the arguments and in what is kept."""
         return floats((self.args, self.kwargs, self.kept))
-
-    def nbytes(self) -> int:
-        """Bytes of activations that it holds in memory."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
-        return sum(storages.values())
 
     def stand(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called in the run's own thread by a chosen module: wait for the output."""
         if self._leave:
             raise _Abandoned
         self.at, self.args, self.kwargs = path, args, kwargs
+        self._note()
         self._stopped.release()
         self._go.acquire()
         if self._leave:
             raise _Abandoned
         output, self._output = self._output, None
         return output
+
+    def _note(self, *, counts: bool = True) -> None:
+        self.walk.holdings.note(self.index, self.tensors(), counts=counts)
 
     def _go_on(self) -> None:
         self._go.release()
@@ -224,6 +234,8 @@ class Walk:
         self.shared = {id(value): value for value in kept}
         self._undo: dict[str, Callable[[], None]] = {}
         self.passed: set[str] = set()
+        self.holdings = Holdings()
+        self._callers = {t.untyped_storage().data_ptr() for run in self.runs for t in floats(dict(run.batch))}
         self._hooks: dict[str, set[int]] = {}
 
     def __enter__(self) -> Walk:
@@ -263,13 +275,12 @@ class Walk:
         self.passed.add(path)
         self._undo.pop(path)()
 
-    def foreign(self, own: Run) -> set[int]:
-        """Addresses that don't belong to the run ``own`` alone: the model's, the caller's, and other runs'."""
+    def foreign(self, own: Run, addresses: Iterable[int]) -> set[int]:
+        """Those of ``addresses`` that don't belong to the run ``own`` alone: the model's, the caller's, other runs'."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         tensors += [v for module in self.model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
-        tensors += [tensor for run in self.runs for tensor in floats(dict(run.batch))]
-        tensors += [tensor for run in self.runs if run is not own for tensor in run.tensors()]
-        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        held = self._callers.union(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        return {address for address in addresses if address in held or self.holdings.shared(own.index, address)}
 
     @contextmanager
     def without_hooks(self, path: str) -> Iterator[None]:
@@ -286,17 +297,16 @@ class Walk:
 
     def has_room(self, output: Any, *, beside: int = 0) -> bool:
         """Whether ``output`` can lie in memory besides what does, and ``beside`` bytes more."""
-        held = beside + sum(run.nbytes() for run in self.runs if not run.spilled)
-        return held + sum(tensor.nbytes for tensor in floats(output)) <= self.limit
+        return self.holdings.nbytes + beside + sum(tensor.nbytes for tensor in floats(output)) <= self.limit
 
     def keep_bound(self) -> None:
         """Move to files what is more than ``limit``."""
         held = 0
-        for run in self.runs:
+        for run in self.runs if self.holdings.nbytes > self.limit else ():
             if run.at is not None and not run.spilled:
-                held += run.nbytes()
+                held += (own := self.holdings.of(run.index))
                 if held > self.limit:
-                    held -= run.nbytes()
+                    held -= own
                     run.spill(self.folder)
 
     def _stop_at(self, path: str) -> Callable[[], None]:

@@ -107,14 +107,14 @@ def test_files_hold_the_activations_and_go_when_these_are_back(tmp_path: Path) -
     model, batches = deep()
     with Walk(model, batches, stops_for(model, targets(model)), limit=0, folder=tmp_path) as walk:
         assert [file.stat().st_size for file in tmp_path.iterdir()] == [ONE] * BATCHES
-        assert [run.nbytes() for run in walk.runs] == [0] * BATCHES
+        assert walk.holdings.nbytes == 0
         run = walk.runs[3]
         run.fill()
-        assert (run.nbytes(), len(list(tmp_path.iterdir()))) == (ONE, BATCHES - 1)
+        assert (walk.holdings.nbytes, len(list(tmp_path.iterdir()))) == (ONE, BATCHES - 1)
         x = torch.sin(batches[3]["ids"][:, None] * torch.arange(1, WIDTH + 1))
         assert torch.equal(run.args[0], x)
         run.forward(keep=True)
-        assert run.nbytes() == 0
+        assert walk.holdings.nbytes == 0
         assert len(list(tmp_path.iterdir())) == BATCHES + 1  # the argument and the output
     assert list(tmp_path.iterdir()) == []
 
