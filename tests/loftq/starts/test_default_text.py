@@ -113,7 +113,7 @@ def test_bits_by_pattern_count(folder: Path) -> None:
 
 
 def test_none_is_the_published_way_with_a_warning_that_says_what_it_costs(folder: Path) -> None:
-    with pytest.warns(UserWarning, match=r"calibration=None: .* ruins most models .*SmolLM2-135M"):
+    with pytest.warns(UserWarning, match=r"calibration none: .* ruins most models .*SmolLM2-135M"):
         found = started(folder, config(loftq_bits=2, calibration=None))
     assert same(found, started(folder, config(loftq_bits=2, method="loftq")))
 
