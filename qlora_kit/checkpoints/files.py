@@ -17,6 +17,9 @@ from typing import Any
 
 from ..errors import StorageError
 
+# How a file begins that a clone without Git LFS has in the place of a large one.
+_POINTER = b"version https://git-lfs"
+
 
 def json_object(data: bytes | str) -> dict[str, Any]:
     """The object that ``data``, JSON of unknown origin, is.
@@ -81,6 +84,23 @@ def unwritable(out: Path, error: OSError) -> StorageError:
     return StorageError(
         f"{out}: expected a folder that can be written to, found {error.strerror or error}; choose another"
     )
+
+
+def not_whole(file: Path, error: Exception, again: str) -> StorageError:
+    """What to say of a file that should be safetensors and isn't.
+
+    Args:
+        error: of reading it.
+        again: how it is had anew.
+    """
+    try:
+        pointer = file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER)
+    except OSError:
+        pointer = False
+    found, fix = ("the pointer that Git LFS stands in for it", "run git lfs pull in its folder, or download it")
+    if not pointer:
+        found, fix = f"a truncated or foreign one ({error})", again
+    return StorageError(f"{file}: expected a whole safetensors file, found {found}; {fix}")
 
 
 @contextlib.contextmanager

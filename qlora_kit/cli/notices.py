@@ -30,13 +30,15 @@ def notices_to(say: Callable[[str], None]) -> Iterator[None]:
             said.add(text)
             say(text)
 
-    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
+    shown_as_ever = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
         if set(_OURS) & set(Path(filename).parts):
             say_once(str(message))
         else:
-            shown_as_ever(message, category, filename, *where)
+            shown_as_ever(message, category, filename, *where, **more)
 
-    shown_as_ever, warnings.showwarning = warnings.showwarning, show
+    warnings.showwarning = show
     handler = _Saying(say_once)
     loggers = [logging.getLogger(name) for name in _OURS]
     for logger in loggers:

@@ -60,6 +60,9 @@ def test_only_the_shard_that_is_asked_for_is_opened(sharded: Path) -> None:
     torch.testing.assert_close(reader.tensor("model.a.weight"), TENSORS["model.a.weight"])
     with pytest.raises(StorageError, match=r"00002-of-00002.safetensors: expected a whole safetensors file"):
         reader.tensor("lm_head.weight")
+    damaged.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(StorageError, match=r"found the pointer that Git LFS stands in for it; run git lfs pull"):
+        reader.tensor("lm_head.weight")
 
 
 def test_an_unknown_name_lists_the_closest(sharded: Path) -> None:
