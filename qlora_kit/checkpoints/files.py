@@ -87,19 +87,21 @@ def unwritable(out: Path, error: OSError) -> StorageError:
 
 
 def not_whole(file: Path, error: Exception, again: str) -> StorageError:
-    """What to say of a file that should be safetensors and isn't.
+    """What to say of a file that should be safetensors and isn't, or can't be read.
 
     Args:
         error: of reading it.
         again: how it is had anew.
     """
+    found, fix = f"a truncated or foreign one ({error})", again
     try:
-        pointer = file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER)
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                found, fix = "the pointer that Git LFS puts in its place", "run git lfs pull in its folder"
+    except PermissionError as denied:  # which safetensors calls a file that isn't there
+        found, fix = f"one that can't be read ({denied.strerror})", "see to the rights of the file"
     except OSError:
-        pointer = False
-    found, fix = ("the pointer that Git LFS stands in for it", "run git lfs pull in its folder, or download it")
-    if not pointer:
-        found, fix = f"a truncated or foreign one ({error})", again
+        pass
     return StorageError(f"{file}: expected a whole safetensors file, found {found}; {fix}")
 
 
