@@ -48,7 +48,8 @@ def verify(
     known = (field.name for field in fields(LoftQConfig) if field.name in report.options)  # an older one has fewer
     loftq = LoftQConfig(**{name: report.options[name] for name in known})
     config = replace(LoraConfig.from_pretrained(folder), init_lora_weights="loftq", loftq_config=loftq)
-    names = StoredNames(skeleton(out, quantized=True), base, quantized=True)
+    built = skeleton(out, quantized=True)
+    names = StoredNames(built, base, quantized=True)
     stems = {row.path: _stem(names, out, row.path) for row in report.layers}
     kept = {path: _stem(names, out, path) for path in report.kept}
     digests = {path: codes_digest(base.tensor(f"{stem}weight")) for path, stem in (stems | kept).items()}
@@ -75,10 +76,18 @@ def verify(
     units = {unit.entry.path: unit for unit in checkpoint.units if unit.entry is not None}
     for row in report.layers[:: max(1, len(report.layers) // layers)][:layers]:
         if row.path not in units:
-            raise StorageError(f"{against}: expected the model that {out} was made from, found none of {row.path}")
+            raise StorageError(
+                f"{against}: expected the model that {out} was made from ({report.source}), found none of {row.path}"
+            )
         unit = units[row.path]
         assert unit.entry is not None
         module, codec = checkpoint.filled_module(unit.entry, checkpoint.reader.tensor(unit.name))
+        stored, shape = codec.shape(built.get_submodule(row.path)), codec.shape(module)
+        if shape != stored:
+            raise StorageError(
+                f"{against}: {row.path}: expected a weight of {stored} (out, in), as in the model that {out} was made "
+                f"from ({report.source}), found one of {shape}; pass that model"
+            )
         full = codec.read(module)
         A, B = _factors(adapter, row)
         scaling = config.scaling_of(unit.entry.rank, unit.entry.alpha)

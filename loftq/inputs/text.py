@@ -104,7 +104,7 @@ def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, win
     if len(ids) < window:
         raise StorageError(
             f"calibration {source}: expected at least one row of {window} tokens, found {len(ids)} tokens in all; pass "
-            "a longer text or a smaller window"
+            "a longer text, or ask for rows of fewer tokens"
         )
     cut = in_rows(ids, window)
     chosen = torch.linspace(0, len(cut) - 1, min(rows, len(cut))).round().long()
@@ -192,7 +192,8 @@ def _is_none(source: Any) -> bool:
 def _file_text(path: Path, characters: int) -> Sequence[str]:
     if not path.is_file():
         raise StorageError(
-            f"calibration {path}: expected a text file or 'builtin', found no such file; correct the path"
+            f"calibration {path}: expected a text file or 'builtin', found "
+            f"{'a folder' if path.is_dir() else 'no such file'}; correct the path"
         )
     try:
         text = path.read_text(encoding="utf-8")

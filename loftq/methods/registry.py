@@ -182,9 +182,10 @@ def method_for(name: str) -> Method:
         ConfigError: no method has that name; lists the known ones.
     """
     if name not in _registry:
+        near = closest(str(name), _registry)
         raise ConfigError(
-            f"method: expected one of {sorted(_registry)}, found {name!r}; the closest are "
-            f"{closest(str(name), _registry)}, or add it with loftq.register_method"
+            f"method: expected one of {sorted(_registry)}, found {name!r}; "
+            f"{f'the closest are {near}' if near else 'pass one of these'}, or add it with loftq.register_method"
         )
     return _registry[name]
 

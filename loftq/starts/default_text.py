@@ -47,15 +47,16 @@ def with_text(model: nn.Module, config: LoraConfig, plan: Plan) -> LoraConfig:
         return config
     if options.calibration is None:
         warnings.warn(
-            f"calibration=None: a start of 2 or 3 bits that looks at no inputs, which ruins most models ({FIGURES}); "
+            f"calibration none: a start of 2 or 3 bits looks at no inputs then, which ruins most models ({FIGURES}); "
             "leave it out for the built-in text, pass a text, or name method='loftq' to be asked no more",
             stacklevel=2,
         )
         return config
     if (reason := _why_unreadable(unwrapped(model))) is None:
         _say_once(
-            "calibration: 2 or 3 bits and no text given: the inputs of the built-in one are looked at, Python's own "
-            "documentation and sources; a text of what the model is for is better (LoftQConfig(calibration=FILE))"
+            "calibration: none was given, and 2 or 3 bits need a look at the layers' inputs, so the built-in text is "
+            "taken, Python's own documentation and sources; a text of what the model is for is better: pass "
+            "calibration=FILE"
         )
         return replace(config, loftq_config=replace(options, calibration=BUILTIN))
     warnings.warn(

@@ -26,6 +26,14 @@ PLOT_NAME = "loftq_report.png"
 # What an error is called, and the fields of the plain quantization's and the start's.
 _WEIGHT_ERRORS = ("error", "zero_error", "error")
 _OUTPUT_ERRORS = ("output error", "zero_output_error", "output_error")
+# What the table's columns are, for who sees one for the first time.
+_LEGEND = (
+    "  of the weight W, relative to it: plain, its error when rounded alone; W-Q, as it is stored; W-Q-sBA, with the "
+    "adapter; captured, the share of W-Q (squared) that the adapter makes up for; s, seconds"
+)
+_LEGEND_OF_OUTPUTS = (
+    "  of the layer's output, relative to it: output, its error with the adapter; plain, when rounded alone"
+)
 
 
 @dataclass(frozen=True)
@@ -173,8 +181,9 @@ class Report:
         what, zero, error = _OUTPUT_ERRORS if outputs else _WEIGHT_ERRORS
         lines.append(
             f"{len(self.layers)} layers: {what} {self.total(zero):.4f} quantized plainly, {self.total(error):.4f} with "
-            f"{self.options.get('method', 'loftq')} (root mean square), {self.seconds:.1f} s"
+            f"{self.options.get('method', 'loftq')} (root mean square), {self.seconds:.1f} s of work on layers"
         )
+        lines += [_LEGEND, *([_LEGEND_OF_OUTPUTS] if outputs else [])]
         if short := short_calibration(self.layers):
             lines.append(f"note: {short}")
         if outputs and (unseen := [layer.path for layer in self.layers if layer.tokens is None]):

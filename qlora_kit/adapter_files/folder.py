@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoints.files import publish, stage, sync_folder, withdraw, write_atomically
+from ..checkpoints.files import not_whole, publish, stage, sync_folder, withdraw, write_atomically
 from ..codecs.finite import all_finite
 from ..config.lora import CONFIG_NAME, LoraConfig
 from ..errors import StorageError
@@ -161,9 +161,7 @@ def read_metadata(directory: str | Path) -> dict[str, str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise StorageError(
-            f"{path}: expected a whole safetensors file, found another ({error}); save it again"
-        ) from error
+        raise not_whole(path, error, "save it again") from error
 
 
 def read_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
@@ -179,19 +177,14 @@ def read_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise StorageError(
-            f"{path}: expected a whole safetensors file, found another ({error}); save it again"
-        ) from error
+        raise not_whole(path, error, "save it again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise StorageError(
-            f"{path}: expected a whole safetensors file, found a truncated or foreign one ({error}); copy or save "
-            "the adapter again"
-        ) from error
+        raise not_whole(path, error, "copy or save the adapter again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

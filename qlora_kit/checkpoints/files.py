@@ -17,6 +17,9 @@ from typing import Any
 
 from ..errors import StorageError
 
+# How a file begins that a clone without Git LFS has in the place of a large one.
+_POINTER = b"version https://git-lfs"
+
 
 def json_object(data: bytes | str) -> dict[str, Any]:
     """The object that ``data``, JSON of unknown origin, is.
@@ -81,6 +84,25 @@ def unwritable(out: Path, error: OSError) -> StorageError:
     return StorageError(
         f"{out}: expected a folder that can be written to, found {error.strerror or error}; choose another"
     )
+
+
+def not_whole(file: Path, error: Exception, again: str) -> StorageError:
+    """What to say of a file that should be safetensors and isn't, or can't be read.
+
+    Args:
+        error: of reading it.
+        again: how it is had anew.
+    """
+    found, fix = f"a truncated or foreign one ({error})", again
+    try:
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                found, fix = "the pointer that Git LFS puts in its place", "run git lfs pull in its folder"
+    except PermissionError as denied:  # which safetensors calls a file that isn't there
+        found, fix = f"one that can't be read ({denied.strerror})", "see to the rights of the file"
+    except OSError:
+        pass
+    return StorageError(f"{file}: expected a whole safetensors file, found {found}; {fix}")
 
 
 @contextlib.contextmanager

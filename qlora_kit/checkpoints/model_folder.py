@@ -244,6 +244,11 @@ def locate(model: str | os.PathLike[str], argument: str = "model") -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).exists():
+        raise StorageError(
+            f"{argument}={str(model)!r}: expected a folder or a repository on the Hub, found a file; pass the folder "
+            "that it is in"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

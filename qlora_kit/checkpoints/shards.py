@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import StorageError, closest
-from .files import json_object
+from .files import json_object, not_whole
 
 # The format's names of the types that torch has.
 _DTYPES = {
@@ -192,7 +192,4 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", device="cpu") as shard:
             yield shard
     except (SafetensorError, OSError) as error:
-        raise StorageError(
-            f"{file}: expected a whole safetensors file, found a damaged or foreign one ({error}); "
-            "download or save it again"
-        ) from error
+        raise not_whole(file, error, "download or save it again") from error

@@ -2,6 +2,7 @@
 
 - ``commands``: the commands; each one's work is an importable function
 - ``group``: a group of commands with ``--version`` and ``-h``, and ends without a traceback
+- ``notices``: what is said while a command works
 - ``numbers``: sizes with their units, and lists with commas between
 - ``wording``: what a function says, in the words of the command that called it
 """

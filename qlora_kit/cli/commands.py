@@ -277,7 +277,8 @@ def plan(
     """Tell what memory a training run takes, part by part, and whether it fits; no weights are downloaded."""
     from ..training.planner import Settings, plan_memory
 
-    with in_words_of("qlora-kit plan", context, plan_memory, Settings) as words:
+    renamed = {"target_modules": "targets", "lora_dropout": "dropout"}
+    with in_words_of("qlora-kit plan", context, plan_memory, Settings, **renamed) as words:
         found = plan_memory(
             model,
             gpu=gpu,

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import QLoRAKitError
+from .notices import notices_to
 from .wording import Wording, wording_of
 
 # What a shell reports of a command that Ctrl-C stopped.
@@ -74,8 +75,8 @@ def command_group(name: str, help_text: str, resumed: Mapping[str, str] | None =
 def in_words_of(
     command: str, context: typer.Context, *functions: Callable[..., Any], **renamed: str
 ) -> Iterator[Wording]:
-    """Errors of this toolkit end the command with their message alone, in the command's words. Yields what puts other
-    texts into these words.
+    """Errors of this toolkit end the command with their message alone, in the command's words, and what it says on the
+    way is in them too. Yields what puts other texts into these words.
 
     Args:
         command: begins each error.
@@ -84,7 +85,8 @@ def in_words_of(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice is about inference
     words = wording_of(context, functions, renamed)
     try:
-        yield words
+        with notices_to(lambda text: say_on_the_way(f"{command}: {words(text)}")):
+            yield words
     except QLoRAKitError as error:
         say_error(f"{command}: {words(str(error))}", anyway=getattr(error, "spokesman", False))
         raise typer.Exit(1) from error
@@ -98,10 +100,19 @@ def leads() -> bool:
 def say_error(text: str, *, anyway: bool = False) -> None:
     """Print ``text`` to stderr; what a name of unknown origin would do to a terminal is shown, not done. Of several
     processes the first speaks, or another that has to (``anyway``)."""
-    if not (anyway or leads()):
-        return
+    if anyway or leads():
+        _show(text, typer.colors.RED)
+
+
+def say_on_the_way(text: str) -> None:
+    """Print ``text`` to stderr, as ``say_error`` does: something to know, that ends nothing."""
+    if leads():
+        _show(text, typer.colors.YELLOW)
+
+
+def _show(text: str, color: str) -> None:
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    typer.secho(shown, err=True, fg=typer.colors.RED)
+    typer.secho(shown, err=True, fg=color)
 
 
 def names_or_pattern(text: str) -> list[str] | str:

@@ -9,12 +9,16 @@ from fractions import Fraction
 from ..errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Plain bytes that are taken without "B".
+_FEWEST = 2**10
 # Digits of a size: more are no size of anything, and Python refuses thousands of them.
 _DIGITS = 30
 
 
 def parse_bytes(text: str, what: str = "size") -> int:
     """``"4GiB"``, ``"500MB"`` or plain bytes as a number, parts of a byte cut off.
+
+    A plain number below ``_FEWEST`` is a size whose unit was forgotten: nobody means 12 bytes by ``--memory 12``.
 
     Args:
         what: begins the message.
@@ -25,6 +29,8 @@ def parse_bytes(text: str, what: str = "size") -> int:
     found = re.fullmatch(rf"\s*([0-9]{{0,{_DIGITS}}}\.?[0-9]{{1,{_DIGITS}}})\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
         raise ConfigError(f"{what}: expected a number with B, KB, MB, GB, KiB, MiB or GiB, found {text!r}; pass 4GiB")
+    if not found[2] and Fraction(found[1]) < _FEWEST:
+        raise ConfigError(f"{what}: expected a size with its unit, found {text!r}; pass {found[1]}GiB, or {found[1]}B")
     return int(Fraction(found[1]) * _UNITS[found[2].upper()])  # in floats, 1.005KB would be 1004 bytes
 
 

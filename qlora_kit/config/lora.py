@@ -125,6 +125,11 @@ class LoraConfig:
         return False
 
     @property
+    def is_adaption_prompt(self) -> bool:
+        """PEFT's question; never."""
+        return False
+
+    @property
     def merged_into(self) -> MergeAware | None:
         """What ``merge_aware`` says, understood; None where it says nothing."""
         return None if self.merge_aware is None else MergeAware.of(self.merge_aware)

@@ -9,6 +9,7 @@ that the adapters fit one another in shape, name one base model, and carry one f
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -144,10 +145,16 @@ def _check_same_module(path: str, stored: Sequence[StoredAdapter]) -> None:
             )
 
 
+def _place(name: str) -> str:
+    """A name of a base model, or where its folder is, which has several: the one that a script was given, and all of
+    its path."""
+    return os.path.realpath(name) if os.path.isdir(name) else name
+
+
 def _common_backbone(stored: Sequence[StoredAdapter], check: bool) -> str | None:
     """The fingerprint of the base that all of ``stored`` belong to, if they carry one."""
     names = {str(s.folder): s.config.base_model_name_or_path for s in stored if s.config.base_model_name_or_path}
-    if check and len(set(names.values())) > 1:
+    if check and len(set(map(_place, names.values()))) > 1:
         raise StorageError(
             f"expected adapters of one base model, found {names}; combine adapters of one, or pass "
             "check_backbone=False if these are names of the same"

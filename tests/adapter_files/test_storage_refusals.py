@@ -102,6 +102,9 @@ def test_damaged_and_foreign_weights(tmp_path: Path) -> None:
         (tmp_path / WEIGHTS).write_bytes(part)
         with pytest.raises(StorageError, match="expected a whole safetensors file, found a truncated or foreign one"):
             read_adapter(tmp_path)
+    (tmp_path / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(StorageError, match="found the pointer that Git LFS puts in its place; run git lfs pull"):
+        read_adapter(tmp_path)
     save_file({"model.weight": torch.zeros(2)}, tmp_path / WEIGHTS)
     with pytest.raises(StorageError, match=r"expected an adapter.*found \['model.weight'\]"):
         read_adapter(tmp_path)

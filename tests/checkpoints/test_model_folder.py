@@ -47,6 +47,12 @@ def test_a_folder_is_itself_and_another_name_is_said(tmp_path: Path) -> None:
         StorageError, match=r"^base='nowhere': expected a folder or a repository on the Hub, found neither"
     ):
         locate("nowhere", "base")
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(
+        StorageError, match=r"expected a folder or a repository on the Hub, found a file; pass the fold"
+    ):
+        locate(file)
 
 
 # PEFT wraps a model in the class of its task, which calls it with the words' ids and, of two halves, a decoder's.

@@ -60,6 +60,24 @@ def test_only_the_shard_that_is_asked_for_is_opened(sharded: Path) -> None:
     torch.testing.assert_close(reader.tensor("model.a.weight"), TENSORS["model.a.weight"])
     with pytest.raises(StorageError, match=r"00002-of-00002.safetensors: expected a whole safetensors file"):
         reader.tensor("lm_head.weight")
+    damaged.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(StorageError, match=r"found the pointer that Git LFS puts in its place; run git lfs pull"):
+        reader.tensor("lm_head.weight")
+
+
+def test_a_file_without_the_right_to_read_it(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the file's mode, which binds no superuser."""
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    reader = ShardReader(sharded)
+    monkeypatch.setattr("qlora_kit.checkpoints.shards.safe_open", denied)
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(
+        StorageError, match=r"00001-of-00002.safetensors: .*found one that can't be read \(Permission d"
+    ):
+        reader.tensor("model.a.weight")
 
 
 def test_an_unknown_name_lists_the_closest(sharded: Path) -> None:

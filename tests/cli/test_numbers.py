@@ -35,6 +35,12 @@ def test_what_is_no_size_is_named(text: str) -> None:
         parse_bytes(text, "--memory")
 
 
+def test_a_unit_that_was_forgotten_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"^--memory: expected a size with its unit, found '12'; pass 12GiB, or 12B"):
+        parse_bytes("12", "--memory")
+    assert parse_bytes("1024") == 1024
+
+
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_of_gigabytes(size: float) -> None:
     with pytest.raises(ConfigError, match=rf"^--shard-size: expected a number of GB, found {size}; pass --shard-size"):

@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from qlora_kit import LoraConfig, LoraModel, apply_lora
 from qlora_kit.compat import peft as names
 from qlora_kit.compat.neighbours.passing import standing_for
+from qlora_kit.errors import ConfigError
 
 CONFIG = LoraConfig(r=4, target_modules=["q_proj"])
 
@@ -75,6 +76,17 @@ def test_peft_makes_our_model_of_our_configuration_and_its_own_of_its_own() -> N
     assert type(theirs) is peft.PeftModel
     assert type(copy.deepcopy(theirs)) is peft.PeftModel
     assert type(pickle.loads(pickle.dumps(theirs))) is peft.PeftModel
+
+
+def test_where_pefts_layers_would_be_put_on_our_configuration_is_refused() -> None:
+    """transformers would save such a model without our layers' tensors."""
+    model = llama()
+    with pytest.raises(ConfigError, match=r"peft's own LoraConfig.*pass it to get_peft_model\(model, config\)"):
+        model.add_adapter(CONFIG)
+    with pytest.raises(ConfigError, match="without a wrapper to inject_adapter_in_model there"):
+        peft.inject_adapter_in_model(CONFIG, Plain())
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), Plain())
+    assert isinstance(theirs.q_proj, peft.tuners.lora.LoraLayer)
 
 
 def test_a_class_that_stands_for_two_makes_the_first() -> None:

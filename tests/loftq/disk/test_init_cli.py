@@ -208,7 +208,7 @@ def test_the_same_command_goes_on_and_another_is_refused(source: Path, text: Pat
         ),
         (["--bits", "9"], "--bits: expected a mean from 2 to 8, found 9; pass --bits 2.5"),
         (["--method", "qera", "--calibration", "none.txt"], "calibration none.txt: expected a text file or 'builtin'"),
-        (["--method", "qera", "--calibration", ""], "expected a text file or 'builtin', found no such file"),
+        (["--method", "qera", "--calibration", ""], "expected a text file or 'builtin', found a folder"),
         (["--method", "quera"], "--method: expected one of"),
     ],
 )

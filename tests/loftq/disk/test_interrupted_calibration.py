@@ -143,7 +143,7 @@ def test_killed(options: list[str], tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
 
     def arguments(out: Path) -> list[str]:
-        common = ["--rank", "4", "--steps", "2", "--shard-size", "0.001", "--device", "cpu", "--activations", "1"]
+        common = ["--rank", "4", "--steps", "2", "--shard-size", "0.001", "--device", "cpu", "--activations", "1B"]
         calibration = ["--calibration", str(text), "--calibration-tokens", "20", *options]
         return ["init", "--model", str(source), "--out", str(out), *common, *calibration]
 

@@ -210,6 +210,16 @@ def test_another_source_is_found(finished: Path, tmp_path: Path) -> None:
         list(verify(finished, write(model, tmp_path / "source")))
 
 
+@pytest.mark.slow
+def test_a_source_of_another_size_is_found(finished: Path, tmp_path: Path) -> None:
+    source = write(llama(intermediate_size=112), tmp_path / "source")
+    message = (
+        rf"^{re.escape(str(source))}: model.layers.0.mlp.down_proj: expected a weight of .*found one of .*pass that"
+    )
+    with pytest.raises(StorageError, match=message):
+        list(verify(finished, source, layers=100))
+
+
 # -- the command line ------------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ def test_texts_of_every_length_around_the_sampled_one_can_be_cut(tmp_path: Path,
         ),
         (lambda path: path.write_bytes(b"\xff\xfe" * 99), r"expected UTF-8 text, found other bytes .*; convert it"),
         (lambda path: None, r"expected a text file or 'builtin', found no such file; correct the path"),
-        (lambda path: path.mkdir(), r"expected a text file or 'builtin', found no such file; correct the path"),
+        (lambda path: path.mkdir(), r"expected a text file or 'builtin', found a folder; correct the path"),
     ],
     ids=["too short", "not UTF-8", "not there", "a folder"],
 )

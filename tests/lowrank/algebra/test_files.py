@@ -136,6 +136,14 @@ def test_one_quantized_base_is_made_sure_of(tmp_path: Path) -> None:
     assert backbone_of(tmp_path / "out") is None
 
 
+def test_one_folder_has_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = "model", str(tmp_path / "model")
+    lora = ours(*({"base_model_name_or_path": name} for name in names), paths=("fc",))
+    combine_folders(folders(lora, tmp_path), [0.7, 0.3], tmp_path / "out")
+
+
 def test_two_base_models_are_refused_unless_told(tmp_path: Path) -> None:
     lora = ours({"base_model_name_or_path": "one"}, {"base_model_name_or_path": "two"}, paths=("fc",))
     sources = folders(lora, tmp_path)
