@@ -32,7 +32,7 @@ from qlora_kit.naming import module_at
 
 from .forwards import forward_exchanged_
 from .moments import watchable
-from .text import single_rows
+from .text import in_parts
 from .walk import floats, stops_for
 
 # So many of the text's tokens are looked at, of rows that lie evenly in it.
@@ -89,7 +89,7 @@ def loss_weights(
 
 def _rows(batches: Sequence[Mapping[str, Any]], tokens: int) -> list[Mapping[str, Any]]:
     """Single rows, evenly taken, of about so many tokens together; whole batches where they aren't rows."""
-    rows = [row for batch in batches for row in single_rows(batch)]
+    rows = [row for batch in batches for row in in_parts(batch, 1)]
     size = max((value.numel() for value in rows[0].values() if isinstance(value, Tensor)), default=1)
     wanted = max(1, min(len(rows), tokens // max(1, size)))
     return [rows[number * len(rows) // wanted] for number in range(wanted)]

@@ -8,9 +8,9 @@ the groups before it. What a group is given is looked at in a forward of the blo
 What a module has become is given as D = Q + sBA - W, and the model itself isn't touched, and may lie in memory or be
 read from files while it runs.
 
-A row of text goes ahead, to see which blocks a forward enters and what modules add their outputs to. What it calls more
-than once, as models do that share layers, comes last, with the original model's inputs of all calls: at a first call
-nothing is known of the later ones.
+Two rows of text go ahead, to see which blocks a forward enters and what modules add their outputs to. What is called
+more than once there, as in models that share layers, comes last, with the original model's inputs of all calls: at a
+first call nothing is known of the later ones.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ from .moments import (
 )
 from .one_block import Here, Source, changed, given, given_originally, groups_of
 from .pairs import Pairs
-from .text import single_rows
+from .text import in_parts
 from .walk import Walk, stops_for
+
+# Rows that go ahead: it takes two to tell how inputs are ordered, see ``additions``.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def _scouted(
     count = inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path]))
     with count, additions_in(model, stops if sequential else {}) as streams:
         for batch in batches[:1]:
-            model(**single_rows(batch)[0])
+            model(**in_parts(batch, _AHEAD)[0])
     entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
     entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
     again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]

@@ -79,11 +79,11 @@ def batches_for(
 def calibration_batches(
     options: LoftQConfig, model: nn.Module, folder: str | os.PathLike[str] | None = None
 ) -> list[dict[str, Any]]:
-    """``batches_for`` what ``options`` say of the text; of two rows or more at least two batches, for each other batch
-    is what the rest is held against."""
+    """``batches_for`` what ``options`` say of the text; of two rows or more at least two batches, for a text's later
+    part is what its first is held against."""
     source = options.calibration
     rows = len(source) if isinstance(source, Tensor) else options.calibration_rows
-    return batches_for(
+    batches = batches_for(
         source,
         model,
         rows=options.calibration_rows,
@@ -91,6 +91,10 @@ def calibration_batches(
         batch=max(1, min(_BATCH, (rows + 1) // 2)),
         folder=folder,
     )
+    if len(batches) > 1:
+        return batches
+    # One of the caller's own, or of a text that has fewer rows than were asked for.
+    return in_parts(batches[0], max(1, (rows_in(batches[0]) + 1) // 2))
 
 
 def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, window: int) -> Tensor:
@@ -231,13 +235,17 @@ def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     return uncached(model, batch)
 
 
-def single_rows(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of ``batch``, each a batch; ``batch`` itself where that isn't rows."""
+def in_parts(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
+    """``batch`` in parts of ``size`` rows; the whole where it isn't rows."""
+    count = rows_in(batch)
+    return [
+        {key: value[k : k + size] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for k in range(0, count, size)
+    ] or [dict(batch)]
+
+
+def rows_in(batch: Mapping[str, Any]) -> int:
+    """How many rows ``batch`` has; 0 where it isn't rows."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     counts = {value.shape[0] if value.dim() else 0 for value in tensors}
-    if len(counts) != 1 or not (count := counts.pop()):
-        return [batch]
-    return [
-        {key: value[k : k + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for k in range(count)
-    ]
+    return counts.pop() if len(counts) == 1 else 0
