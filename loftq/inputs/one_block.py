@@ -6,8 +6,8 @@ What a module has become is given as D and added to its output by a hook, so the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,20 +130,25 @@ def groups_of(here: Here) -> tuple[dict[Source, list[str]], KeptInputs]:
     return groups, inputs
 
 
-def changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> ExitStack:
+@contextmanager
+def changed(model: nn.Module, replaced: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block, modules answer with D added to their weight."""
-    stack = ExitStack()
-    for path, change in replaced.items():
+    with ExitStack() as stack:
+        for path, change in replaced.items():
 
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, change: Tensor = change
-        ) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.is_floating_point():
-                return output + F.linear(x.float(), change).to(output.dtype)
-            rows = F.embedding(x, change.T)
-            scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
-            return output + (rows if scale is None else rows * scale).to(output.dtype)
+            def hook(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                output: Tensor,
+                change: Tensor = change,
+            ) -> Tensor:
+                x = args[0] if args else next(iter(kwargs.values()))
+                if x.is_floating_point():
+                    return output + F.linear(x.float(), change).to(output.dtype)
+                rows = F.embedding(x, change.T)
+                scale = getattr(base_of(module), "embed_scale", None)  # Gemma's multiply what they look up
+                return output + (rows if scale is None else rows * scale).to(output.dtype)
 
-        stack.callback(module_at(model, path).register_forward_hook(hook, with_kwargs=True).remove)
-    return stack
+            stack.callback(module_at(model, path).register_forward_hook(hook, with_kwargs=True).remove)
+        yield

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq.inputs.groups import Seen, stages
+from loftq.inputs.one_block import changed
 
 # Two layers of float32 arithmetic against float64, relative to the largest entry. What was replaced moves the
 # moments by a thousand times as much, which the tests check.
@@ -330,6 +331,13 @@ def test_a_conv1d_is_replaced_in_the_orientation_of_its_kind() -> None:
         assert_near(stage.seen()[path].statistics, expected)
         stage.replaced[path] = random_change(wide.get_submodule(path), 1)
         replaced_(current, path, stage.replaced[path])
+
+
+def test_replacements_that_are_cut_short_leave_no_hook() -> None:
+    model = stack()
+    with pytest.raises(AttributeError), changed(model, {"0": torch.ones(WIDTH, WIDTH), "9": torch.ones(1)}):
+        pass
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_one_batch_has_no_half_of_its_own() -> None:

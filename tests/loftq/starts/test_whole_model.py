@@ -168,6 +168,18 @@ def test_a_start_is_repeatable_and_calls_back_the_training_mode(method: str) -> 
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+def test_autocast_around_it_changes_no_start(method: str) -> None:
+    """Sums and products of weights and moments are of float32, and the text's forward is the model's own."""
+    options = config(method, texts(), loftq_bits=2)
+    plain = apply_lora(tiny_llama(), options).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = apply_lora(tiny_llama(), options).state_dict()
+    assert plain.keys() == within.keys()
+    assert all(torch.equal(value, within[name]) for name, value in plain.items())
+
+
 @pytest.mark.parametrize("method", CALIBRATED)
 @pytest.mark.slow
 def test_a_4_bit_base_starts_from_its_weights_under_the_inputs(method: str, llama_dir: Path) -> None:
