@@ -119,8 +119,8 @@ class LoftQResult:
         quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
         error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
         goal: what Q + sBA comes close to where that isn't W itself, float32 (out, in).
-        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned, E being what it leaves of
-            the ``goal``, and of the zero start, where statistics R were given.
+        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(V R V^T)) of what is returned, E being what it leaves of
+            the ``goal`` V, and of the zero start, whose V is W, where statistics R were given.
     """
 
     quantized: Quantized

@@ -133,7 +133,7 @@ def test_the_reported_errors_are_those_of_the_started_model(
         R = R.diagonal() if method == "qera-diag" else R
         aim = next(aim for weight, aim in aims if np.array_equal(weight, W))
         assert np.array_equal(aim, W) or method == "aligned"
-        assert row.output_error == pytest.approx(size_of(E + aim - W, R) / size_of(W, R), rel=RELATIVE)
+        assert row.output_error == pytest.approx(size_of(E + aim - W, R) / size_of(aim, R), rel=RELATIVE)
         assert row.zero_output_error == pytest.approx(size_of(zero, R) / size_of(W, R), rel=RELATIVE)
         calls = zip(batches, seen[row.path], strict=True)
         assert row.tokens == sum(shown(value, b) for b, values in calls for value in values)
