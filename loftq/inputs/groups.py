@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.distributed.team import ALONE, Team
+from qlora_kit.naming import Tree, module_at
 
 from ..methods.factors import Factors
 from ..methods.halves import Half
@@ -171,9 +172,10 @@ def _scouted(
     """Where to stop for which of ``paths``, those of them that are called more than once in a forward, and, if
     ``sequential``, the streams that outputs are added to.
 
-    A block whose parts are called without itself is no place to stop; its modules are their own.
+    A block whose parts are called without itself is no place to stop; its modules are their own. Of a module that
+    several blocks share, which calls it more than once, none sees all calls.
     """
-    stops = stops_for(model, paths)
+    stops, tree = stops_for(model, paths), Tree(model)
     calls: Counter[str] = Counter()
     count = inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path]))
     with count, additions_in(model, stops if sequential else {}) as streams:
@@ -181,8 +183,11 @@ def _scouted(
             model(**in_parts(batch, _AHEAD)[0])
     entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
     entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
-    again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]
-    return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again, streams
+    several = {path: tree.paths_of(module_at(model, path)) for path in paths if calls[path] > 1}
+    shared = {path for path, everywhere in several.items() if len(stops_for(model, everywhere)) > 1}
+    again = [path for stop, own in entered.items() for path in own if calls[stop] > 1 or path in shared]
+    once = {stop: [path for path in own if path not in again] for stop, own in entered.items()}
+    return {stop: own for stop, own in once.items() if own}, again, streams
 
 
 def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:
