@@ -7,6 +7,7 @@ import inspect
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def batches_for(
         folder: where the tokenizer is; None is the folder that the model came from.
 
     Raises:
-        ConfigError: a source of another kind, or without a row; a batch brings a cache along.
+        ConfigError: a source of another kind, or without a row; tokens that the model has no embeddings for; a batch
+            brings a cache along.
         StorageError: no such file, or no tokenizer beside the model.
     """
     source = BUILTIN if _is_none(source) else source
@@ -60,6 +62,7 @@ def batches_for(
                 f"calibration: expected token ids of shape (rows, tokens), found {source.dtype} of shape "
                 f"{tuple(source.shape)}; pass whole numbers, a row for each text"
             )
+        _check_known(model, source)
         source = [{"input_ids": part} for part in source.long().split(batch)]
     if not isinstance(source, Iterable):
         raise ConfigError(
@@ -211,6 +214,16 @@ def _file_text(path: Path, characters: int) -> Sequence[str]:
     piece = characters // count
     starts = [(len(text) - piece) * number // max(1, count - 1) for number in range(count)]
     return [text[start : start + piece] for start in starts]
+
+
+def _check_known(model: nn.Module, ids: Tensor) -> None:
+    with suppress(AttributeError, NotImplementedError):  # a model without a table of its own
+        known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        if int(ids.max()) >= known or int(ids.min()) < 0:
+            raise ConfigError(
+                f"calibration: expected token ids from 0 to {known - 1:,}, as many as the model has embeddings, found "
+                f"{int(ids.min()):,} to {int(ids.max()):,}; pass those of the model's own tokenizer"
+            )
 
 
 def _fitting(model: nn.Module, window: int) -> int:

@@ -161,6 +161,11 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         (torch.zeros(2, 3), r"token ids of shape \(rows, tokens\), found torch.float32 of shape \(2, 3\)"),
         (torch.zeros(0, 3, dtype=torch.int64), r"found torch.int64 of shape \(0, 3\)"),
         (torch.zeros(2, 0, dtype=torch.int64), r"found torch.int64 of shape \(2, 0\)"),
+        (
+            torch.tensor([[0, VOCABULARY]]),
+            r"token ids from 0 to 63, as many as .* found 0 to 64; pass those of the model's",
+        ),
+        (torch.tensor([[-1, 5]]), r"token ids from 0 to 63, .* found -1 to 5; pass those"),
         (5, r"'builtin', a text file, token ids \(rows, tokens\) or batches, found int; pass calibration="),
         (3.5, r"or batches, found float"),
         ([], r"at least one batch, .* found \[\]; pass \[\{'input_ids': ...\}\]"),
