@@ -65,8 +65,7 @@ class Uses:
     """What methods do with the modules below their own, by path.
 
     Attributes:
-        values: they work with the matrix. writes: in place. forms: they look at its dtype or shape. places: they ask
-            where it is.
+        values: they work with the matrix. writes: in place. forms: they look at its dtype, shape. places: at its device.
         calls: they call the module.
         complete: whether all methods have a source.
     """
@@ -297,10 +296,8 @@ class _Reader:
     def _uses_of(self, attribute: str) -> list[dict[Path, list[Use]]]:
         if attribute in _HARMLESS or attribute.startswith("_is_"):
             return []
-        if attribute in _FORM:
-            return [self.found.forms]
-        if attribute in _PLACE:
-            return [self.found.places]
+        if attribute in (*_FORM, *_PLACE):
+            return [self.found.forms if attribute in _FORM else self.found.places]
         in_place = attribute.endswith("_") and not attribute.endswith("__")
         return [self.found.values, self.found.writes] if in_place else [self.found.values]
 

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq.inputs.groups import Seen, stages
-from loftq.inputs.one_block import changed
 
 # Two layers of float32 arithmetic against float64, relative to the largest entry. What was replaced moves the
 # moments by a thousand times as much, which the tests check.
@@ -243,35 +242,6 @@ def test_what_a_forward_calls_again_comes_last_with_the_original_s_inputs_of_all
     assert (seen.tokens, seen.cross) == (3 * 5 * 3, None)
 
 
-class Sharing(nn.Module):
-    """Two blocks with layers of their own, and one that both hold, as Zamba's do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shared = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), shared, nn.Tanh()) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_module_that_blocks_share_comes_last_with_the_inputs_of_all_of_them(sequential: bool) -> None:
-    model, batches = seeded(Sharing), vectors()
-    found = []
-    for stage in stages(model, batches, targets(model), sequential=sequential):
-        found.append(stage.paths)
-        seen = stage.seen()[stage.paths[0]]
-        stage.replaced[stage.paths[0]] = random_change(model.get_submodule(stage.paths[0]), 5)
-    assert found == [["blocks.0.0"], ["blocks.1.0"], ["blocks.0.2"]]
-    assert_near(seen.statistics, moments(captured(model, batches, ["blocks.0.2"])["blocks.0.2"], batches))
-    assert (seen.tokens, seen.cross, seen.shortfall) == (3 * 5 * 2, None, None)
-
-
 class Again(nn.Module):
     """Goes through its layer once more where its input asks for that."""
 
@@ -360,13 +330,6 @@ def test_a_conv1d_is_replaced_in_the_orientation_of_its_kind() -> None:
         assert_near(stage.seen()[path].statistics, expected)
         stage.replaced[path] = random_change(wide.get_submodule(path), 1)
         replaced_(current, path, stage.replaced[path])
-
-
-def test_replacements_that_are_cut_short_leave_no_hook() -> None:
-    model = stack()
-    with pytest.raises(AttributeError), changed(model, {"0": torch.ones(WIDTH, WIDTH), "9": torch.ones(1)}):
-        pass
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_one_batch_has_no_half_of_its_own() -> None:
