@@ -65,7 +65,7 @@ class Uses:
     """What methods do with the modules below their own, by path.
 
     Attributes:
-        values: they work with the matrix. writes: in place. forms: they look at its dtype, shape. places: at its device.
+        values: they work with the matrix. writes: in place. forms: they ask its dtype, shape. places: its device.
         calls: they call the module.
         complete: whether all methods have a source.
     """
