@@ -14,11 +14,13 @@ from torch import nn
 
 from qlora_kit.checkpoints.model_folder import plainly
 from qlora_kit.distributed.team import ALONE, Team
+from qlora_kit.injection.read_past import ReadPast
+from qlora_kit.naming import module_at
 
 from ..inputs.groups import Stage, stages
 from ..methods.registry import needs_of
 from .checkpoint import Checkpoint
-from .kept_weights import keep_weights_
+from .kept_weights import keep_for_good_, keep_weights_
 from .task import Task
 
 
@@ -81,6 +83,8 @@ def offloaded(checkpoint: Checkpoint, folder: Path) -> Iterator[nn.Module]:
                 offload_folder=room,
                 **plainly(checkpoint.folder),
             )
+            for path in ReadPast(model).on_the_spot():
+                keep_for_good_(module_at(model, path))
             yield model.eval()
         finally:
             logger.setLevel(level)

@@ -61,6 +61,17 @@ def keep_weights_(model: nn.Module, limit: int) -> KeptWeights:
     return kept
 
 
+def keep_for_good_(module: nn.Module) -> None:
+    """Read the weights of ``module``, which accelerate has left in files, once and for all."""
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import set_module_tensor_to_device
+
+    for hook in _hooks(module):
+        for name in list(module._parameters) if _view(hook) is not None else ():
+            set_module_tensor_to_device(module, name, hook.execution_device, value=hook.weights_map[name])
+    remove_hook_from_module(module)
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     hook: Any = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [hook]))

@@ -1,10 +1,12 @@
 """Which modules' outputs are added to a stream that goes through a block, as attention's and a feed-forward's last
 layers' are, and where that stream is given to a module just before.
 
-Nothing is known of the model's source. While a forward runs, the first rows of what modules are given and give are
+Nothing is known of the model's source. While a forward runs, some rows of what modules are given and give are
 remembered, until their block is left; where a module's output plus what an earlier one was given is, bit for bit, what
 a later one is given or the block returns, the earlier one is given the stream. A block that does more than add, with a
-norm or a factor on what comes back or two branches added at once, shows no such sum, and nothing is said of it.
+norm or a factor on what comes back or two branches added at once, shows no such sum, and nothing is said of it. Of one
+row of text alone, modules that have tokens before rows are given the same as those that have rows before tokens: it
+takes two rows to see that these don't add up.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from qlora_kit.naming import Tree
 
 from .moments import inputs_of
 
-# Rows that are compared.
+# Rows that are compared, at most; from all over, since those at either end may be padding, and 0.
 _TELLING = 16
+# The shape of all rows, and where they lie.
+_Kind = tuple[torch.Size, torch.device]
 
 
 @contextmanager
@@ -65,46 +69,51 @@ def _holder(path: str, blocks: Container[str]) -> str | None:
 
 
 class _Record:
-    """What went in and out of modules of a block, in the order of a forward: first rows, and how many there were."""
+    """What went in and out of modules of a block, in the order of a forward: some rows, and of how many."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._given: list[tuple[str, Tensor, int]] = []
-        # With the number of inputs before it.
-        self._made: dict[str, tuple[int, Tensor, int]] = {}
+        self._given: list[tuple[str, Tensor, _Kind]] = []
+        # By module, how many inputs came before its own, and before its output.
+        self._since: dict[str, int] = {}
+        self._made: dict[str, tuple[int, Tensor, _Kind]] = {}
         self._calls: Counter[str] = Counter()
 
     def give(self, path: str, value: Any) -> None:
         self._calls[path] += 1
-        self._given += [(path, *rows) for rows in _first_rows(value)]
+        self._since[path] = len(self._given)
+        self._given += [(path, *rows) for rows in _some_rows(value)]
 
     def make(self, path: str, value: Any) -> None:
-        for rows in _first_rows(value):
+        for rows in _some_rows(value):
             self._made[path] = len(self._given), *rows
 
     def streams(self, output: Any) -> dict[str, str]:
         """By module, the one that is given the stream: of several the last before it."""
-        ends = [("", *rows) for value in tree_leaves(output) for rows in _first_rows(value)]
+        ends = [("", *rows) for value in tree_leaves(output) for rows in _some_rows(value)]
         found = {}
-        for path, (time, own, count) in self._made.items():
-            if self._calls[path] != 1 or not own.any():
+        for path, (time, own, kind) in self._made.items():
+            if self._calls[path] != 1:
                 continue
-            before = [(at, rows) for at, rows, n in self._given[:time] if n == count and rows.shape == own.shape]
-            after = [rows for _, rows, n in [*self._given[time:], *ends] if n == count and rows.shape == own.shape]
-            streams = (
-                at
-                for at, rows in reversed(before)
-                if at != path and self._calls[at] == 1 and any(torch.equal(rows + own, total) for total in after)
-            )
+            before = [(at, rows) for at, rows, of in self._given[: self._since[path]] if of == kind]
+            after = [rows for _, rows, of in [*self._given[time:], *ends] if of == kind]
+            streams = (at for at, rows in reversed(before) if self._calls[at] == 1 and _adds_up(rows, own, after))
             if (stream := next(streams, None)) is not None:
                 found[path] = stream
         return found
 
 
-def _first_rows(value: Any) -> Iterator[tuple[Tensor, int]]:
+def _adds_up(rows: Tensor, own: Tensor, totals: list[Tensor]) -> bool:
+    """Whether the sum is among ``totals``, and shows both: what is too small to show could be added to anything."""
+    total = rows + own
+    shows = not torch.equal(total, rows) and not torch.equal(total, own)
+    return shows and any(torch.equal(total, other) for other in totals)
+
+
+def _some_rows(value: Any) -> Iterator[tuple[Tensor, _Kind]]:
     """Copies, since what comes after may work in place; nothing of what isn't rows."""
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.numel():
         rows = value.detach().reshape(-1, value.shape[-1])
-        yield rows[:_TELLING].clone(), len(rows)
+        yield rows[:: -(-len(rows) // _TELLING)].clone(), (rows.shape, value.device)

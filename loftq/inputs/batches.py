@@ -10,15 +10,19 @@ from torch import Tensor
 Batch = Mapping[str, Any]
 
 
-def single_rows(batch: Batch) -> list[Batch]:
-    """The rows of ``batch``, each a batch; ``batch`` itself where that isn't rows."""
-    counts = {value.shape[0] if value.dim() else 0 for value in _tensors(batch)}
-    if len(counts) != 1 or not (count := counts.pop()):
-        return [batch]
+def in_parts(batch: Batch, size: int) -> list[dict[str, Any]]:
+    """``batch`` in parts of ``size`` rows; the whole where it isn't rows."""
+    count = rows_in(batch)
     return [
-        {key: value[k : k + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for k in range(count)
-    ]
+        {key: value[k : k + size] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for k in range(0, count, size)
+    ] or [dict(batch)]
+
+
+def rows_in(batch: Batch) -> int:
+    """How many rows ``batch`` has; 0 where it isn't rows."""
+    counts = {value.shape[0] if value.dim() else 0 for value in _tensors(batch)}
+    return counts.pop() if len(counts) == 1 else 0
 
 
 def evenly(batches: Sequence[Batch], tokens: int) -> list[Batch]:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.distributed.team import ALONE, Team
 from qlora_kit.naming import module_at
 
-from .batches import evenly, single_rows
+from .batches import evenly, in_parts
 from .forwards import forward_exchanged_
 from .moments import watchable
 from .walk import floats, stops_for
@@ -67,7 +67,7 @@ def loss_weights(
         RuntimeError: no gradient can be taken, or none that is finite: what the model computes with isn't
             differentiable.
     """
-    paths, rows = list(paths), evenly([row for batch in batches for row in single_rows(batch)], tokens)
+    paths, rows = list(paths), evenly([row for batch in batches for row in in_parts(batch, 1)], tokens)
     found: dict[int, tuple[dict[str, float], int]] = {}
     with watchable(model), _frozen(model), _recomputed(model, paths):
         for number in team.numbers(len(rows)):

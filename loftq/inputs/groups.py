@@ -8,9 +8,9 @@ the groups before it. What a group is given is looked at in a forward of the blo
 What a module has become is given as D = Q + sBA - W, and the model itself isn't touched, and may lie in memory or be
 read from files while it runs.
 
-A row of text goes ahead, to see which blocks a forward enters and what modules add their outputs to. What it calls more
-than once, as models do that share layers, comes last, with the original model's inputs of all calls: at a first call
-nothing is known of the later ones.
+Two rows of text go ahead, to see which blocks a forward enters and what modules add their outputs to. What is called
+more than once there, as in models that share layers, comes last, with the original model's inputs of all calls: at a
+first call nothing is known of the later ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.distributed.team import ALONE, Team
+from qlora_kit.naming import Tree, module_at
 
 from ..methods.factors import Factors
 from ..methods.halves import Half
 from .additions import additions_in
-from .batches import single_rows
+from .batches import in_parts
 from .caches import uncached
 from .moments import (
     Collector,
@@ -46,6 +47,9 @@ from .one_block import Here, Source, given, given_originally, groups_of
 from .pairs import Pairs
 from .replaced import Replaced
 from .walk import Walk, stops_for
+
+# Rows that go ahead: it takes two to tell how inputs are ordered, see ``additions``.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -169,18 +173,22 @@ def _scouted(
     """Where to stop for which of ``paths``, those of them that are called more than once in a forward, and, if
     ``sequential``, the streams that outputs are added to.
 
-    A block whose parts are called without itself is no place to stop; its modules are their own.
+    A block whose parts are called without itself is no place to stop; its modules are their own. Of a module that
+    several blocks share, which calls it more than once, none sees all calls.
     """
-    stops = stops_for(model, paths)
+    stops, tree = stops_for(model, paths), Tree(model)
     calls: Counter[str] = Counter()
     count = inputs_of(model, {*stops, *paths}, lambda path, _: calls.update([path]))
     with count, additions_in(model, stops if sequential else {}) as streams:
         for batch in batches[:1]:
-            model(**single_rows(batch)[0])
+            model(**in_parts(batch, _AHEAD)[0])
     entered = {stop: own for stop, own in stops.items() if calls[stop] or not any(calls[path] for path in own)}
     entered |= {path: [path] for stop, own in stops.items() if stop not in entered for path in own}
-    again = [path for stop, own in entered.items() if calls[stop] > 1 for path in own]
-    return {stop: own for stop, own in entered.items() if calls[stop] <= 1}, again, streams
+    several = {path: tree.paths_of(module_at(model, path)) for path in paths if calls[path] > 1}
+    shared = {path for path, everywhere in several.items() if len(stops_for(model, everywhere)) > 1}
+    again = [path for stop, own in entered.items() for path in own if calls[stop] > 1 or path in shared]
+    once = {stop: [path for path in own if path not in again] for stop, own in entered.items()}
+    return {stop: own for stop, own in once.items() if own}, again, streams
 
 
 def _all_seen(means: Mapping[str, tuple[Tensor, int]]) -> dict[str, Seen]:

@@ -7,6 +7,7 @@ import inspect
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from qlora_kit.config.loftq import AUTO, LoftQConfig
 from qlora_kit.errors import ConfigError, StorageError
 
+from .batches import in_parts, rows_in
 from .caches import uncached
 
 BUILTIN = "builtin"
@@ -47,7 +49,8 @@ def batches_for(
         folder: where the tokenizer is; None is the folder that the model came from.
 
     Raises:
-        ConfigError: a source of another kind, or without a row; a batch brings a cache along.
+        ConfigError: a source of another kind, or without a row; tokens that the model has no embeddings for; a batch
+            brings a cache along.
         StorageError: no such file, or no tokenizer beside the model.
     """
     source = BUILTIN if _is_none(source) else source
@@ -60,6 +63,7 @@ def batches_for(
                 f"calibration: expected token ids of shape (rows, tokens), found {source.dtype} of shape "
                 f"{tuple(source.shape)}; pass whole numbers, a row for each text"
             )
+        _check_known(model, source)
         source = [{"input_ids": part} for part in source.long().split(batch)]
     if not isinstance(source, Iterable):
         raise ConfigError(
@@ -79,11 +83,11 @@ def batches_for(
 def calibration_batches(
     options: LoftQConfig, model: nn.Module, folder: str | os.PathLike[str] | None = None
 ) -> list[dict[str, Any]]:
-    """``batches_for`` what ``options`` say of the text; of two rows or more at least two batches, for each other batch
-    is what the rest is held against."""
+    """``batches_for`` what ``options`` say of the text; of two rows or more at least two batches, for a text's later
+    part is what its first is held against."""
     source = options.calibration
     rows = len(source) if isinstance(source, Tensor) else options.calibration_rows
-    return batches_for(
+    batches = batches_for(
         source,
         model,
         rows=options.calibration_rows,
@@ -91,6 +95,10 @@ def calibration_batches(
         batch=max(1, min(_BATCH, (rows + 1) // 2)),
         folder=folder,
     )
+    if len(batches) > 1:
+        return batches
+    # One of the caller's own, or of a text that has fewer rows than were asked for.
+    return in_parts(batches[0], max(1, (rows_in(batches[0]) + 1) // 2))
 
 
 def token_rows(source: str | os.PathLike[str], tokenizer: Any, *, rows: int, window: int) -> Tensor:
@@ -208,6 +216,16 @@ def _file_text(path: Path, characters: int) -> Sequence[str]:
     piece = characters // count
     starts = [(len(text) - piece) * number // max(1, count - 1) for number in range(count)]
     return [text[start : start + piece] for start in starts]
+
+
+def _check_known(model: nn.Module, ids: Tensor) -> None:
+    with suppress(AttributeError, NotImplementedError):  # a model without a table of its own
+        known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        if int(ids.max()) >= known or int(ids.min()) < 0:
+            raise ConfigError(
+                f"calibration: expected token ids from 0 to {known - 1:,}, as many as the model has embeddings, found "
+                f"{int(ids.min()):,} to {int(ids.max()):,}; pass those of the model's own tokenizer"
+            )
 
 
 def _fitting(model: nn.Module, window: int) -> int:

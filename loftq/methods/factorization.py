@@ -123,12 +123,12 @@ def factorize(
     if problem.statistics is None:
         return result
     full, stored = problem.weight, result.quantized.dequantize()
-    size = output_norm(full, problem.statistics) or 1.0
-    left = (full if result.goal is None else result.goal) - stored - delta(result.A, result.B, scaling)
+    goal = full if result.goal is None else result.goal
+    left = goal - stored - delta(result.A, result.B, scaling)
     return replace(
         result,
-        output_error=output_norm(left, problem.statistics) / size,
-        zero_output_error=problem.zero_norms[1] / size,
+        output_error=output_norm(left, problem.statistics) / (output_norm(goal, problem.statistics) or 1.0),
+        zero_output_error=problem.zero_norms[1] / (output_norm(full, problem.statistics) or 1.0),
     )
 
 

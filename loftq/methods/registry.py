@@ -99,9 +99,14 @@ class Problem:
 
 
 def some_rows(matrix: Tensor) -> Tensor:
-    """Evenly spaced rows of ``matrix``, 64 to 127, or all where there are no more: what rounding leaves of them tells
-    of all."""
+    """Evenly spaced rows of ``matrix``, 64 to 191, or all where there are no more: what rounding leaves of them tells
+    of all.
+
+    An odd number of rows apart: heads have as many rows as a power of two, and those at one place in their heads, where
+    positions turn them fastest, say, are alike and unlike others.
+    """
     step = len(matrix) // _ROWS
+    step -= 1 - step % 2
     return matrix[::step].contiguous() if step > 1 else matrix
 
 
@@ -119,8 +124,8 @@ class LoftQResult:
         quantization_error: ||W - Q|| / ||W|| of the quantized weight returned.
         error: ||W - Q - s B A|| / ||W|| of what is returned; None means the least of ``history``.
         goal: what Q + sBA comes close to where that isn't W itself, float32 (out, in).
-        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(W R W^T)) of what is returned, E being what it leaves of
-            the ``goal``, and of the zero start, where statistics R were given.
+        output_error, zero_output_error: sqrt(tr(E R E^T) / tr(V R V^T)) of what is returned, E being what it leaves of
+            the ``goal`` V, and of the zero start, whose V is W, where statistics R were given.
     """
 
     quantized: Quantized

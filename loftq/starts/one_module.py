@@ -141,7 +141,7 @@ def _measured(
     goal: Tensor | None = None,
     **known: Any,
 ) -> LayerReport:
-    """The errors of what is stored; of outputs, by what is left of the ``goal``, which is W if None.
+    """The errors of what is stored; of outputs, by what is left of the ``goal``, which is W if None, to its own.
 
     ``residual``, which is W - Q, is used up."""
     size = norm(weight) or 1.0
@@ -149,9 +149,10 @@ def _measured(
     A, B = factors
     error = norm(residual.addmm_(B, A, alpha=-request.scaling)) / size
     if seen is not None:
-        if goal is not None:
+        goal = weight if goal is None else goal
+        if goal is not weight:
             residual.add_(goal).sub_(weight)
-        known["output_error"] = output_norm(residual, seen.statistics) / (output_norm(weight, seen.statistics) or 1.0)
+        known["output_error"] = output_norm(residual, seen.statistics) / (output_norm(goal, seen.statistics) or 1.0)
         known["tokens"] = seen.tokens
         if seen.statistics.dim() == 2:
             known["in_features"] = weight.shape[1]

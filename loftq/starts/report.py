@@ -49,7 +49,7 @@ class LayerReport:
         error: ||W - Q - s B A||.
         steps: alternations that ran.
         output_error, zero_output_error: the same of the output, by second moments of the inputs, the first of what is
-            left of what the method aims at ("aligned": not W itself); None without.
+            left of what the method aims at ("aligned": not W itself), to that; None without.
         seconds: all that was done for the layer.
         tokens: inputs that the second moments are of; None without.
         in_features: the layer's width, where a matrix of that many rows was collected.

@@ -60,7 +60,7 @@ class ReadPast:
 
     def __init__(self, model: nn.Module | Tree) -> None:
         self.tree = Tree.of(model)
-        self.reads = self.tree.once(_reads_in)
+        self.reads, self._places = self.tree.once(_reads_in)
 
     def get(self, path: str) -> Read | None:
         """How the module at ``path`` is read, any of its paths."""
@@ -80,6 +80,12 @@ class ReadPast:
         found = ((path, self.get(path)) for path in self.tree.modules)
         return {path: read.reason for path, read in found if read is not None}
 
+    def on_the_spot(self) -> list[str]:
+        """Modules whose weights have to be where the model computes all the time, each at its first path: hooks that
+        bring a module's weights for its call come too late where another reads them, or asks where they are."""
+        uncalled = (path for path, read in self.reads.items() if read.value and not read.called)
+        return sorted({*uncalled, *self._places})
+
     def check(self, path: str) -> None:
         """Raise a TargetError where an adapter at ``path`` couldn't take part in what reads its base's weight."""
         read = self.get(path)
@@ -97,22 +103,32 @@ class ReadPast:
         return codec is not None and codec.quantizer(base) is not None
 
 
-def _reads_in(tree: Tree) -> dict[str, Read]:
-    """How modules of ``tree`` are read past, each at its first path."""
-    return _Notes(tree).reads
+def _reads_in(tree: Tree) -> tuple[dict[str, Read], frozenset[str]]:
+    """How modules of ``tree`` are read past, and which are asked where they are, each at its first path."""
+    notes = _Notes(tree)
+    return notes.reads, frozenset(notes.places)
 
 
 class _Notes:
-    """What the code of one module after the other says."""
+    """What the code of one module after the other says.
+
+    Attributes:
+        reads: how modules are read past, each at its first path.
+        places: of those that are asked where they are.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.reads: dict[str, Read] = {}
+        self.places: set[str] = set()
         for path, module in tree.firsts():
             self._note(path, base_of(module))
 
     def _note(self, path: str, reader: nn.Module) -> None:
         uses = reads_of(reader)
+        for below, noted in uses.places.items():
+            if any(self._counts(use, reader) for use in noted):
+                self.places.update(map(self.tree.first, _matching(self.tree, path, below)))
         for below in dict.fromkeys((*uses.values, *uses.forms)):
             value, written, form, called = (
                 any(self._counts(use, reader) for use in noted.get(below, ()))

@@ -33,9 +33,8 @@ Path = tuple[str, ...]
 # What few bits change of a weight, besides its values: they are stored as integers in another shape.
 _FORM = frozenset({"dtype", "shape", "size", "ndim", "dim", "numel", "element_size", "itemsize", "nbytes"})
 # What they don't change, or is asked with them in mind.
-_HARMLESS = frozenset(
-    {"device", "get_device", "is_cuda", "is_meta", "requires_grad", "grad", "SCB", "CB", "quant_state", "bnb_quantized"}
-)
+_PLACE = frozenset({"device", "get_device"})
+_HARMLESS = frozenset({"is_cuda", "is_meta", "requires_grad", "grad", "SCB", "CB", "quant_state", "bnb_quantized"})
 _QUESTIONS = frozenset({"isinstance", "hasattr", "id", "type", "len", "callable"})
 # Methods that make, start, tie, store and clip weights, and compute nothing.
 _ASIDE = ("__init__", "_init", "init_", "reset_", "tie_", "_tie", "resize_", "_resize", "load_", "_load", "save_")
@@ -66,7 +65,7 @@ class Uses:
     """What methods do with the modules below their own, by path.
 
     Attributes:
-        values: they work with the matrix. writes: in place. forms: they look at its dtype or shape.
+        values: they work with the matrix. writes: in place. forms: they ask its dtype, shape. places: its device.
         calls: they call the module.
         complete: whether all methods have a source.
     """
@@ -74,6 +73,7 @@ class Uses:
     values: dict[Path, list[Use]] = field(default_factory=dict)
     writes: dict[Path, list[Use]] = field(default_factory=dict)
     forms: dict[Path, list[Use]] = field(default_factory=dict)
+    places: dict[Path, list[Use]] = field(default_factory=dict)
     calls: dict[Path, list[Use]] = field(default_factory=dict)
     complete: bool = True
 
@@ -296,8 +296,8 @@ class _Reader:
     def _uses_of(self, attribute: str) -> list[dict[Path, list[Use]]]:
         if attribute in _HARMLESS or attribute.startswith("_is_"):
             return []
-        if attribute in _FORM:
-            return [self.found.forms]
+        if attribute in (*_FORM, *_PLACE):
+            return [self.found.forms if attribute in _FORM else self.found.places]
         in_place = attribute.endswith("_") and not attribute.endswith("__")
         return [self.found.values, self.found.writes] if in_place else [self.found.values]
 

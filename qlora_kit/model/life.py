@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 from ..adapter_files.backbone import fingerprint
+from ..codecs.autocast import without_autocast
 from ..codecs.shards.tensors import engine_of
 from ..config.lora import LoraConfig
 from ..errors import AdapterError
@@ -35,7 +37,11 @@ def add_(adapted: Adapted, name: str, config: LoraConfig) -> Plan:
     """Inject another adapter, neither active nor trainable yet. See ``LoraModel.add_adapter``."""
     check_new(adapted, name, config)
     follow_settings(config, adapted.root)
-    with opened_parts(adapted.root, config):
+    with ExitStack() as stack:
+        # A start is arithmetic on weights throughout, and a text's forward for it is the model's own.
+        for device in {parameter.device for parameter in adapted.root.parameters()}:
+            stack.enter_context(without_autocast(device))
+        stack.enter_context(opened_parts(adapted.root, config))
         return _add_(adapted, name, config)
 
 

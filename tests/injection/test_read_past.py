@@ -103,6 +103,11 @@ def test_all_ways_of_reading_are_seen() -> None:
         assert found(Reader()) == found(Reader())
 
 
+def test_what_is_asked_for_its_place_or_read_and_never_called_has_to_be_there() -> None:
+    uncalled = {"plain", "by_name", "weight_named", "table.one", "table.two", "child.handed", "by_self", "by_method"}
+    assert ReadPast(Reader()).on_the_spot() == sorted({*uncalled, "device"})
+
+
 class Settled(nn.Module):
     """Code that its settings switch on."""
 

@@ -20,7 +20,7 @@ from qlora_kit import apply_lora
 from qlora_kit.codecs.bnb.four_bit import Codec4bit
 
 BATCHES = 4
-# By what comes first in a block: the row that goes ahead; then of each batch once whole and once whole as the model
+# By what comes first in a block: the rows that go ahead; then of each batch once whole and once whole as the model
 # becomes, and for each later group twice as far as there.
 TIMES = {"q_proj": 8, "o_proj": 6, "gate_proj": 4, "down_proj": 2}
 READ_ANEW = {name: 1 + times * BATCHES for name, times in TIMES.items()}
@@ -67,7 +67,7 @@ def test_a_block_is_read_once_for_all_batches(method: str, source: Path, counts:
     found = written(source, tmp_path / "kept", method)
     of_blocks = {name: count for name, count in counts.items() if "layers." in name}
     assert len(of_blocks) == 2 * 9
-    assert set(of_blocks.values()) == {2}, "once for the row that goes ahead, once for all that comes then"
+    assert set(of_blocks.values()) == {2}, "once for the rows that go ahead, once for all that comes then"
     # "aligned" has two metrics, and two halves of the inputs.
     metrics, halves = (2, 2) if method == "aligned" else (1, 0)
     assert counts["cholesky_ex"] == metrics * 2 * GROUPS, "q, k and v share one, and so do gate and up"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from calibrated_runs import calibrated
 from disk_models import ADAPTER_FOLDER, assert_same, config, in_memory, logits, streamed, tensors, write
 from tiny_llama import llama
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -178,3 +180,38 @@ def test_peft_loads_what_was_written(bits: int, tmp_path: Path) -> None:
     model = peft.PeftModel.from_pretrained(base, folder / ADAPTER_FOLDER)
     theirs = logits(model.train())  # a stock evaluation forward would round the scales of 4-bit weights
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)  # products in another order
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+def deberta() -> transformers.PreTrainedModel:
+    relative = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    settings = transformers.DebertaV2Config(**SMALL, **relative, num_attention_heads=4, max_position_embeddings=64)
+    return transformers.DebertaV2ForMaskedLM(settings)
+
+
+def llama4() -> transformers.PreTrainedModel:
+    experts = {"intermediate_size_mlp": 96, "num_local_experts": 2, "interleave_moe_layer_step": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SMALL, **experts, **heads, pad_token_id=0))
+
+
+@pytest.mark.parametrize(("make", "targets"), [(deberta, ["query_proj", "dense"]), (llama4, ["q_proj", "o_proj"])])
+@pytest.mark.slow
+def test_weights_that_are_read_past_their_modules_are_there_while_calibrating(
+    make: Any, targets: list[str], tmp_path: Path
+) -> None:
+    """DeBERTa reads its table of distances past it, Llama 4 asks where its embedding is; both lie in files."""
+    torch.manual_seed(0)
+    source = write(make(), tmp_path / "source")
+    lora = calibrated("aligned", targets=targets)
+    report = streamed(source, tmp_path / "out", lora)
+    kind: Any = {deberta: transformers.DebertaV2ForMaskedLM, llama4: transformers.Llama4ForCausalLM}[make]
+    model = apply_lora(kind.from_pretrained(source, dtype="auto"), lora)
+    errors = {row.path: row.output_error for row in start_report(model).layers}
+    assert {row.path: row.output_error for row in report.layers} == errors
+    stored = tensors(tmp_path / "out" / ADAPTER_FOLDER)
+    for path, layer in model.adapter_layers().items():
+        for name, factor in layer.adapter_tensors("default").items():
+            assert torch.equal(factor, stored[f"base_model.model.{path}.{name}"]), path

@@ -114,6 +114,70 @@ def test_a_layer_that_gives_nothing_says_nothing() -> None:
     assert "model.layers.1.self_attn.o_proj" in found_in(model)
 
 
+def test_a_layer_whose_output_is_too_small_to_show_says_nothing() -> None:
+    """What is lost in rounding could be added to anything: here, to what the feed-forward is given too."""
+    model = neox().to(torch.bfloat16)
+    with torch.no_grad():
+        model.get_submodule("gpt_neox.layers.0.attention.dense").weight.mul_(1e-9)
+    found = found_in(model)
+    assert "gpt_neox.layers.0.attention.dense" not in found
+    # Where the attention adds nothing that shows, the other branch is added to the stream alone.
+    assert found == {"gpt_neox.layers.0.mlp.dense_4h_to_h": "gpt_neox.layers.0.post_attention_layernorm"}
+
+
+class Turned(nn.Module):
+    """As Longformer's attention: a layer in it is given tokens before rows, its last one rows before tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.own, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch.tanh(self.value(x.transpose(0, 1))).transpose(0, 1)
+        return self.norm(x + self.own(inside))
+
+
+class Turning(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Turned() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_same_rows_in_another_order_are_no_stream() -> None:
+    """Which one row of text alone wouldn't show."""
+    model, batches = seeded(Turning), [{"x": torch.randn(3, 5, WIDTH)} for _ in range(2)]
+    for stage in stages(model, batches, targets(model), sequential=True):
+        assert all(seen.shortfall is None for seen in stage.seen().values())
+
+
+def test_rows_that_are_0_at_first_hide_nothing() -> None:
+    """As padding on the left, whose embedding is often 0, and what layers without biases make of it."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    ids = torch.cat([torch.zeros(2, 20, dtype=torch.long), text()[0]["input_ids"]], 1)
+    assert found_in(model, input_ids=ids, attention_mask=(ids != 0).long()) == in_layers(LLAMA, "model.layers")
+
+
+class Empty(Adding):
+    """Gives back a tensor without entries, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x[..., :0]
+
+
+def test_tensors_without_entries_are_no_rows() -> None:
+    model = seeded(lambda: nn.Sequential(nn.ModuleList([Empty()])[0]))
+    with torch.no_grad(), additions_in(model, {"0": ["0.own"]}) as streams:
+        model(torch.randn(3, WIDTH))
+    assert streams == {"0.own": "0.norm"}
+
+
 def test_nothing_is_left_behind() -> None:
     model = tiny_llama()
     found_in(model)

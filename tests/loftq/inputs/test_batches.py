@@ -1,4 +1,4 @@
-"""Parts of a text: single rows, and batches that lie evenly in it."""
+"""Parts of a text: some rows of a batch, and batches that lie evenly in it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from loftq.inputs.batches import evenly, single_rows
+from loftq.inputs.batches import evenly, in_parts, rows_in
 
 
 def numbered(count: int, shape: tuple[int, ...] = (2, 8), dtype: torch.dtype = torch.int64) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.full(shape, number, dtype=dtype)} for number in range(count)]
 
 
-def test_rows_are_all_of_a_batch_in_their_order_with_what_else_it_says() -> None:
+def test_parts_are_all_of_a_batch_in_its_order_with_what_else_it_says() -> None:
     ids, mask = torch.arange(12).reshape(3, 4), torch.ones(3, 4)
-    rows = single_rows({"input_ids": ids, "attention_mask": mask, "use_cache": False})
-    assert [row["input_ids"].shape for row in rows] == [(1, 4)] * 3
-    assert torch.equal(torch.cat([row["input_ids"] for row in rows]), ids)
-    assert all(row["use_cache"] is False for row in rows)
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    assert rows_in(batch) == 3
+    for size, sizes in ((1, [1, 1, 1]), (2, [2, 1]), (5, [3])):
+        parts = in_parts(batch, size)
+        assert [len(part["input_ids"]) for part in parts] == [len(part["attention_mask"]) for part in parts] == sizes
+        assert torch.equal(torch.cat([part["input_ids"] for part in parts]), ids)
+        assert all(part["use_cache"] is False for part in parts)
 
 
 @pytest.mark.parametrize("batch", [{"x": torch.ones(2), "y": torch.ones(3)}, {"x": torch.tensor(1)}, {"n": 3}])
-def test_what_has_no_rows_is_one(batch: dict[str, object]) -> None:
-    assert single_rows(batch) == [batch]
+def test_what_has_no_rows_is_whole(batch: dict[str, object]) -> None:
+    assert (rows_in(batch), in_parts(batch, 1)) == (0, [batch])
 
 
 @pytest.mark.parametrize(

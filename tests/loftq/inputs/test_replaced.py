@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import WIDTH, captured, moments, seeded, targets, text, tiny_llama, vectors
+from small_models import WIDTH, captured, moments, seeded, stack, targets, text, tiny_llama, vectors
 from test_groups import assert_near, random_change, replaced_
 from torch import Tensor, nn
 
 from loftq.inputs.groups import stages
+from loftq.inputs.replaced import Replaced
+from loftq.inputs.walk import Walk
 
 
 class Changing(nn.Module):
@@ -102,3 +105,15 @@ def test_a_module_that_has_become_something_else_answers_each_input_once(limit: 
         }
         assert {name: found[name] for name in names} == expected
     assert not any("forward" in vars(module) and module.forward.__name__ != "counted" for module in model.modules())
+
+
+def test_replacements_that_are_cut_short_leave_nothing(tmp_path: Path) -> None:
+    model = stack()
+    before = [dict(vars(module)) for module in model.modules()]
+    with Walk(model, vectors(1), ["2"], limit=0, folder=tmp_path) as walk:
+        replaced = Replaced(walk)
+        replaced.changes = {"0": torch.ones(WIDTH, WIDTH), "9": torch.ones(1)}
+        with pytest.raises(AttributeError), replaced.answering(walk.runs[0]):
+            pass
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert not any(module._forward_hooks for module in model.modules())

@@ -161,6 +161,11 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         (torch.zeros(2, 3), r"token ids of shape \(rows, tokens\), found torch.float32 of shape \(2, 3\)"),
         (torch.zeros(0, 3, dtype=torch.int64), r"found torch.int64 of shape \(0, 3\)"),
         (torch.zeros(2, 0, dtype=torch.int64), r"found torch.int64 of shape \(2, 0\)"),
+        (
+            torch.tensor([[0, VOCABULARY]]),
+            r"token ids from 0 to 63, as many as .* found 0 to 64; pass those of the model's",
+        ),
+        (torch.tensor([[-1, 5]]), r"token ids from 0 to 63, .* found -1 to 5; pass those"),
         (5, r"'builtin', a text file, token ids \(rows, tokens\) or batches, found int; pass calibration="),
         (3.5, r"or batches, found float"),
         ([], r"at least one batch, .* found \[\]; pass \[\{'input_ids': ...\}\]"),
@@ -183,9 +188,33 @@ def test_token_ids_are_split_into_batches() -> None:
 
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [1]), (2, [1, 1]), (7, [4, 3]), (16, [8, 8]), (17, [8, 8, 1])])
 def test_calibration_of_two_rows_has_two_batches(rows: int, sizes: list[int]) -> None:
-    """Each other batch is what the rest is held against."""
+    """A text's later part is what its first is held against."""
     options = LoftQConfig(calibration=torch.ones(rows, 4, dtype=torch.int64))
     assert [len(batch["input_ids"]) for batch in calibration_batches(options, tiny_llama())] == sizes
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([16], [8, 8]), ([3], [2, 1]), ([1], [1]), ([3, 1], [3, 1])])
+def test_a_lone_batch_of_rows_is_parted(sizes: list[int], expected: list[int]) -> None:
+    own = [
+        {"input_ids": torch.ones(rows, 4, dtype=torch.int64), "attention_mask": torch.ones(rows, 4)} for rows in sizes
+    ]
+    found = calibration_batches(LoftQConfig(calibration=own), tiny_llama())
+    assert [len(batch["input_ids"]) for batch in found] == [len(batch["attention_mask"]) for batch in found] == expected
+
+
+def test_a_text_of_fewer_rows_than_asked_for_is_parted(tmp_path: Path, model: nn.Module, tokenizer: Any) -> None:
+    """It would be one batch."""
+    (tmp_path / "text.txt").write_text("word " * 12)
+    options = LoftQConfig(calibration=tmp_path / "text.txt", calibration_rows=16, calibration_tokens=8)
+    rows = token_rows(tmp_path / "text.txt", tokenizer, rows=16, window=8)
+    assert 2 <= len(rows) <= 8
+    found = calibration_batches(options, model)
+    assert [len(batch["input_ids"]) for batch in found] == [(len(rows) + 1) // 2, len(rows) // 2]
+
+
+def test_what_isn_t_rows_stays_one_batch() -> None:
+    own = [{"input_ids": torch.ones(2, 4, dtype=torch.int64), "image_sizes": torch.ones(5, 2)}]
+    assert len(calibration_batches(LoftQConfig(calibration=own), tiny_llama())) == 1
 
 
 def test_batches_are_taken_as_they_are_and_not_written_to() -> None:

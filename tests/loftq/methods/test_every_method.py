@@ -84,7 +84,7 @@ def test_errors_are_those_of_what_is_returned(method: str, quant_type: str, step
         pull = 0.01 * float(statistics.diagonal().double().mean())
         goal = aligned_weight(W, rows.numpy(), seen_by_the_quantized_model(inputs()).double().numpy(), pull)
     missed = of_output(goal - start_of(result, scaling), statistics)
-    assert result.output_error == pytest.approx(missed / of_output(W, statistics), rel=2e-3)
+    assert result.output_error == pytest.approx(missed / of_output(goal, statistics), rel=2e-3)
     plain = quantizer_for(quant_type=quant_type, blocksize=16)(full).dequantize().double().numpy()
     zero = of_output(W - plain, statistics) / of_output(W, statistics)
     assert result.zero_output_error == pytest.approx(zero, rel=2e-3)

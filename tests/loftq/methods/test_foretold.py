@@ -12,7 +12,7 @@ from loftq import factorize
 from loftq.methods.factors import Factors
 from loftq.methods.foretold import foretold_error
 from loftq.methods.quantizers import quantizer_for
-from loftq.methods.registry import Problem
+from loftq.methods.registry import Problem, some_rows
 
 OUT, IN = 160, 128
 
@@ -46,6 +46,25 @@ def test_more_bits_and_ranks_leave_less() -> None:
     ranks = [foretold_error(replace(problem, rank=rank)) for rank in (2, 8, 32)]
     assert kinds[0] > kinds[1]  # type: ignore[operator]
     assert ranks[0] > ranks[1] > ranks[2]  # type: ignore[operator]
+
+
+def test_rows_of_heads_tell_of_all() -> None:
+    """The first rows of every head are a tenth of others, as positional rotations leave them; heads of 32 rows, as
+    many rows apart as rows are taken."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.linspace(0.1, 1.9, 32).repeat(64)
+    W, R = torch.randn(2048, 32, generator=draw) * sizes[:, None], moments(0, 1.0)[:32, :32]
+    problem = Problem(W, 4, 1.0, quantizer_for(quant_type="signed2"), 1, R)
+    shuffled = W[torch.randperm(2048, generator=draw)]
+    assert foretold_error(problem) == pytest.approx(foretold_error(replace(problem, weight=shuffled)), rel=0.1)
+    assert [len(some_rows(torch.zeros(count, 1))) for count in (63, 127, 128, 191, 192, 4096)] == [
+        63,
+        127,
+        128,
+        191,
+        64,
+        66,
+    ]
 
 
 def test_where_nothing_can_be_said() -> None:

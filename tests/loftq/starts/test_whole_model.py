@@ -133,7 +133,7 @@ def test_the_reported_errors_are_those_of_the_started_model(
         R = R.diagonal() if method == "qera-diag" else R
         aim = next(aim for weight, aim in aims if np.array_equal(weight, W))
         assert np.array_equal(aim, W) or method == "aligned"
-        assert row.output_error == pytest.approx(size_of(E + aim - W, R) / size_of(W, R), rel=RELATIVE)
+        assert row.output_error == pytest.approx(size_of(E + aim - W, R) / size_of(aim, R), rel=RELATIVE)
         assert row.zero_output_error == pytest.approx(size_of(zero, R) / size_of(W, R), rel=RELATIVE)
         calls = zip(batches, seen[row.path], strict=True)
         assert row.tokens == sum(shown(value, b) for b, values in calls for value in values)
@@ -166,6 +166,18 @@ def test_a_start_is_repeatable_and_calls_back_the_training_mode(method: str) -> 
         assert model.training
         found.append(lora.state_dict())
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+def test_autocast_around_it_changes_no_start(method: str) -> None:
+    """Sums and products of weights and moments are of float32, and the text's forward is the model's own."""
+    options = config(method, texts(), loftq_bits=2)
+    plain = apply_lora(tiny_llama(), options).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = apply_lora(tiny_llama(), options).state_dict()
+    assert plain.keys() == within.keys()
+    assert all(torch.equal(value, within[name]) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("method", CALIBRATED)
