@@ -10,6 +10,7 @@ import torch
 from ...config.checks import check_bool, check_choice, check_int, check_names, failure
 from ...config.loftq import DEFAULT_TYPES
 from ...config.merge_aware import MergeAware
+from ...merging.task import storage_name
 from .optimizers import OPTIMIZERS, named
 
 #: Of the weights that adapters stand on; at 16 they stay as they are.
@@ -25,7 +26,7 @@ class Settings:
 
     Attributes:
         bits: of the linear layers' weights, as ``quantize_`` stores them; 16 leaves them dense, in ``dtype``.
-        quant_type, blocksize, double_quant: as in ``quantize_``.
+        quant_type, blocksize, double_quant: as in ``quantize_``; a type says the bits.
         rank, targets, dropout: of the adapters, as in ``LoraConfig``.
         seq, batch: tokens a row, and rows.
         accumulation: batches to a step of the optimizer.
@@ -64,10 +65,14 @@ class Settings:
     merge_aware: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.quant_type is not None and str(self.quant_type)[-1:].isdigit():
+            object.__setattr__(self, "bits", int(self.quant_type[-1]))
         if self.bits not in BITS:
             raise failure("bits", f"one of {list(BITS)}", self.bits, "pass bits=4")
         for name in ("rank", "seq", "batch", "accumulation", "world_size"):
             check_int(name, getattr(self, name), 1, f"pass {name}={getattr(type(self), name)}")
+        for name in ("dtype", "adapter_dtype"):
+            object.__setattr__(self, name, storage_name(getattr(self, name)))
         check_choice("dtype", self.dtype, DTYPES, "pass dtype='bfloat16'")
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES, "pass adapter_dtype='float32'")
         if isinstance(self.optimizer, str):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from qlora_kit.cli import app
 from qlora_kit.errors import ConfigError, StorageError, TargetError
-from qlora_kit.training.planner import MemoryPlan, plan_memory
+from qlora_kit.training.planner import MemoryPlan, Settings, plan_memory
 from qlora_kit.training.planner.cards import CARDS, CONTEXT, card_named
 from qlora_kit.training.planner.search import largest
 
@@ -142,6 +142,17 @@ def test_an_encoder_is_planned_too(tmp_path: Path) -> None:
 
 def test_images_are_planned_too(tmp_path: Path) -> None:
     assert plan_memory(config_folder(tmp_path, "vit"), batch=2, rank=4).total > 0
+
+
+@pytest.mark.parametrize(("quant_type", "bits"), [("nf3", 3), ("int8", 8), ("trellis2", 2)])
+def test_a_type_says_its_bits(quant_type: str, bits: int) -> None:
+    assert Settings(quant_type=quant_type).bits == bits
+    assert f"{bits} bits ({quant_type})" in str(Settings(bits=16, quant_type=quant_type))
+
+
+def test_dtypes_by_the_names_that_merges_know() -> None:
+    found = Settings(dtype="fp16", adapter_dtype="bf16")
+    assert (found.dtype, found.adapter_dtype) == ("float16", "bfloat16")
 
 
 def test_cards_before_ampere_have_no_flash_attention(folder: Path) -> None:
