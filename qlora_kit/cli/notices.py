@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _OURS = ("qlora_kit", "loftq")
+# Where they lie: a checkout, whose name may be one of theirs, can hold other libraries too.
+_PLACES = tuple(Path(__file__).parents[2] / name for name in _OURS)
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def notices_to(say: Callable[[str], None]) -> Iterator[None]:
     shown_as_ever = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
-        if set(_OURS) & set(Path(filename).parts):
+        if any(Path(filename).is_relative_to(place) for place in _PLACES):
             say_once(str(message))
         else:
             shown_as_ever(message, category, filename, *where, **more)
