@@ -23,7 +23,7 @@ import torch
 
 TESTS = Path(__file__).parent
 #: Seconds after which a collective that some rank didn't come to is an error on the others.
-PATIENCE = 60
+PATIENCE = 120
 
 
 class ProcessesError(AssertionError):
@@ -31,7 +31,7 @@ class ProcessesError(AssertionError):
 
 
 def in_processes(
-    function: Callable[..., Any], size: int = 2, *, timeout: float = 240, patience: float = PATIENCE, **arguments: Any
+    function: Callable[..., Any], size: int = 2, *, timeout: float = 480, patience: float = PATIENCE, **arguments: Any
 ) -> list[Any]:
     """What ``function(**arguments)`` returns on each of ``size`` ranks, in their order.
 

@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from held import Held
 from interrupted_runs import ADAPTER, BASE
 from typer.testing import CliRunner
 
@@ -109,20 +108,10 @@ def test_ctrl_c_where_nothing_is_kept(function: str, command: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_real_ctrl_c(tmp_path: Path) -> None:
-    code = "import qlora_kit.checkpoints.journal as j, time; a = j.Journal.add\n"
-    code += "j.Journal.add = lambda *x, **y: (a(*x, **y), time.sleep(0.5))\n"
-    code += "import sys; from qlora_kit.cli import app; app(sys.argv[1:])"
-    command = [sys.executable, "-W", "ignore", "-c", code, *MERGE.split(), "--out", str(tmp_path / "out")]
-    # A shell starts what runs behind it with the signal ignored, and children inherit that.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
-        journal = tmp_path / "out" / ".qlora_kit_merge" / "journal.jsonl"
-        while not (journal.exists() and journal.stat().st_size):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate()[1]
-    assert process.returncode == 130
+    held = Held(tmp_path / "out", 1, "qlora_kit", *MERGE.split(), "--out", tmp_path / "out")
+    held.process.send_signal(signal.SIGINT)
+    assert held.ended() == 130
+    said = held.text()
     assert "the same command goes on from there" in " ".join(said.split())
     assert "Traceback" not in said
 

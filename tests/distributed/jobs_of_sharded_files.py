@@ -20,7 +20,7 @@ from qlora_kit.distributed import Prepared, load_checkpoint, save_checkpoint
 from qlora_kit.model import lora_model
 
 #: Seconds that ranks wait for each other.
-PATIENCE = 8
+PATIENCE = 20
 
 
 def message_of(function: Callable[[], Any]) -> str:

@@ -219,11 +219,11 @@ def test_meta_models_are_planned_and_injected_without_memory() -> None:
     config = LlamaConfig(vocab_size=320, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    began = time.monotonic()
+    began = time.process_time()
     lora = LoraModel(model, LoraConfig(r=16, target_modules="all-linear"))
     assert len(lora.plan.entries) == 28
     assert all(parameter.is_meta for parameter in lora.parameters())
-    assert time.monotonic() - began < 60  # a hang, not a speed: speed is measured in benchmarks/
+    assert time.process_time() - began < 60  # a hang, not a speed: speed is measured in benchmarks/
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -42,12 +42,12 @@ def test_it_means_what_python_s_own_means(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", SLOW)
 def test_one_that_would_run_for_minutes_ends(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expressions, "SECONDS", 0.05)
-    begun = time.monotonic()
+    begun = time.process_time()
     expression = Expression(pattern, "target_modules")
     for _ in range(200):
         with contextlib.suppress(ConfigError):
             expression.fullmatch("a" * 60 + "!")
-    assert time.monotonic() - begun < 30
+    assert time.process_time() - begun < 30
 
 
 @pytest.mark.slow
@@ -112,10 +112,10 @@ def test_what_is_none_is_said_shortly(pattern: str, said: str) -> None:
 
 def test_the_closest_of_very_many_names_are_found_in_seconds() -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(100) for j in range(500)]
-    begun = time.monotonic()
+    begun = time.process_time()
     assert closest("model.layers.37.mlp.expert.41.up_proj.weight", names, 1) == [
         "model.layers.37.mlp.experts.41.up_proj.weight"
     ]
     assert closest("x" * 100_000, names) == []
     assert closest("name", ["x" * 100_000, "nam"]) == ["nam"]
-    assert time.monotonic() - begun < 30
+    assert time.process_time() - begun < 30

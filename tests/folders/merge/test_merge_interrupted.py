@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from disk_merges import contents, on_disk, save_adapter, save_base, tensors
+from held import Held
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora_kit.folders.merge.run
@@ -212,15 +209,9 @@ def test_killed(tmp_path: Path) -> None:
     base = save_base(model, tmp_path / "base", "bfloat16")
     adapter = save_adapter(base, tmp_path / "adapter")
     out, whole = tmp_path / "out", tmp_path / "whole"
-    program = "from qlora_kit.cli.commands import app; app()"
-    options = ["--base", str(base), "--adapter", str(adapter), "--into", "int8", "--shard-size", "0.001", "--force"]
-    command = [sys.executable, "-c", program, "merge", *options, "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = ["--base", base, "--adapter", adapter, "--into", "int8", "--shard-size", "0.001", "--force"]
+    Held(out, 7, "qlora_kit", "merge", *options, "--out", out).killed()
     journal = out / WORK_FOLDER / "journal.jsonl"
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 8):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0, "it was still at work"
     done = [json.loads(line)["unit"] for line in journal.read_text().splitlines()[1:] if line.endswith("}")]
     assert 7 <= len(done) < 147
     on_disk(base, [adapter], out, into="int8", shard_bytes=10**6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from qlora_kit.distributed.joining import joined
 from qlora_kit.distributed.team import ALONE, Processes, Team
 
 SHARD = 20_000
+# Tasks whose first layers wait for no others: both processes are seen to have a share.
+AT_ONCE = ("loftq", "budget")
 MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral}
 
 
@@ -44,9 +47,13 @@ def by_all(source: Path, out: Path) -> dict[str, Any]:
     """Each task by all ranks; the reports' rows, and which layers this rank has started."""
     found: dict[str, Any] = {}
     Report.plot = lambda *_: None  # type: ignore[method-assign, assignment]
-    start_of, own = replacements.start_of, list[str]()
+    start_of, own, at_work = replacements.start_of, list[str](), Path()
 
     def noting(request: Any, *others: Any) -> Any:
+        if not own and name in AT_ONCE:  # or one has done all before the other, on a busy machine, comes for its share
+            (at_work / str(team.rank)).touch()
+            while len(list(at_work.iterdir())) < team.size:
+                time.sleep(0.001)
         own.append(request.path)
         return start_of(request, *others)
 
@@ -54,6 +61,8 @@ def by_all(source: Path, out: Path) -> dict[str, Any]:
     with joined() as team:
         for name, task in tasks(source, out).items():
             own.clear()
+            at_work = out / f"at work on {name}"
+            at_work.mkdir(parents=True, exist_ok=True)
             report = stream(task, team=team)
             found[name] = {"rows": rows_of(report), "started": list(own)}
         again = stream(replace(tasks(source, out)["qera"]), team=team)

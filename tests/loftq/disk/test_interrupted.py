@@ -7,8 +7,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from commands import loftq_here, loftq_killed
+from commands import loftq_here
 from disk_models import config, contents, streamed, write
+from held import Held
 from tiny_llama import llama
 
 from loftq.disk.checkpoint import StoredTensor
@@ -169,7 +170,7 @@ def test_killed(llama_dir: Path, tmp_path: Path) -> None:
         return ["init", "--model", str(llama_dir), "--out", str(out), *options]
 
     out, whole = tmp_path / "out", tmp_path / "whole"
-    loftq_killed(out, 8, *arguments(out))
+    Held(out, 7, "loftq", *arguments(out)).killed()
     loftq_here(*arguments(out))
     loftq_here(*arguments(whole))
     assert contents(out) == contents(whole)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from calibrated_runs import add_tokenizer, calibrated, rows, write_text
-from commands import loftq_here, loftq_killed
+from commands import loftq_here
 from disk_models import contents, streamed, write
+from held import Held
 from tiny_llama import llama
 
 import loftq.disk.chosen_bits
@@ -148,7 +149,7 @@ def test_killed(options: list[str], tmp_path: Path) -> None:
         return ["init", "--model", str(source), "--out", str(out), *common, *calibration]
 
     out, whole = tmp_path / "out", tmp_path / "whole"
-    loftq_killed(out, 6, *arguments(out))
+    Held(out, 5, "loftq", *arguments(out)).killed()
     loftq_here(*arguments(out))
     loftq_here(*arguments(whole))
     assert contents(out) == contents(whole)

@@ -48,9 +48,12 @@ def test_the_same_bytes_as_one_process(
 @pytest.mark.parametrize("name", NAMES)
 def test_each_layer_is_started_by_one_of_them(name: str, by_two: list[Any]) -> None:
     first, second = (rank[name]["started"] for rank in by_two)
-    assert first, "both have a share"
-    assert second, "both have a share"
     assert sorted(first + second) == sorted(row["path"] for row in by_two[0][name]["rows"])
+
+
+@pytest.mark.parametrize("name", jobs.AT_ONCE)
+def test_both_have_a_share(name: str, by_two: list[Any]) -> None:
+    assert all(rank[name]["started"] for rank in by_two)
 
 
 def test_a_finished_run_is_read_by_all(by_two: list[Any]) -> None:
