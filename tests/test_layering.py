@@ -33,7 +33,7 @@ qlora_kit
 loftq.methods
 loftq.inputs
 loftq.starts
-loftq.bits
+loftq.bits loftq.distillation
 loftq.disk
 loftq
 demo

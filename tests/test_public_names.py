@@ -28,6 +28,7 @@ NAMES = {
     "loftq": """
         Allocation LayerReport LoftQResult Problem Quantized Report allocate collect_statistics factorize
         register_method start_report
+        Distillation SoftLabels distill soft_labels
     """,
     "qlora_kit.compat.peft": """
         AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering

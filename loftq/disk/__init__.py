@@ -16,7 +16,8 @@ goes, and how a run that is cut off goes on. Nothing here may depend on the whol
 - ``resumed``: what an earlier run's journal says, held against what is to be done
 - ``writers``: the files while they grow
 - ``output``: what the output is called and how large it will be
-- ``progress``: the bar
+- ``progress``: bars
 - ``checks``: what was written, held against what was noted then, and loaded
+- ``distilled``: the adapter learns from the original
 - ``verify``: do model and adapter belong together, and is the report true?
 """

@@ -70,8 +70,7 @@ def check_loads(out: Path) -> str:
     kind: Any = type(bare := skeleton(out, quantized=True))
     stored = StoredNames(bare, ShardReader(out), quantized=True).stored
     try:
-        with _quiet():
-            model, found = kind.from_pretrained(out, dtype="auto", output_loading_info=True, **plainly(out))
+        model, found = loaded(kind, out)
         lost = sorted({str(name) for name in found["missing_keys"]} & set(stored))
         if lost:
             raise StorageError(f"{len(lost)} stored weights that don't get to their places ({', '.join(lost[:3])})")
@@ -88,6 +87,16 @@ def check_loads(out: Path) -> str:
     if not first.isfinite().all():
         raise StorageError(f"{out}: expected a finite output of a few tokens, found NaN or infinity; {_AGAIN}")
     return f"{out}: transformers loads it, the adapter fits, and a few tokens give a finite output"
+
+
+def loaded(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """``folder``'s model as transformers' class ``kind`` loads it in the dtype that it is stored in, without its bars,
+    and what that says of missing tensors."""
+    with _quiet():
+        found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **options, **plainly(folder)
+        )
+    return found
 
 
 def _text(model: Any) -> Mapping[str, Any] | None:

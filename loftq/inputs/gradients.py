@@ -69,7 +69,7 @@ def loss_weights(
     """
     paths, rows = list(paths), evenly([row for batch in batches for row in in_parts(batch, 1)], tokens)
     found: dict[int, tuple[dict[str, float], int]] = {}
-    with watchable(model), _frozen(model), _recomputed(model, paths):
+    with watchable(model), _frozen(model), recomputed(model, paths):
         for number in team.numbers(len(rows)):
             found[number] = _squares_of(model, rows[number], paths, seed + number)
     sums, counts = dict.fromkeys(paths, 0.0), 0
@@ -155,7 +155,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputed(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+def recomputed(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Inside the block, the blocks around ``paths`` keep their inputs alone and are computed again on the way back."""
     with ExitStack() as stack:
         for stop in stops_for(model, paths).keys() - set(paths):

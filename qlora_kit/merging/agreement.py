@@ -57,7 +57,7 @@ class Agreement:
 def record(model: nn.Module, batches: Batches, spill: Spill) -> Callable[[nn.Module], Agreement]:
     """Keep ``model``'s output for ``batches``; a call that compares another model's with it."""
     with evaluating(model):
-        kept = [spill.keep(_output(model, batch)) for batch in batches]
+        kept = [spill.keep(output_of(model, batch)) for batch in batches]
 
     @torch.no_grad()
     def compare(merged: nn.Module) -> Agreement:
@@ -66,8 +66,8 @@ def record(model: nn.Module, batches: Batches, spill: Spill) -> Callable[[nn.Mod
         with_logits = True
         with evaluating(merged):
             for batch, expected in zip(batches, kept, strict=True):
-                (before, logits), (after, _) = expected(), _output(merged, batch)
-                mask = _shown(batch, before)
+                (before, logits), (after, _) = expected(), output_of(merged, batch)
+                mask = shown_in(batch, before)
                 with_logits &= logits
                 _add(sums, before[mask], after[mask], logits)
                 tokens += int(mask.sum())
@@ -97,7 +97,7 @@ def mean_loss(model: nn.Module, batches: Batches) -> float:
     total, predicted = 0.0, 0
     with evaluating(model):
         for batch in batches:
-            out, logits = _output(model, batch)
+            out, logits = output_of(model, batch)
             targets = _targets(model, batch, out) if logits else None
             if targets is None:
                 raise MergeError(
@@ -125,7 +125,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
+def output_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
     """Logits, or the last hidden states, and which of the two."""
     output = model(**batch)
     logits = getattr(output, "logits", None)
@@ -136,7 +136,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
     return found, False
 
 
-def _shown(batch: Mapping[str, Any], output: Tensor) -> Tensor:
+def shown_in(batch: Mapping[str, Any], output: Tensor) -> Tensor:
     """Which positions of ``output`` (batch, tokens, ...) are no padding; all, where the mask is of another shape."""
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == output.shape[:-1]:
@@ -151,7 +151,7 @@ def _targets(model: nn.Module, batch: Mapping[str, Any], logits: Tensor) -> Tens
     causal = "ForCausalLM" in kind or "LMHeadModel" in kind
     if not causal or ids is None or logits.shape[:-1] != ids.shape:
         return None
-    shown = _shown(batch, logits)
+    shown = shown_in(batch, logits)
     targets = torch.where(shown, ids, -100)
     return F.pad(targets[:, 1:], (0, 1), value=-100)
 

@@ -1,0 +1,88 @@
+"""What a model foretells of a text: the labels that its quantized copy learns from (Hinton et al. 2015).
+
+Of each token the likeliest words are kept, a few hundred of a vocabulary: 2 kB a token, where all logits would take
+hundreds. So the original needn't be there while its copy learns. Of a model without logits the output itself is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.config.checks import check_int
+from qlora_kit.errors import ConfigError
+from qlora_kit.merging.agreement import output_of, shown_in
+
+from ..inputs.batches import in_parts
+from ..inputs.moments import watchable
+from ..inputs.text import batches_for
+from .divergence import Likeliest, likeliest
+
+# More of them change the second digit of a divergence between good models by less than one.
+_LIKELIEST = 256
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """Of ``soft_labels``; on the CPU.
+
+    Attributes:
+        rows: what the model was called with, a row of the text each.
+        labels: of each row, for its tokens that aren't padding: the likeliest words and their log-probabilities
+            (tokens, k), or the output itself (tokens, width) of a model without logits.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    labels: Sequence[Likeliest | Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the labels."""
+        return sum(t.nbytes for own in self.labels for t in (own if isinstance(own, Likeliest) else (own,)))
+
+
+@torch.no_grad()
+def soft_labels(
+    model: nn.Module,
+    text: Any = "builtin",
+    *,
+    rows: int = 128,
+    tokens: int = 512,
+    likeliest_words: int = _LIKELIEST,
+    folder: str | os.PathLike[str] | None = None,
+) -> SoftLabels:
+    """What ``model`` foretells of a text, for ``loftq.distill`` to hold a quantized model with adapters to.
+
+    Args:
+        model: the original, or any other with the same words; it is in evaluation mode meanwhile.
+        text: "builtin", a UTF-8 file, token ids (rows, tokens), or batches that the model is called with. Text of what
+            the model is for is best.
+        rows, tokens: of a file, or of the built-in text: how many rows of how many tokens to cut from it.
+        likeliest_words: of each token so many are told apart, and the others taken together.
+        folder: where the tokenizer is; None is the folder that the model came from.
+
+    Raises:
+        ConfigError: no such text, or what the model computes of it isn't finite.
+        StorageError: no such file, or no tokenizer.
+    """
+    for name, value in (("rows", rows), ("tokens", tokens), ("likeliest_words", likeliest_words)):
+        check_int(name, value, 1, f"pass {name}=128")
+    batches = batches_for(text, model, rows=rows, window=tokens, folder=folder)
+    kept, labels = list[Mapping[str, Any]](), list[Likeliest | Tensor]()
+    with watchable(model):
+        for row in (row for batch in batches for row in in_parts(batch, 1)):
+            output, predicts = output_of(model, row)
+            told = output[shown_in(row, output)]
+            if not told.isfinite().all():
+                raise ConfigError(
+                    f"soft_labels: expected finite outputs of {type(model).__name__}, found NaN or infinity in row "
+                    f"{len(kept)}; load the model in bfloat16 or float32"
+                )
+            labels.append(likeliest(told, likeliest_words) if predicts else told.float().cpu())
+            kept.append({key: value.cpu() if isinstance(value, Tensor) else value for key, value in row.items()})
+    return SoftLabels(kept, labels)
