@@ -41,7 +41,7 @@ from quality_rows import REAL_STARTS, STARTS, Start, lora_config
 from real_models import is_real, texts, windows_of
 from torch import Tensor, nn
 
-from loftq import allocate
+from loftq import allocate, distill, soft_labels
 from qlora_kit import LoraConfig, LoraModel, apply_lora, prepare_model_for_kbit_training
 from qlora_kit.demo.models import Source, quiet, reference_model_path
 from qlora_kit.demo.settings import Settings
@@ -77,11 +77,14 @@ def started(
     if bits == 16:
         return apply_lora(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
     config = lora_config(start, bits, rank, own)
+    labels = soft_labels(model, config.loftq_config.calibration) if start.distilled and config.loftq_config else None
     if bits != int(bits):
         config = allocate(model, config, bits=bits, rule=start.rule).config
     lora = apply_lora(model, config)
     if start.zero:
         zero_(lora, 0)
+    if labels is not None:
+        print(distill(lora, labels), flush=True)
     return lora
 
 
@@ -126,7 +129,7 @@ def measure(
             for name, parameter in lora.named_parameters():
                 if name in kept:
                     parameter.copy_(kept[name])
-        if start.zero or bits == 16:
+        if (start.zero and not start.distilled) or bits == 16:
             zero_(lora, seed)
         settings = Settings(
             model=folder,

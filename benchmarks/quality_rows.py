@@ -28,6 +28,7 @@ class Start:
         bits: where the row stands; empty is everywhere.
         text, rows: what the real model is calibrated on: "own", the test's domain, "other", "mixed" of both in turns,
             or "builtin"; how many rows of 256 tokens.
+        distilled: then the adapters learn from the original on that text (``loftq.distill``).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Start:
     bits: tuple[float, ...] = ()
     text: str = "own"
     rows: int = 32
+    distilled: bool = False
 
 
 def _all_starts() -> list[Start]:
@@ -91,6 +93,14 @@ def _real_starts() -> list[Start]:
             Start(f"aligned, trellis, under a budget, {rows} rows", trellis, rows=rows, bits=_MEANS)
             for rows in (32, 128)
         ),
+        *(
+            Start(
+                f"aligned, trellis, under a budget, {n} rows, distilled", trellis, rows=n, bits=_MEANS, distilled=True
+            )
+            for n in (32, 128)
+        ),
+        Start("zero, nf (QLoRA), distilled", {"quant_type": "nf"}, zero=True, bits=(3, 4), rows=128, distilled=True),
+        Start("loftq T=5, distilled", bits=(2, 3, 4), rows=128, distilled=True),
         *(Start(f"aligned, trellis, k, v and o at 3 bits, {n} rows", kvo, rows=n, bits=(2,)) for n in (32, 128)),
     ]
 
