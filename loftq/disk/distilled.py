@@ -15,7 +15,7 @@ from qlora_kit.checkpoints.model_folder import locate, skeleton
 from qlora_kit.errors import QLoRAKitError, StorageError
 from qlora_kit.model.lora_model import LoraModel
 
-from ..distillation.soft_labels import SoftLabels, soft_labels
+from ..distillation.soft_labels import soft_labels
 from ..distillation.training import Distillation, distill
 from ..starts.report import Report
 from .checks import ADAPTER_FOLDER, loaded
@@ -50,22 +50,21 @@ def distill_folder(
         StorageError: a folder isn't what it should be, there is an adapter already, or a model can't be loaded.
         ConfigError: see ``loftq.distill``.
     """
-    Report.load(out)  # which only a finished run has
+    asked = Report.load(out).options  # which only a finished run has
     place = out / DISTILLED_FOLDER
     if (place / WEIGHTS_NAME).exists():
         raise StorageError(
             f"{place}: expected no adapter yet, found one; use it, or remove the folder to learn another"
         )
-    labels = _labels_of(locate(against, "against"), text, rows, tokens, device)
+    looked_at = asked["calibration_rows"], asked["calibration_tokens"]
+    original = _model(locate(against, "against"), device, quantized=False)
+    labels = soft_labels(original, text, rows=rows, tokens=tokens, looked_at=looked_at)
+    del original
     lora = LoraModel.from_pretrained(_model(out, device), out / ADAPTER_FOLDER, is_trainable=True)
     found = distill(lora, labels, **options)
     if found.kept:
         lora.save_pretrained(place)
     return found
-
-
-def _labels_of(original: Path, text: Any, rows: int, tokens: int, device: str) -> SoftLabels:
-    return soft_labels(_model(original, device, quantized=False), text, rows=rows, tokens=tokens)
 
 
 def _model(folder: Path, device: str, *, quantized: bool = True) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qlora_kit.merging.agreement import output_of, shown_in
 
 from ..inputs.batches import in_parts
 from ..inputs.moments import watchable
+from ..inputs.other_rows import other_rows
 from ..inputs.text import batches_for
 from .divergence import Likeliest, likeliest
 
@@ -55,6 +57,7 @@ def soft_labels(
     tokens: int = 512,
     likeliest_words: int = _LIKELIEST,
     folder: str | os.PathLike[str] | None = None,
+    looked_at: tuple[int, int] | None = None,
 ) -> SoftLabels:
     """What ``model`` foretells of a text, for ``loftq.distill`` to hold a quantized model with adapters to.
 
@@ -65,6 +68,8 @@ def soft_labels(
         rows, tokens: of a file, or of the built-in text: how many rows of how many tokens to cut from it.
         likeliest_words: of each token so many are told apart, and the others taken together.
         folder: where the tokenizer is; None is the folder that the model came from.
+        looked_at: how many rows of how many tokens the start was given of that file, which others are taken than, as
+            far as it has others; None is as many as here.
 
     Raises:
         ConfigError: no such text, or what the model computes of it isn't finite.
@@ -72,7 +77,8 @@ def soft_labels(
     """
     for name, value in (("rows", rows), ("tokens", tokens), ("likeliest_words", likeliest_words)):
         check_int(name, value, 1, f"pass {name}=128")
-    batches = batches_for(text, model, rows=rows, window=tokens, folder=folder)
+    others = partial(other_rows, looked_at=looked_at or (rows, tokens))
+    batches = batches_for(text, model, rows=rows, window=tokens, folder=folder, choose=others)
     kept, labels = list[Mapping[str, Any]](), list[Likeliest | Tensor]()
     with watchable(model):
         for row in (row for batch in batches for row in in_parts(batch, 1)):

@@ -4,6 +4,7 @@ Whatever the model: its own forward is run and only stopped, never imitated, and
 moments are for, and what becomes of a layer, must not be known here; who asks says what a layer has become.
 
 - ``text``: the text: a file, tokens, or what every Python brings along
+- ``other_rows``: of a text that a start hasn't looked at
 - ``batches``: parts of it
 - ``caches``: no cache is made or read while text goes through
 - ``moments``: E[x x^T] of chosen modules from one pass

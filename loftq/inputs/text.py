@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def batches_for(
     window: int,
     batch: int = _BATCH,
     folder: str | os.PathLike[str] | None = None,
+    choose: Callable[..., Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Batches to call ``model`` with, on its device.
 
@@ -47,6 +48,7 @@ def batches_for(
         rows, window: for text: rows of ``window`` tokens to cut, evenly over the whole of it.
         batch: rows of a batch.
         folder: where the tokenizer is; None is the folder that the model came from.
+        choose: which rows of a text to take; None is ``token_rows``.
 
     Raises:
         ConfigError: a source of another kind, or without a row; tokens that the model has no embeddings for; a batch
@@ -56,7 +58,8 @@ def batches_for(
     source = BUILTIN if _is_none(source) else source
     if isinstance(source, (str, os.PathLike)):
         place = folder or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-        source = token_rows(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
+        choose = choose or token_rows
+        source = choose(source, load_tokenizer(place), rows=rows, window=_fitting(model, window))
     if isinstance(source, Tensor):
         if source.dim() != 2 or source.is_floating_point() or not source.numel():
             raise ConfigError(

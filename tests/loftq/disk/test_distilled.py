@@ -118,5 +118,5 @@ def test_mistakes_are_said_in_the_command_s_words(source: Path, text: Path, out:
 
 def test_a_folder_that_isn_t_finished_is_refused(source: Path, out: Path) -> None:
     (out / "loftq_report.json").unlink()
-    with pytest.raises(StorageError, match="loftq_report.json"):
+    with pytest.raises(StorageError, match=r"loftq_report\.json"):
         distill_folder(out, source)
