@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loftq import start_report
+from loftq import distill, soft_labels, start_report
 from qlora_kit import LoftQConfig, LoraConfig, LoraModel, apply_lora, merge
 from qlora_kit.demo.models import Source, quiet
 from qlora_kit.demo.training import perplexity
@@ -101,3 +101,17 @@ def test_two_bits_need_a_look_at_the_inputs_and_merge_without_loss(folder: Path,
     merged = of_test(merge(lora, into="bfloat16", force=True).model, texts)
     # bfloat16 keeps 8 bits of each weight.
     assert merged == pytest.approx(found, rel=0.02)
+
+
+def test_a_start_that_looked_at_nothing_learns_from_the_original(folder: Path, texts: Any) -> None:
+    with quiet():
+        original = Source(str(folder), "cpu", torch.float32).dense()
+    labels = soft_labels(original, texts.train[:10, :128])
+    full = of_test(original, texts)
+    del original
+    lora = started(folder, loftq_bits=2, loftq_iter=5, method="loftq")
+    before = of_test(lora, texts)
+    found = distill(lora, labels, passes=2, batch_rows=4, learning_rate=1e-3)
+    assert found.kept
+    assert found.after < 0.8 * found.before
+    assert math.log(of_test(lora, texts) / full) < 0.8 * math.log(before / full)
