@@ -38,9 +38,9 @@ def lost(model: nn.Module, labels: SoftLabels, number: int) -> tuple[Tensor, int
         return divergence(told, label), len(told)
     if predicts or isinstance(label, Likeliest) or label.shape != told.shape:
         raise ConfigError(
-            f"labels: expected those of a model with outputs of the same shape, found {_said(label, labels.words)} in "
-            f"row {number} where this model gives {_said(told, told.shape[-1] if predicts else 0)}; take them of the "
-            "model that this one was made from"
+            f"labels: expected outputs of the same shape as this model's, found {_said(label, labels.words)} in row "
+            f"{number} where it gives {_said(told, told.shape[-1] if predicts else 0)}; take the model that this one "
+            "was made from"
         )
     return (told.float() - label.to(told.device)).square().sum() / labels.mean_square, len(told)
 

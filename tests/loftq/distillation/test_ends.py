@@ -84,17 +84,13 @@ def test_labels_of_another_model_are_refused_before_anything_is_learned() -> Non
     before, steps = state(lora), list[int]()
     other = soft_labels(lively(vocab_size=2 * VOCABULARY), rows(), likeliest_words=2)
     assert other.words > VOCABULARY
-    said = (
-        rf"12 tokens of {other.words} words or more in row \d+ where this model gives 12 tokens of {VOCABULARY} words"
-    )
-    with pytest.raises(
-        ConfigError, match=f"labels: expected those of a model with outputs of the same shape, .*{said}"
-    ):
+    said = rf"12 tokens of {other.words} words or more in row \d+ where it gives 12 tokens of {VOCABULARY} words"
+    with pytest.raises(ConfigError, match=f"labels: expected outputs of the same shape as this model's, .*{said}"):
         distill(lora, other, progress=lambda done, _: steps.append(done))
     shorter = replace(labels, rows=[{"input_ids": row["input_ids"][:, :5]} for row in labels.rows])
     numbers = SoftLabels(labels.rows, [torch.ones(12, 4) for _ in labels.rows])
     for wrong in (shorter, numbers):
-        with pytest.raises(ConfigError, match="labels: expected those of a model with outputs of the same shape"):
+        with pytest.raises(ConfigError, match="labels: expected outputs of the same shape as this model's"):
             distill(lora, wrong, progress=lambda done, _: steps.append(done))
     with pytest.raises(ConfigError, match="SoftLabels: expected a label for each row, found 3 for 12 rows"):
         replace(labels, labels=labels.labels[:3])
