@@ -66,9 +66,9 @@ def distill_folder(
     distillation = distill(lora, labels, **options)
     if distillation.kept:
         lora.save_pretrained(place)
-        rows = {**about_start(_as_asked(lora, start), report.layers), "learned end to end": distillation.gain}
+        said = {**about_start(_as_asked(lora, start), report.layers), "learned end to end": distillation.gain}
         name = lora.active_adapters[0]
-        write_card(place, stored_config(lora.adapted, name), replace(about(lora.adapted, name), rows=rows))
+        write_card(place, stored_config(lora.adapted, name), replace(about(lora.adapted, name), rows=said))
     return distillation
 
 
