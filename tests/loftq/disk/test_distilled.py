@@ -65,6 +65,7 @@ def out(started: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(started, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_library_learns(source: Path, text: Path, out: Path) -> None:
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     code, said = run("distill", out, "--against", source, "--calibration", text, *OPTIONS)
@@ -118,6 +119,7 @@ def test_what_is_saved_again_keeps_saying_that_it_started_with_its_base(learned:
     assert "| start | together with its quantized base |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["learning", "saving"])
 def test_stopped_it_leaves_nothing_and_can_be_given_again(
     source: Path, text: Path, out: Path, when: str, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +140,7 @@ def test_stopped_it_leaves_nothing_and_can_be_given_again(
     assert run(*command)[0] == 0
 
 
+@pytest.mark.slow
 def test_weights_without_a_configuration_are_no_adapter_yet(source: Path, text: Path, out: Path) -> None:
     """What a kill between the two leaves: the configuration comes last."""
     (out / DISTILLED_FOLDER).mkdir()
@@ -160,6 +163,7 @@ def test_what_is_there_isn_t_written_over(source: Path, text: Path, learned: Pat
     assert " steps " not in said, "it is said before anything is learned"
 
 
+@pytest.mark.slow
 def test_no_gain_writes_nothing_and_says_so(source: Path, text: Path, out: Path) -> None:
     code, said = run("distill", out, "--against", source, "--calibration", text, *OPTIONS[:-1], 30)
     assert code == 0, said
@@ -168,6 +172,7 @@ def test_no_gain_writes_nothing_and_says_so(source: Path, text: Path, out: Path)
     assert not (out / DISTILLED_FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_said_in_the_command_s_words(source: Path, text: Path, out: Path, tmp_path: Path) -> None:
     code, said = run("distill", source, "--against", source, "--calibration", text)
     assert code == 1

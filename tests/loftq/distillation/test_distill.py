@@ -19,6 +19,7 @@ from qlora_kit.compat.peft import get_peft_model
 STORAGES = ["nf4", "int8", "signed2", "trellis2", "bfloat16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 def test_it_comes_nearer_on_rows_that_it_never_saw(storage: str) -> None:
     labels, lora = labels_of(32), started(storage)
@@ -58,6 +59,7 @@ def test_a_step_is_adamw_s_on_the_plain_divergence() -> None:
             torch.testing.assert_close(moved[told], -1e-4 * old.grad[told].sign().double(), rtol=1e-2, atol=0.0)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_others() -> None:
     labels = labels_of()
     found = []
@@ -69,6 +71,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_others() -> None:
     assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
 
 
+@pytest.mark.slow
 def test_factors_in_half_precision_move_too() -> None:
     lora = started("nf4")
     for layer in lora.adapter_layers().values():
@@ -80,6 +83,7 @@ def test_factors_in_half_precision_move_too() -> None:
     assert len(changed(before, lora)) == 2 * len(lora.adapter_layers())
 
 
+@pytest.mark.slow
 def test_the_active_adapter_alone_learns_and_nothing_beside_it() -> None:
     lora = started(modules_to_save=["lm_head"], bias="all")
     lora.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian"))
@@ -117,6 +121,7 @@ class Scores(nn.Module):
         return {"loss": x.mean(), "logits": self.layers(x)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "targets"),
     [
@@ -153,6 +158,7 @@ def checkpointing(lora: LoraModel) -> None:
     lora.enable_input_require_grads()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "then", "learning"),
     [
@@ -180,6 +186,7 @@ def test_adapters_of_every_kind_learn(options: Any, then: Any, learning: set[str
     )
 
 
+@pytest.mark.slow
 def test_factors_that_two_layers_share_learn_once() -> None:
     """Those of a table of words and of the head that is tied to it."""
     words = ["embed_tokens", "lm_head"]

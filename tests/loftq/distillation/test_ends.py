@@ -27,6 +27,7 @@ def test_no_gain_leaves_what_was_and_says_so() -> None:
     assert changed(before, lora) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("where", ["between steps", "on the way back", "at the end"])
 def test_whatever_ends_it_leaves_what_was(
