@@ -36,7 +36,7 @@ class SoftLabels:
     Attributes:
         rows: what the model was called with, a row of the text each.
         labels: of each row, for its tokens that aren't padding: the likeliest words and their log-probabilities
-            (tokens, k), or the output itself (tokens, width) of a model without logits.
+            (tokens, k), or the output itself (tokens, width) of a model without logits, or with those of one class.
 
     Raises:
         ConfigError: there aren't as many labels as rows.
@@ -60,7 +60,8 @@ class SoftLabels:
     @cached_property
     def words(self) -> int:
         """How many words the model has at least; 0 of one without logits."""
-        return max((1 + int(own.ids.max()) for own in self.labels if isinstance(own, Likeliest)), default=0)
+        ids = (own.ids for own in self.labels if isinstance(own, Likeliest))
+        return max((1 + int(own.max()) for own in ids if len(own)), default=0)
 
     @cached_property
     def mean_square(self) -> float:
