@@ -221,7 +221,8 @@ def distill_(
     from .disk.distilled import DISTILLED_FOLDER, distill_folder
     from .disk.progress import steps_bar
 
-    with in_words_of("loftq distill", context, distill_folder, LoraConfig, LoftQConfig, text="calibration"):
+    renamed = {"text": "calibration", "labels": "against"}  # whose labels they are
+    with in_words_of("loftq distill", context, distill_folder, LoraConfig, LoftQConfig, **renamed):
         with steps_bar() as progress:
             found = distill_folder(
                 out,

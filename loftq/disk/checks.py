@@ -26,7 +26,7 @@ MODEL, ADAPTER, CONFIGS = "model", "adapter", "configs"
 _CONFIGS = ("config.json", f"{ADAPTER_FOLDER}/{CONFIG_NAME}")
 # Names of places and versions, which may change while the model stays what it is.
 _PLACES = ("base_model_name_or_path", "revision", "_name_or_path", "transformers_version")
-_AGAIN = "remove the folder and run loftq init again"
+AGAIN = "remove the folder and run loftq init again"
 
 
 def config_checksum(text: str | bytes) -> str:
@@ -45,15 +45,15 @@ def check_written(out: Path, report: Report) -> int:
     """
     if not report.checksums:
         return 0
-    count = check_tensors(ShardReader(out), report.checksums[MODEL], fix=_AGAIN)
-    count += check_tensors(ShardReader(out / ADAPTER_FOLDER), report.checksums[ADAPTER], fix=_AGAIN)
+    count = check_tensors(ShardReader(out), report.checksums[MODEL], fix=AGAIN)
+    count += check_tensors(ShardReader(out / ADAPTER_FOLDER), report.checksums[ADAPTER], fix=AGAIN)
     for name in _CONFIGS:
         try:
             found = config_checksum((out / name).read_bytes())
         except (OSError, ValueError, AttributeError) as error:
-            raise StorageError(f"{out / name}: expected a configuration, found none ({error}); {_AGAIN}") from error
+            raise StorageError(f"{out / name}: expected a configuration, found none ({error}); {AGAIN}") from error
         if found != report.checksums[CONFIGS][name]:
-            raise StorageError(f"{out / name}: expected what was written, found it changed since; {_AGAIN}")
+            raise StorageError(f"{out / name}: expected what was written, found it changed since; {AGAIN}")
     return count
 
 
@@ -85,7 +85,7 @@ def check_loads(out: Path) -> str:
         ) from error
     first = next(value for value in outputs.values() if torch.is_tensor(value))
     if not first.isfinite().all():
-        raise StorageError(f"{out}: expected a finite output of a few tokens, found NaN or infinity; {_AGAIN}")
+        raise StorageError(f"{out}: expected a finite output of a few tokens, found NaN or infinity; {AGAIN}")
     return f"{out}: transformers loads it, the adapter fits, and a few tokens give a finite output"
 
 

@@ -7,18 +7,22 @@ of the two. The start stays where it is: what is learned is one more adapter of 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapter_files.folder import WEIGHTS_NAME
+from qlora_kit.adapter_files.beside import about, stored_config
+from qlora_kit.adapter_files.card import about_start, write_card
 from qlora_kit.checkpoints.model_folder import locate, skeleton
-from qlora_kit.errors import QLoRAKitError, StorageError
+from qlora_kit.config.checks import check_device
+from qlora_kit.config.lora import CONFIG_NAME, LoftQConfig, LoraConfig
+from qlora_kit.errors import ConfigError, QLoRAKitError, StorageError
 from qlora_kit.model.lora_model import LoraModel
 
-from ..distillation.soft_labels import soft_labels
+from ..distillation.soft_labels import SoftLabels, soft_labels
 from ..distillation.training import Distillation, distill
 from ..starts.report import Report
-from .checks import ADAPTER_FOLDER, loaded
+from .checks import ADAPTER_FOLDER, AGAIN, loaded
 
 #: The new adapter's folder.
 DISTILLED_FOLDER = "loftq_distilled"
@@ -48,23 +52,41 @@ def distill_folder(
 
     Raises:
         StorageError: a folder isn't what it should be, there is an adapter already, or a model can't be loaded.
-        ConfigError: see ``loftq.distill``.
+        ConfigError: no such device, a text of fewer than two rows, or see ``loftq.distill``.
     """
-    asked = Report.load(out).options  # which only a finished run has
+    report = Report.load(out)  # which only a finished run has
+    start = LoftQConfig(method=report.options.get("method", "loftq"))
+    check_device("device", device)
     place = out / DISTILLED_FOLDER
-    if (place / WEIGHTS_NAME).exists():
-        raise StorageError(
-            f"{place}: expected no adapter yet, found one; use it, or remove the folder to learn another"
-        )
-    looked_at = asked["calibration_rows"], asked["calibration_tokens"]
-    original = _model(locate(against, "against"), device, quantized=False)
-    labels = soft_labels(original, text, rows=rows, tokens=tokens, looked_at=looked_at)
-    del original
+    found = "a file" if place.is_file() else "one" if (place / CONFIG_NAME).exists() else None  # which is written last
+    if found:
+        raise StorageError(f"{place}: expected no adapter yet, found {found}; use it, or remove it to learn another")
+    labels = _labels_of(locate(against, "against"), report, text, rows, tokens, device)
     lora = LoraModel.from_pretrained(_model(out, device), out / ADAPTER_FOLDER, is_trainable=True)
-    found = distill(lora, labels, **options)
-    if found.kept:
+    distillation = distill(lora, labels, **options)
+    if distillation.kept:
         lora.save_pretrained(place)
-    return found
+        said = {**about_start(_as_asked(lora, start), report.layers), "learned end to end": distillation.gain}
+        name = lora.active_adapters[0]
+        write_card(place, stored_config(lora.adapted, name), replace(about(lora.adapted, name), rows=said))
+    return distillation
+
+
+def _as_asked(lora: LoraModel, start: LoftQConfig) -> LoraConfig:
+    """The adapter's configuration with its start, which the folder that it was loaded from doesn't say."""
+    return replace(lora.peft_config[lora.active_adapters[0]], init_lora_weights="loftq", loftq_config=start)
+
+
+def _labels_of(original: Path, report: Report, text: Any, rows: int, tokens: int, device: str) -> SoftLabels:
+    model = _model(original, device, quantized=False)
+    looked_at = report.options.get("calibration_rows", rows), report.options.get("calibration_tokens", tokens)
+    labels = soft_labels(model, text, rows=rows, tokens=tokens, looked_at=looked_at)
+    if len(labels.rows) < 2:
+        raise ConfigError(
+            f"text: expected two rows or more of {tokens} tokens, one to hold out, found {len(labels.rows)}; pass a "
+            "longer one, or ask for more rows, of fewer tokens"
+        )
+    return labels
 
 
 def _model(folder: Path, device: str, *, quantized: bool = True) -> Any:
@@ -74,5 +96,8 @@ def _model(folder: Path, device: str, *, quantized: bool = True) -> Any:
     except QLoRAKitError:
         raise
     except Exception as error:  # of any kind, from files of unknown origin
-        said = str(error) or type(error).__name__
-        raise StorageError(f"{folder}: expected a model that transformers loads on {device}, found {said}") from error
+        said = (str(error) or type(error).__name__).rstrip(".")
+        raise StorageError(
+            f"{folder}: expected a model that transformers loads on {device}, found {said}; "
+            f"{AGAIN if quantized else 'pass one that AutoModelForCausalLM or the like loads'}"
+        ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..inputs.moments import watchable
 from ..inputs.other_rows import other_rows
 from ..inputs.text import batches_for
 from .divergence import Likeliest, likeliest
+from .surroundings import undisturbed
 
 # More of them change the second digit of a divergence between good models by less than one.
 _LIKELIEST = 256
@@ -36,19 +37,41 @@ class SoftLabels:
     Attributes:
         rows: what the model was called with, a row of the text each.
         labels: of each row, for its tokens that aren't padding: the likeliest words and their log-probabilities
-            (tokens, k), or the output itself (tokens, width) of a model without logits.
+            (tokens, k), or the output itself (tokens, width) of a model without logits, or with those of one class.
+
+    Raises:
+        ConfigError: there aren't as many labels as rows.
     """
 
     rows: Sequence[Mapping[str, Any]]
     labels: Sequence[Likeliest | Tensor]
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.labels):
+            raise ConfigError(
+                f"SoftLabels: expected a label for each row, found {len(self.labels)} for {len(self.rows)} rows; take "
+                "both of one soft_labels"
+            )
 
     @property
     def nbytes(self) -> int:
         """Of the labels."""
         return sum(t.nbytes for own in self.labels for t in (own if isinstance(own, Likeliest) else (own,)))
 
+    @cached_property
+    def words(self) -> int:
+        """How many words the model has at least; 0 of one without logits."""
+        ids = (own.ids for own in self.labels if isinstance(own, Likeliest))
+        return max((1 + int(own.max()) for own in ids if len(own)), default=0)
 
-@torch.no_grad()
+    @cached_property
+    def mean_square(self) -> float:
+        """Of a model without logits the squares of an output, summed over its width: the mean over all tokens, or 1
+        where that is 0."""
+        outputs = [own for own in self.labels if not isinstance(own, Likeliest)]
+        return sum(float(own.square().sum()) for own in outputs) / max(1, sum(map(len, outputs))) or 1.0
+
+
 def soft_labels(
     model: nn.Module,
     text: Any = "builtin",
@@ -72,23 +95,31 @@ def soft_labels(
             far as it has others; None is as many as here.
 
     Raises:
-        ConfigError: no such text, or what the model computes of it isn't finite.
+        ConfigError: no such text, it is nothing but padding, or what the model computes of it isn't finite.
         StorageError: no such file, or no tokenizer.
     """
     for name, value in (("rows", rows), ("tokens", tokens), ("likeliest_words", likeliest_words)):
         check_int(name, value, 1, f"pass {name}=128")
     others = partial(other_rows, looked_at=looked_at or (rows, tokens))
-    batches = batches_for(text, model, rows=rows, window=tokens, folder=folder, choose=others)
     kept, labels = list[Mapping[str, Any]](), list[Likeliest | Tensor]()
-    with watchable(model):
+    with undisturbed(), torch.no_grad(), watchable(model):
+        batches = batches_for(text, model, rows=rows, window=tokens, folder=folder, choose=others)
         for row in (row for batch in batches for row in in_parts(batch, 1)):
             output, predicts = output_of(model, row)
-            told = output[shown_in(row, output)]
+            told = output[shown_in(row, output).to(output.device)]
             if not told.isfinite().all():
                 raise ConfigError(
                     f"soft_labels: expected finite outputs of {type(model).__name__}, found NaN or infinity in row "
                     f"{len(kept)}; load the model in bfloat16 or float32"
                 )
-            labels.append(likeliest(told, likeliest_words) if predicts else told.float().cpu())
-            kept.append({key: value.cpu() if isinstance(value, Tensor) else value for key, value in row.items()})
+            if len(told):  # of padding alone there is nothing to say
+                labels.append(likeliest(told, likeliest_words) if predicts else told.float().cpu())
+                kept.append({key: _kept(value) for key, value in row.items()})
+    if not kept:
+        raise ConfigError("soft_labels: expected text, found padding alone; correct the batches' attention_mask")
     return SoftLabels(kept, labels)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of the row's own, on the CPU, of which gradients can be taken whatever made the batch."""
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value

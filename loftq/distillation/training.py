@@ -10,27 +10,27 @@ one block and the inputs of the others. Factors in half precision have float32 c
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_kit.config.checks import check_int, check_positive
 from qlora_kit.errors import AdapterError, ConfigError
-from qlora_kit.merging.agreement import output_of, shown_in
+from qlora_kit.injection.adapted import adapted_of
 from qlora_kit.model.life import refuse_in_pieces
 from qlora_kit.model.lora_model import LoraModel
 
 from ..inputs.gradients import recomputed
 from ..inputs.moments import watchable
-from .divergence import Likeliest, divergence
+from .distance import distance, lost
 from .soft_labels import SoftLabels
 from .steps import Steps
+from .surroundings import alone, undisturbed
 
 # One row in so many is held out, to see what is gained on text that nothing was learned of.
 _HELD_OUT = 16
@@ -57,9 +57,14 @@ class Distillation:
     seconds: float
 
     def __str__(self) -> str:
-        said = f"{self.before:.4g} before and {self.after:.4g} after {self.steps} steps on {self.rows} rows"
         more = "" if self.kept else "; that is no gain, and the adapter is what it was"
-        return f"distance from the original on held-out rows: {said} ({self.seconds:.0f} s){more}"
+        return f"{self.gain} ({self.seconds:.0f} s){more}"
+
+    @property
+    def gain(self) -> str:
+        """In words."""
+        said = f"{self.before:.4g} before and {self.after:.4g} after {self.steps} steps on {self.rows} rows"
+        return f"distance from the original on held-out rows: {said}"
 
 
 def distill(
@@ -75,11 +80,12 @@ def distill(
     """Have the active adapters of ``lora`` learn what the labels say; nothing else changes.
 
     Args:
-        lora: a quantized model with adapters that have a start, as ``apply_lora`` or ``from_pretrained`` gives it.
+        lora: a quantized model with adapters that have a start, as ``apply_lora`` or ``from_pretrained`` gives it, or
+            a ``PeftModel`` of ``qlora_kit.compat.peft``. Compiled or not, it runs uncompiled meanwhile.
         labels: what the original foretells, see ``loftq.soft_labels``; one row in sixteen is held out.
         passes: how often the text is gone through.
         learning_rate: of AdamW, the highest; it rises for a tenth of the steps and falls to 0 as a cosine does.
-        batch_rows: rows of a step.
+        batch_rows: rows of a step; all, where there are fewer.
         seed: of the rows' order.
         progress: called with the steps that are done and their number.
 
@@ -88,40 +94,54 @@ def distill(
         that were there before, bit for bit.
 
     Raises:
-        AdapterError: no active adapter, or one in a sharded model.
-        ConfigError: an argument that can't work, fewer than two rows, labels of another model, or gradients that
-            aren't finite.
+        AdapterError: no model with adapters, no active one, or one that is merged, sharded or not loaded.
+        ConfigError: an argument that can't work, fewer than two rows, labels of another model, or outputs or gradients
+            that aren't finite.
     """
     check_positive("passes", passes, "pass passes=2")
     check_positive("learning_rate", learning_rate, "pass learning_rate=3e-4")
     check_int("batch_rows", batch_rows, 1, "pass batch_rows=8")
-    refuse_in_pieces(lora, "distill", "distill it in one process before it is sharded")
-    count, began = len(labels.rows), time.monotonic()
-    if count < 2:
-        raise ConfigError(f"labels: expected two rows or more, one to hold out, found {count}; take a longer text")
-    factors, few = _factors(lora), max(1, count // _HELD_OUT)
-    held = [(2 * k + 1) * count // (2 * few) for k in range(few)]
-    learned = [number for number in range(count) if number not in held]
-    batches = _batches(learned, min(batch_rows, len(learned)), seed)
-    number = max(1, round(passes * len(learned) / batch_rows))
-    with watchable(lora), _alone(lora, factors), recomputed(lora, list(lora.adapter_layers())):
-        before = _distance(lora, labels, held)
-        steps = Steps(factors, learning_rate, number)
+    check_int("seed", seed, 0, "pass seed=0")
+    refuse_in_pieces(adapted_of(lora).root, "distill", "distill it in one process before it is sharded")
+    began, (learned, held), factors = time.monotonic(), _parted(labels), _factors(lora)
+    size = min(batch_rows, len(learned))
+    batches, number = _batches(learned, size, seed), max(1, round(passes * len(learned) / size))
+    with undisturbed(), watchable(lora), alone(lora, factors), recomputed(lora, list(lora.adapter_layers())):
+        before = distance(lora, labels, held)
+        if not math.isfinite(before):
+            raise ConfigError(
+                f"distill: expected finite outputs of {type(lora).__name__}, found NaN or infinity on held-out rows; "
+                "load the model in bfloat16 or float32, and check that its weights are whole"
+            )
+        steps, kept = Steps(factors, learning_rate, number), False
         try:
             for step in range(number):
                 for row in next(batches):
                     with torch.enable_grad():
-                        (_lost(lora, labels, row)[0] * steps.scale).backward()
+                        (lost(lora, labels, row)[0] * steps.scale).backward()
                 steps.take()
                 if progress is not None:
                     progress(step + 1, number)
-            after = _distance(lora, labels, held)
-        except BaseException:
-            steps.undo()
-            raise
-        if not (kept := after < before):
-            steps.undo()
+            after = distance(lora, labels, held)
+            kept = after < before
+        finally:
+            if not kept:
+                steps.undo()
     return Distillation(before, after, kept, number, len(learned), time.monotonic() - began)
+
+
+def _parted(labels: SoftLabels) -> tuple[list[int], list[int]]:
+    """The numbers of the rows to learn from, and of those that are held out, evenly over the text."""
+    if not isinstance(labels, SoftLabels):
+        raise ConfigError(
+            f"labels: expected what soft_labels returns, found {type(labels).__name__}; pass labels="
+            "loftq.soft_labels(original, text)"
+        )
+    if (count := len(labels.rows)) < 2:
+        raise ConfigError(f"labels: expected two rows or more, one to hold out, found {count}; take a longer text")
+    few = max(1, count // _HELD_OUT)
+    held = [(2 * k + 1) * count // (2 * few) for k in range(few)]
+    return [number for number in range(count) if number not in held], held
 
 
 def _factors(lora: LoraModel) -> list[nn.Parameter]:
@@ -137,23 +157,14 @@ def _factors(lora: LoraModel) -> list[nn.Parameter]:
     }
     if not (factors := [parameter for parameter in lora.parameters() if id(parameter) in of_active]):
         raise AdapterError("distill: expected an active adapter to learn, found none; add or enable one first")
+    if any(factor.is_meta for factor in factors):
+        raise AdapterError("distill: expected factors with values, found some on the meta device; load them first")
+    if any(parameter.is_inference() for parameter in lora.parameters()):
+        raise AdapterError(
+            "distill: expected parameters that gradients can be taken of, found some that were made inside "
+            "torch.inference_mode; load the model and its adapter outside"
+        )
     return factors
-
-
-@contextmanager
-def _alone(lora: LoraModel, factors: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside the block the factors, and nothing else, get gradients; they lose what they had till then."""
-    trained = {parameter: parameter.requires_grad for parameter in lora.parameters()}
-    own = set(factors)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(parameter in own)
-        for parameter in own:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, was in trained.items():
-            parameter.requires_grad_(was)
 
 
 def _batches(rows: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
@@ -164,31 +175,3 @@ def _batches(rows: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
             left += order.sample(rows, len(rows))
         yield left[:size]
         del left[:size]
-
-
-@torch.no_grad()
-def _distance(lora: LoraModel, labels: SoftLabels, rows: Sequence[int]) -> float:
-    """Of ``lora`` from its labels, a token of ``rows``."""
-    lost, counts = zip(*(_lost(lora, labels, row) for row in rows), strict=True)
-    return sum(map(float, lost)) / max(1, sum(counts))
-
-
-def _lost(lora: LoraModel, labels: SoftLabels, number: int) -> tuple[Tensor, int]:
-    """The sum over a row's tokens of what they are away from their labels, and how many there are."""
-    device = next(p.device for p in lora.parameters() if p.device.type != "meta")
-    row: Mapping[str, Any] = labels.rows[number]
-    row = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in row.items()}
-    output, predicts = output_of(lora, row)
-    told, label = output[shown_in(row, output)], labels.labels[number]
-    known = label.ids if isinstance(label, Likeliest) else label
-    fits = len(known) == len(told) and predicts == isinstance(label, Likeliest)
-    fits = fits and (int(known.max()) < told.shape[-1] if predicts else known.shape == told.shape)
-    if not fits:
-        raise ConfigError(
-            f"labels: expected those of a model with outputs of the same shape, found {tuple(known.shape)} of row "
-            f"{number} where this model gives {tuple(told.shape)}; take them of the model that this one was made from"
-        )
-    if isinstance(label, Likeliest):
-        return divergence(told, label), len(told)
-    label = label.to(told.device)
-    return (told.float() - label).square().sum() * (len(told) / label.square().sum()), len(told)

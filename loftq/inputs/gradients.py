@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.distributed.team import ALONE, Team
+from qlora_kit.merging.agreement import output_of, shown_in
 from qlora_kit.naming import module_at
 
 from .batches import evenly, in_parts
 from .forwards import forward_exchanged_
 from .moments import watchable
-from .walk import floats, stops_for
+from .walk import stops_for
 
 # So many of the text's tokens are looked at, of rows that lie evenly in it.
 _TOKENS = 4096
@@ -108,7 +109,7 @@ def _squares_of(
     with torch.enable_grad(), ExitStack() as stack:
         for path in paths:
             stack.callback(module_at(model, path).register_forward_hook(partial(watch, path=path)).remove)
-        surprise, count = _surprise(model(**row), row.get("attention_mask"), seed)
+        surprise, count = _surprise(model, row, seed)
         if not surprise.isfinite():
             return squares, 0
         (surprise * _SCALE).backward()
@@ -125,16 +126,13 @@ def _bounded(squares: Tensor) -> float:
     return float(some.clamp_max(_MOST * some.median()).sum()) if len(some) else 0.0
 
 
-def _surprise(output: Any, mask: Tensor | None, seed: int) -> tuple[Tensor, int]:
-    """The sum of -log p(y) of what is drawn from the model's ``output`` for tokens that ``mask`` doesn't hide, and how
-    many these are. The output itself times random numbers where it has no logits."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    value = floats(output)[0] if logits is None else logits
-    draw = torch.Generator(value.device).manual_seed(seed)
-    rows = value.reshape(-1, value.shape[-1])
-    if mask is not None and tuple(mask.shape) == tuple(value.shape[:-1]):
-        rows = rows[mask.reshape(-1).to(rows.device) != 0]
-    if logits is None or value.shape[-1] == 1:
+def _surprise(model: nn.Module, row: Mapping[str, Any], seed: int) -> tuple[Tensor, int]:
+    """The sum of -log p(y) of what is drawn from ``model``'s output for the tokens of ``row`` that aren't padding, and
+    how many these are. The output itself times random numbers where it foretells nothing."""
+    output, predicts = output_of(model, row)
+    draw = torch.Generator(output.device).manual_seed(seed)
+    rows = output[shown_in(row, output).to(output.device)]
+    if not predicts:
         return (rows * torch.randn(rows.shape, generator=draw, device=rows.device).to(rows.dtype)).sum(), len(rows)
     chances = rows.detach().float().softmax(-1)
     drawn = torch.multinomial(chances.nan_to_num(1.0), 1, generator=draw)[:, 0]

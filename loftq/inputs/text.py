@@ -250,4 +250,6 @@ def _complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes
     if decodes and "input_ids" in batch and not any("decoder" in key or key == "labels" for key in batch):
         batch["decoder_input_ids"] = batch["input_ids"]
+        if "attention_mask" in batch and "decoder_attention_mask" in takes:
+            batch["decoder_attention_mask"] = batch["attention_mask"]
     return uncached(model, batch)

@@ -23,7 +23,10 @@ def about(adapted: Adapted, name: str) -> About:
     base = unwrapped(adapted.root)
     library = ["transformers"] if type(base).__module__.startswith("transformers.") else []
     tags = [*library, *(getattr(base, "model_tags", None) or ())]
-    return About(about_start(adapted.configs[name], reports), tags, hub=hasattr(base, "config"))
+    rows = about_start(adapted.configs[name], reports)
+    if name in adapted.backbones and adapted.configs[name].init_lora_weights is True:  # loaded, and so started before
+        rows["start"] = "together with its quantized base"
+    return About(rows, tags, hub=hasattr(base, "config"))
 
 
 def stored_config(adapted: Adapted, name: str) -> LoraConfig:

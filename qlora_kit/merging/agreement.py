@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..checkpoints.spill import Spill
 from ..codecs import protect_storage_
-from ..errors import MergeError
+from ..errors import ConfigError, MergeError
 
 # Rows of logits that are compared in float32 at a time.
 _ROWS = 512
@@ -126,19 +127,40 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def output_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
-    """Logits, or the last hidden states, and which of the two."""
+    """Logits, or the last hidden states, or else the first numbers that the model gives; and whether they are logits.
+
+    Those of a single class foretell nothing, and aren't called so. A loss, which comes first where there are labels,
+    has no rows and isn't looked at.
+
+    Raises:
+        ConfigError: the model gives nothing of the kind.
+    """
     output = model(**batch)
-    logits = getattr(output, "logits", None)
-    if logits is not None:
-        return logits, True
-    hidden = getattr(output, "last_hidden_state", None)
-    found = hidden if hidden is not None else output if isinstance(output, Tensor) else output[0]
-    return found, False
+    for name in ("logits", "last_hidden_state", None):
+        value = output if name is None else _named(output, name)
+        if (found := next((v for v in tree_leaves(value) if _has_rows(v)), None)) is not None:
+            return found, name == "logits" and found.shape[-1] > 1
+    raise ConfigError(
+        f"{type(model).__name__}: expected an output with rows of numbers, found {type(output).__name__} without; "
+        "have its forward return a tensor, or a dictionary with 'logits'"
+    )
+
+
+def _named(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def shown_in(batch: Mapping[str, Any], output: Tensor) -> Tensor:
-    """Which positions of ``output`` (batch, tokens, ...) are no padding; all, where the mask is of another shape."""
-    mask = batch.get("attention_mask")
+    """Which positions of ``output`` (batch, tokens, ...) are no padding; all, where the mask is of another shape.
+
+    What a decoder is given has a mask of its own; that of the text beside it says nothing of its output.
+    """
+    decodes = any(key.startswith("decoder_input") for key in batch)
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
     if mask is not None and mask.shape == output.shape[:-1]:
         return mask.bool()
     return torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device)
@@ -163,18 +185,19 @@ def _add(sums: dict[str, float], before: Tensor, after: Tensor, logits: bool) ->
         sums["lost"] += float((y - x).square().sum(dtype=torch.float64))
         sums["whole"] += float(x.square().sum(dtype=torch.float64))
         if logits:
-            sums["kl"] += float(_divergence(x.log_softmax(-1), y.log_softmax(-1)).sum(dtype=torch.float64))
+            sums["kl"] += float(divergence_terms(x.log_softmax(-1), y.log_softmax(-1)).sum(dtype=torch.float64))
             sums["top1"] += float((x.argmax(-1) == y.argmax(-1)).sum())
 
 
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
+def divergence_terms(p: Tensor, q: Tensor) -> Tensor:
     """Terms that sum to KL(p || q) of log-probabilities: p (q/p - 1 - log(q/p)), none of which is negative.
 
     The plain p log(p/q) loses a small sum to rounding, for they cancel.
     """
     ratio = torch.where(p == q, 0.0, q - p)
     share = p.exp()
-    return torch.where(ratio.abs() < 1, share * (ratio.expm1() - ratio), q.exp() - share - share * ratio)
+    far = q.exp() - share - torch.where(share == 0, 0.0, share * ratio)
+    return torch.where(ratio.abs() < 1, share * (ratio.expm1() - ratio), far)
 
 
 def _summed_loss(logits: Tensor, targets: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 
 from qlora_kit import LoraConfig, MergeError, StorageError, apply_lora, merge, prepare_model_for_kbit_training
 from qlora_kit.errors import ConfigError
-from qlora_kit.merging.agreement import _divergence
+from qlora_kit.merging.agreement import divergence_terms, output_of, shown_in
 from qlora_kit.training.preparation.quantize import quantize_
 
 IDS = torch.randint(1, 128, (3, 7), generator=torch.Generator().manual_seed(4))
@@ -81,14 +82,61 @@ def test_a_small_divergence_keeps_its_digits() -> None:
     for size in (1e-5, 1e-3, 1.0, 60.0):
         y = x + size * draw.standard_normal(x.shape)
         p, q = torch.tensor(x).float().log_softmax(-1), torch.tensor(y).float().log_softmax(-1)
-        terms = _divergence(p, q)
+        terms = divergence_terms(p, q)
         wide, other = p.double(), q.double()
         expected = (wide.exp() * (wide - other) - wide.exp() + other.exp()).sum()
         assert (terms >= -1e-7 * terms.max()).all()
         assert float(terms.sum()) == pytest.approx(float(expected), rel=1e-3)
     never = torch.tensor([0.0, -torch.inf])
-    assert _divergence(never, never).tolist() == [0.0, 0.0], "what neither can choose"
-    assert _divergence(never, torch.tensor([-1.0, -0.5]))[0] > 0
+    assert divergence_terms(never, never).tolist() == [0.0, 0.0], "what neither can choose"
+    told = torch.tensor([0.25, 0.75]).log()
+    assert float(divergence_terms(never, told).sum()) == pytest.approx(float(-told[0])), "what one alone can choose"
+
+
+class Giving(nn.Module):
+    """Gives what it is told to."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, **batch: Any) -> Any:
+        return self.output
+
+
+LOSS, LOGITS, HIDDEN = torch.tensor(0.5), torch.randn(2, 5, 7), torch.randn(2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "predicts"),
+    [
+        ({"loss": LOSS, "hidden": HIDDEN, "logits": LOGITS}, LOGITS, True),
+        ({"loss": LOSS, "logits": (LOGITS, HIDDEN)}, LOGITS, True),
+        (SimpleNamespace(logits=LOGITS), LOGITS, True),
+        (SimpleNamespace(logits=LOGITS[..., :1]), LOGITS[..., :1], False),
+        ({"pooled": LOGITS, "last_hidden_state": HIDDEN}, HIDDEN, False),
+        ({"loss": LOSS, "start": HIDDEN}, HIDDEN, False),
+        ((LOSS, None, HIDDEN), HIDDEN, False),
+        (LOGITS, LOGITS, False),
+    ],
+)
+def test_what_counts_as_a_model_s_output(output: Any, expected: Tensor, predicts: bool) -> None:
+    found, known = output_of(Giving(output), {"input_ids": IDS, "labels": IDS})
+    assert torch.equal(found, expected)
+    assert known is predicts
+
+
+def test_a_model_without_an_output_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Giving: expected an output with rows of numbers, found dict without"):
+        output_of(Giving({"loss": LOSS}), {})
+
+
+def test_the_mask_of_a_decoder_s_text_is_the_one_that_says_what_is_padding() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    assert torch.equal(shown_in({"attention_mask": mask}, LOGITS), mask.bool())
+    batch = {"attention_mask": mask, "decoder_input_ids": mask}
+    assert shown_in(batch, LOGITS).all()
+    assert torch.equal(shown_in({**batch, "decoder_attention_mask": 1 - mask}, LOGITS), mask == 0)
 
 
 def test_an_encoder_has_hidden_states_alone() -> None:

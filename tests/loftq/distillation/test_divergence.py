@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from reference import distillation as reference
-from torch import Tensor
+from torch import Tensor, nn
 
 import loftq.distillation.divergence as module
 from loftq.distillation.divergence import Likeliest, divergence, likeliest
@@ -71,6 +72,17 @@ def test_half_precision_rounds_logits_and_gradient_once(dtype: torch.dtype) -> N
     assert torch.equal(z.grad, wide.grad.to(dtype))
 
 
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0])
+def test_a_small_divergence_keeps_its_digits_and_none_is_negative(size: float) -> None:
+    p, z = logits(rows=40, seed=1), logits(rows=40, seed=1) + size * logits(rows=40, seed=2)
+    known = likeliest(p, 4)
+    # float32 tells logits to 1e-7 of themselves, and a divergence goes as the square of what they moved by.
+    expected = reference.divergence(z.numpy(), known.ids.numpy(), known.logs.numpy())
+    assert float(divergence(z, known)) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    of_each = [divergence(z[row, None], Likeliest(known.ids[row, None], known.logs[row, None])) for row in range(40)]
+    assert min(map(float, of_each)) >= 0
+
+
 def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def both() -> tuple[Likeliest, Tensor, Tensor]:
         z = logits(rows=9).requires_grad_()
@@ -81,9 +93,25 @@ def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return known, found.detach(), z.grad
 
     whole = both()
-    monkeypatch.setattr(module, "_ROWS", 2)
+    monkeypatch.setattr(module, "_NUMBERS", 2 * WORDS)
     parts = both()
     assert torch.equal(parts[0].ids, whole[0].ids)
     assert torch.equal(parts[0].logs, whole[0].logs)
     assert float(parts[1]) == pytest.approx(float(whole[1]), rel=1e-6)
     assert torch.equal(parts[2], whole[2])
+
+
+@pytest.mark.parametrize(("rows", "words"), [(64, 100), (2, 3200)])
+def test_what_it_takes_beside_the_gradient_doesn_t_grow_with_the_words(
+    monkeypatch: pytest.MonkeyPatch, rows: int, words: int
+) -> None:
+    monkeypatch.setattr(module, "_NUMBERS", 3200)
+    z = torch.randn(rows, words).bfloat16().requires_grad_()
+    known = likeliest(z.detach().flip(0), 4)
+    with LiveBytes(nn.Module()) as memory:
+        found = divergence(z, known)
+    assert memory.peak < 2 * z.nbytes + 3.5 * 4 * 3200, "logits, gradient, three times what is worked on"
+    with LiveBytes(nn.Module()) as memory:
+        likeliest(z.detach(), 4)
+    assert memory.peak < 2 * z.nbytes + 2.5 * 4 * 3200
+    assert found.isfinite()

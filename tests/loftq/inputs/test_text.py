@@ -246,6 +246,9 @@ def test_an_encoder_decoder_goes_on_from_its_own_text() -> None:
     [batch] = batches_for(ids, model, rows=1, window=1)
     assert torch.equal(batch["decoder_input_ids"], ids)
     model(**batch)
+    mask = (torch.arange(7) < 5).long().expand(2, -1)
+    [batch] = batches_for([{"input_ids": ids, "attention_mask": mask}], model, rows=1, window=1)
+    assert torch.equal(batch["decoder_attention_mask"], mask), "its padding is padding there too"
     for given in ("labels", "decoder_input_ids"):
         [batch] = batches_for([{"input_ids": ids, given: ids[:, :3].contiguous()}], model, rows=1, window=1)
         assert set(batch) == {"input_ids", given, "use_cache"}
