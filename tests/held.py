@@ -6,6 +6,7 @@ Here the command itself waits, in ``Journal.add`` and where units are put that l
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import subprocess
@@ -15,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loftq.disk.ahead import PATTERN, Ahead
+from qlora_kit.checkpoints.journal import Journal
+
 # Seconds until one that doesn't come so far is an error: on a busy machine starting two processes takes a minute.
 PATIENCE = 300
 
@@ -22,7 +26,7 @@ PATIENCE = 300
 def finished(out: Path) -> int:
     """Units that are finished in the output folder ``out``, written or lying ready."""
     lines = [journal.read_bytes().count(b"\n") for journal in out.glob(".*/journal.jsonl")]
-    return max(0, sum(lines) - 1) + len(list(out.glob(".*/unit-*.safetensors")))
+    return max(0, sum(lines) - 1) + len(list(out.glob(f".*/{PATTERN}")))
 
 
 class Held:
@@ -49,11 +53,8 @@ class Held:
                 # A shell starts what runs behind it with the signal ignored, and children inherit that.
                 preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
-        self._until(lambda: any(self.signs.glob("standing-*")))
-
-    def _until(self, there: Any) -> None:
         until = time.monotonic() + PATIENCE
-        while not there():
+        while not any(self.signs.glob("standing-*")):
             assert self.process.poll() is None, f"it was still at work: {self.text()}"
             assert time.monotonic() < until, self.text()
             time.sleep(0.01)
@@ -80,8 +81,6 @@ def _standing(out: Path, units: int, method: Any) -> Any:
     signs = out.with_name(f"{out.name}.held")
 
     def then_stands(*arguments: Any, **options: Any) -> None:
-        import os
-
         method(*arguments, **options)
         if finished(out) >= units:
             (signs / f"standing-{os.getpid()}").touch()
@@ -92,9 +91,6 @@ def _standing(out: Path, units: int, method: Any) -> Any:
 
 
 def _run(out: str, units: str, package: str, *arguments: str) -> None:
-    from loftq.disk.ahead import Ahead
-    from qlora_kit.checkpoints.journal import Journal
-
     for kind, name in ((Journal, "add"), (Ahead, "put")):
         setattr(kind, name, _standing(Path(out), int(units), getattr(kind, name)))
     sys.argv[:] = [package, *arguments]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 
 @contextmanager
@@ -26,19 +25,3 @@ def undisturbed() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(cached)
         torch.clear_autocast_cache()
-
-
-@contextmanager
-def alone(model: nn.Module, factors: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside the block the factors, and nothing else of ``model``, get gradients; they lose what they had till then."""
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    own = set(factors)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(parameter in own)
-        for parameter in own:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, was in trained.items():
-            parameter.requires_grad_(was)

@@ -25,12 +25,13 @@ from qlora_kit.injection.adapted import adapted_of
 from qlora_kit.model.life import refuse_in_pieces
 from qlora_kit.model.lora_model import LoraModel
 
-from ..inputs.gradients import recomputed
+from ..inputs.batches import amid
+from ..inputs.gradients import alone, recomputed
 from ..inputs.moments import watchable
 from .distance import distance, lost
 from .soft_labels import SoftLabels
 from .steps import Steps
-from .surroundings import alone, undisturbed
+from .surroundings import undisturbed
 
 # One row in so many is held out, to see what is gained on text that nothing was learned of.
 _HELD_OUT = 16
@@ -139,8 +140,7 @@ def _parted(labels: SoftLabels) -> tuple[list[int], list[int]]:
         )
     if (count := len(labels.rows)) < 2:
         raise ConfigError(f"labels: expected two rows or more, one to hold out, found {count}; take a longer text")
-    few = max(1, count // _HELD_OUT)
-    held = [(2 * k + 1) * count // (2 * few) for k in range(few)]
+    held = amid(range(count), max(1, count // _HELD_OUT))
     return [number for number in range(count) if number not in held], held
 
 

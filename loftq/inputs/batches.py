@@ -34,5 +34,11 @@ def evenly(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     return [batches[number * len(batches) // wanted] for number in range(wanted)]
 
 
+def amid(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``numbers``, each from the middle of one of as many equal parts; all, where there are no more."""
+    count = min(count, len(numbers))
+    return [numbers[(2 * k + 1) * len(numbers) // (2 * count)] for k in range(count)]
+
+
 def _tensors(batch: Batch) -> list[Tensor]:
     return [value for value in batch.values() if isinstance(value, Tensor)]

@@ -70,7 +70,7 @@ def loss_weights(
     """
     paths, rows = list(paths), evenly([row for batch in batches for row in in_parts(batch, 1)], tokens)
     found: dict[int, tuple[dict[str, float], int]] = {}
-    with watchable(model), _frozen(model), recomputed(model, paths):
+    with watchable(model), alone(model), recomputed(model, paths):
         for number in team.numbers(len(rows)):
             found[number] = _squares_of(model, rows[number], paths, seed + number)
     sums, counts = dict.fromkeys(paths, 0.0), 0
@@ -140,16 +140,19 @@ def _surprise(model: nn.Module, row: Mapping[str, Any], seed: int) -> tuple[Tens
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block no parameter gets a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+def alone(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Inside the block ``parameters``, and nothing else of ``model``, get gradients; these lose what they had."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    own = set(parameters)
     try:
+        for parameter in trained:
+            parameter.requires_grad_(parameter in own)
+        for parameter in own:
+            parameter.grad = None
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, was in trained.items():
+            parameter.requires_grad_(was)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_kit.errors import StorageError
 
+from .batches import amid
 from .text import token_rows
 
 # Tokens in a row that two rows have in common if they are of one place, and the share of a row's that may be.
@@ -44,15 +45,9 @@ def other_rows(
     shares = [sum(run in known for run in runs) / max(1, len(runs)) for runs in map(_runs, all_rows.tolist())]
     fresh = [number for number, share in enumerate(shares) if share <= _SHARE]
     rest = [number for number, share in enumerate(shares) if share > _SHARE]
-    chosen = _evenly(fresh, rows) + _evenly(rest, max(0, rows - len(fresh)))
+    chosen = amid(fresh, rows) + amid(rest, max(0, rows - len(fresh)))
     return all_rows[torch.tensor(sorted(chosen), dtype=torch.int64)]
 
 
 def _runs(row: list[int]) -> list[tuple[int, ...]]:
     return [tuple(row[start : start + _RUN]) for start in range(len(row) - _RUN + 1)]
-
-
-def _evenly(numbers: list[int], count: int) -> list[int]:
-    if count >= len(numbers):
-        return numbers
-    return [numbers[(2 * k + 1) * len(numbers) // (2 * count)] for k in range(count)]

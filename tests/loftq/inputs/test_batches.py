@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loftq.inputs.batches import evenly, in_parts, rows_in
+from loftq.inputs.batches import amid, evenly, in_parts, rows_in
 
 
 def numbered(count: int, shape: tuple[int, ...] = (2, 8), dtype: torch.dtype = torch.int64) -> list[dict[str, Tensor]]:
@@ -45,3 +45,10 @@ def test_few_batches_lie_evenly(tokens: int, expected: list[int]) -> None:
 
 def test_vectors_count_as_the_tokens_they_stand_for() -> None:
     assert len(evenly(numbered(8, (2, 8, 300), torch.float32), 64)) == 4
+
+
+def test_numbers_amid_equal_parts() -> None:
+    assert amid(range(12), 3) == [2, 6, 10]
+    assert amid(range(10), 1) == [5]
+    assert amid([3, 5, 8], 3) == amid([3, 5, 8], 9) == [3, 5, 8]
+    assert amid([], 4) == []
